@@ -1,0 +1,522 @@
+"""Life of each request's cache: claim at creation, pages at resume and resize, reuse after commit.
+
+    create ──> SUSPENDED ──resume──> ACTIVE ──resize/commit──> ACTIVE
+                   ^ └──────suspend────┘ │
+                   └── close ──> CLOSED <┘
+
+The manager holds no state of a page: it converts arguments, calls the core once per operation and
+makes the copies that the core asks for. On the device tier alone suspended pages stay where they are.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from types import TracebackType
+from typing import Any, Self, SupportsIndex
+
+import numpy as np
+import numpy.typing as npt
+
+from kvpool import _core
+from kvpool.config import CacheConfig, Retention, Scope
+from kvpool.errors import ConfigError, InvariantError, LogicError
+from kvpool.sizing import PoolPlan, plan_pools
+
+Int32Array = npt.NDArray[np.int32]
+ByteArray = npt.NDArray[np.uint8]
+Tokens = Sequence[int] | Int32Array
+
+_TOKEN_END = 2**31
+
+
+class CacheState(StrEnum):
+    """Public state of a cache."""
+
+    SUSPENDED = "SUSPENDED"
+    ACTIVE = "ACTIVE"
+    CLOSED = "CLOSED"
+    LOST = "LOST"
+
+
+@dataclass(frozen=True, slots=True)
+class TierStats:
+    """Slots of one pool on one tier: `free + active + held + cached + fenced == slots`."""
+
+    slots: int
+    free: int
+    active: int
+    held: int
+    cached: int
+    fenced: int
+    peak: int
+
+    def __getitem__(self, name: str) -> int:
+        value: int = getattr(self, name)
+        return value
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """Counters since construction (tokens, blocks, pages) and the books of every pool and tier."""
+
+    requests: int
+    prompt_tokens: int
+    reused_tokens: int
+    prompt_blocks: int
+    reused_blocks: int
+    evicted: int
+    dropped: int
+    offloaded: int
+    onboarded: int
+    pools: dict[str, dict[str, TierStats]]
+
+    @property
+    def hit_rate_tokens(self) -> float:
+        """Reused / prompt tokens, 0..1."""
+        return self.reused_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
+
+    @property
+    def hit_rate_blocks(self) -> float:
+        """Whole blocks reused / prompt blocks, 0..1."""
+        return self.reused_blocks / self.prompt_blocks if self.prompt_blocks else 0.0
+
+
+def _tokens(tokens: Tokens, name: str = "tokens") -> Int32Array:
+    """Token ids as a C-contiguous int32 array; ValueError names what is wrong."""
+    if isinstance(tokens, np.ndarray):
+        if tokens.dtype != np.int32:
+            raise ValueError(f"{name}: dtype {tokens.dtype} is not int32: use {name}.astype(numpy.int32)")
+        array = tokens
+    else:
+        try:
+            given = list(tokens)
+        except TypeError:
+            raise ValueError(f"{name}: {tokens!r} is neither a list of ints nor an int32 array") from None
+        if not given:
+            return np.empty(0, np.int32)
+        try:
+            wide = np.array(given)
+        except (ValueError, OverflowError) as error:
+            raise ValueError(f"{name}: not a list of ints: {error}") from None
+        if wide.dtype.kind not in "iu" or any(isinstance(token, bool) for token in given):
+            raise ValueError(f"{name}: must be ints 0..2**31-1, got {wide.dtype} from {given[:4]!r}...")
+        if wide.ndim == 1 and (int(wide.min()) < 0 or int(wide.max()) >= _TOKEN_END):
+            bad = next(token for token in given if not 0 <= token < _TOKEN_END)
+            raise ValueError(f"{name}: {bad} is not in 0..2**31-1")
+        array = wide.astype(np.int32)
+    if array.ndim != 1:
+        raise ValueError(f"{name}: shape {array.shape} is not one-dimensional")
+    return np.ascontiguousarray(array)
+
+
+def _count(value: SupportsIndex, name: str) -> int:
+    """A non-negative int; ValueError names the field and its value."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise ValueError(f"{name}: {value!r} is not an int")
+    number = value.__index__()
+    if not 0 <= number < 2**63:
+        raise ValueError(f"{name}: {number} is not in 0..2**63-1")
+    return number
+
+
+def _scope(scope: Scope | None) -> tuple[bytes, int | None]:
+    """The core's key of a scope: equal only for equal ids of equal type."""
+    if scope is None:
+        return b"(None, None)", None
+    if not isinstance(scope, Scope):
+        raise ValueError(f"scope: {scope!r} is not a kvpool.Scope")
+    return ascii((scope.lora_id, scope.salt)).encode("ascii"), scope.epoch
+
+
+def _retention(retention: Retention | None) -> tuple[list[tuple[int, int | None, int]], int] | None:
+    if retention is None:
+        return None
+    if not isinstance(retention, Retention):
+        raise ValueError(f"retention: {retention!r} is not a kvpool.Retention")
+    if retention.decode_duration_s is not None:
+        raise ConfigError(
+            f"retention.decode_duration_s: {retention.decode_duration_s} - durations are not available yet; use None"
+        )
+    for r in retention.ranges:
+        if r.duration_s is not None:
+            raise ConfigError(
+                f"retention.ranges.duration_s: {r.duration_s} - durations are not available yet; use None"
+            )
+    return [(r.start, r.end, r.priority) for r in retention.ranges], retention.decode_priority
+
+
+class Cache:
+    """Cache of one request; made by `KVCacheManager.create`. A context manager that closes.
+
+    Two threads must not call the same cache at once. Raises `LogicError` where the state forbids a
+    call, ValueError for arguments out of range; both leave everything as it was.
+    """
+
+    __slots__ = ("__weakref__", "_handle", "_last", "_manager", "_state", "request_id")
+
+    request_id: int | str
+
+    def __init__(self, manager: KVCacheManager, request_id: int | str, handle: int) -> None:
+        self._manager = manager
+        self._handle = handle
+        self._state: CacheState | None = None
+        self._last = (0, 0, 0, 0)
+        self.request_id = request_id
+
+    def _info(self) -> tuple[int, int, int, int]:
+        if self._state is CacheState.CLOSED:
+            return self._last
+        return self._manager._core.info(self._handle)[1:]
+
+    @property
+    def state(self) -> CacheState:
+        """SUSPENDED, ACTIVE or CLOSED."""
+        if self._state is CacheState.CLOSED:
+            return CacheState.CLOSED
+        return CacheState(self._manager._core.info(self._handle)[0])
+
+    @property
+    def num_reused_tokens(self) -> int:
+        """Prompt tokens found in the tree at creation (less after a resume without room for the partial block)."""
+        return self._info()[0]
+
+    @property
+    def capacity(self) -> int:
+        """Tokens with storage."""
+        return self._info()[1]
+
+    @property
+    def history_length(self) -> int:
+        """Tokens before the next step's input."""
+        return self._info()[2]
+
+    @property
+    def num_committed_tokens(self) -> int:
+        """Final tokens."""
+        return self._info()[3]
+
+    def resume(self) -> bool:
+        """All live pages on the device, the partial block copied; ACTIVE. True if it already was."""
+        core = self._manager._core
+        resumed, copies = core.resume(self._handle)
+        if copies:
+            self._manager._copy(copies)
+            core.copies_done(self._handle)
+        return resumed
+
+    def suspend(self) -> None:
+        """Give up the place: SUSPENDED. On the device tier alone the pages stay."""
+        self._manager._core.suspend(self._handle)
+
+    def resize(self, capacity: int, history_length: int | None = None) -> bool:
+        """Set capacity and history (tokens) in all pools; False: not enough room, nothing changed."""
+        capacity = _count(capacity, "capacity")
+        if history_length is not None:
+            history_length = _count(history_length, "history_length")
+        return self._manager._core.resize(self._handle, capacity, history_length)
+
+    def commit(self, tokens: Tokens) -> bool:
+        """Declare the next tokens final; full blocks enter the tree. True if a block table entry changed.
+
+        Only tokens whose keys and values are written. ValueError past the capacity; LogicError for
+        prompt tokens other than those given at creation.
+        """
+        return self._manager._core.commit(self._handle, _tokens(tokens))
+
+    def block_table(self, pool: str, fill: int = 0) -> Int32Array:
+        """Slots of this cache in `pool`: int32, ceil(capacity / tokens_per_block) entries, stale ones `fill`."""
+        out: Int32Array = self._manager.block_tables([self], pool, fill=fill)[0]
+        return out
+
+    def close(self) -> None:
+        """Give everything back; full committed blocks stay cached. Twice is a no-op."""
+        if self._state is CacheState.CLOSED:
+            return
+        self._last = self._info()
+        self._state = CacheState.CLOSED
+        self._manager._close(self)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<kvpool cache of request {self.request_id!r}: {self.state.value}>"
+
+
+class KVCacheManager:
+    """Pools, tree and caches of one device.
+
+    device: "cpu" (pages in host memory) or None (books only). plan: slots per pool instead of
+    `plan_pools(config)`. buffers: the engine's own memory per pool, (num_slots + 1) * page_bytes bytes,
+    C-contiguous. policy: "lru", or "slru" (request-level segmented LRU with ghosts).
+    Raises ConfigError for what cannot be provided. A context manager that closes.
+    """
+
+    def __init__(
+        self,
+        config: CacheConfig,
+        device: str | None = "cpu",
+        *,
+        plan: PoolPlan | None = None,
+        buffers: Mapping[str, Any] | None = None,
+        policy: str = "lru",
+    ) -> None:
+        if not isinstance(config, CacheConfig):
+            raise ConfigError(f"config: {config!r} is not a kvpool.CacheConfig")
+        if config.host_bytes:
+            raise ConfigError(f"host_bytes: {config.host_bytes} - the host tier is not available yet; use 0")
+        if device not in ("cpu", None):
+            raise ConfigError(f"device: {device!r} - only 'cpu' and None are available yet")
+        if policy not in ("lru", "slru"):
+            raise ConfigError(f"policy: {policy!r} is none of 'lru', 'slru'")
+        self.config = config
+        self.plan = plan_pools(config) if plan is None else self._checked(plan, config)
+        self._pool_index = {pool.name: i for i, pool in enumerate(config.pools)}
+        slots = [self.plan.num_slots[pool.name] for pool in config.pools]
+        self._pages = self._make_pages(device, buffers)
+        max_blocks = config.max_blocks
+        if max_blocks is None:
+            longest = -(-(config.max_seq_len or 0) // config.tokens_per_block)
+            max_blocks = max(*slots, 2 * longest, 1)
+        self._core = _core.Core(
+            tokens_per_block=config.tokens_per_block,
+            pools=[(p.name, n, p.window, p.sink_tokens) for p, n in zip(config.pools, slots, strict=True)],
+            max_blocks=max_blocks,
+            max_seq_len=config.max_seq_len,
+            partial_reuse=config.partial_reuse,
+            hash_seed=secrets.randbits(64) if config.hash_seed is None else config.hash_seed,
+            policy=policy,
+        )
+        self._caches: dict[int | str, Cache] = {}
+        self._closed = False
+
+    @staticmethod
+    def _checked(plan: PoolPlan, config: CacheConfig) -> PoolPlan:
+        names = [pool.name for pool in config.pools]
+        if sorted(plan.num_slots) != sorted(names):
+            raise ConfigError(f"plan.num_slots: pools {sorted(plan.num_slots)} are not the config's {sorted(names)}")
+        for name in names:
+            if not 1 <= plan.num_slots[name] < 2**31 - 1:
+                raise ConfigError(f"plan.num_slots[{name!r}]: {plan.num_slots[name]} is not in 1..2**31-2")
+        if any(plan.host_slots.values()):
+            raise ConfigError(f"plan.host_slots: {plan.host_slots} - the host tier is not available yet; use 0")
+        return plan
+
+    def _make_pages(self, device: str | None, buffers: Mapping[str, Any] | None) -> dict[str, ByteArray]:
+        given = dict(buffers or {})
+        unknown = sorted(set(given) - set(self._pool_index))
+        if unknown:
+            raise ConfigError(f"buffers: unknown pool {unknown[0]!r}; there are {sorted(self._pool_index)}")
+        if device is None:
+            if given:
+                raise ConfigError("buffers: device=None keeps books only; use device='cpu'")
+            return {}
+        pages = {}
+        for pool in self.config.pools:
+            shape = (self.plan.num_slots[pool.name] + 1, pool.page_bytes)
+            if pool.name in given:
+                pages[pool.name] = _as_pages(given[pool.name], pool.name, shape)
+            else:
+                pages[pool.name] = np.zeros(shape, np.uint8)
+            pages[pool.name][0] = 0
+        return pages
+
+    def _open(self) -> None:
+        if self._closed:
+            raise LogicError("the manager is closed")
+
+    def _pool(self, pool: str) -> int:
+        try:
+            return self._pool_index[pool]
+        except (KeyError, TypeError):
+            raise ValueError(f"pool: {pool!r} is unknown; there are {sorted(self._pool_index)}") from None
+
+    def _copy(self, copies: Sequence[tuple[int, int, int]]) -> None:
+        if self._pages:
+            for pool, source, destination in copies:
+                pages = self._pages[self.config.pools[pool].name]
+                pages[destination] = pages[source]
+
+    def create(
+        self,
+        request_id: int | str,
+        tokens: Tokens,
+        *,
+        scope: Scope | None = None,
+        retention: Retention | None = None,
+    ) -> Cache:
+        """Claim the longest cached prefix of `tokens`; SUSPENDED, takes no slot.
+
+        LogicError: the id has a cache. ValueError: more than max_seq_len tokens, tokens out of range.
+        """
+        self._open()
+        if isinstance(request_id, bool) or not isinstance(request_id, int | str):
+            raise ValueError(f"request_id: {request_id!r} is neither int nor str")
+        if request_id in self._caches:
+            raise LogicError(f"request_id: {request_id!r} has a cache already; close it first")
+        key, epoch = _scope(scope)
+        handle, _ = self._core.create(_tokens(tokens), key, epoch, _retention(retention))
+        cache = Cache(self, request_id, handle)
+        if self._caches.setdefault(request_id, cache) is not cache:  # another thread was faster
+            self._core.close(handle)
+            raise LogicError(f"request_id: {request_id!r} has a cache already; close it first")
+        return cache
+
+    def cache(self, request_id: int | str) -> Cache:
+        """The open cache of a request; KeyError if there is none."""
+        cache = self._caches[request_id]
+        if cache._state is CacheState.CLOSED:
+            raise KeyError(request_id)
+        return cache
+
+    def _close(self, cache: Cache) -> None:
+        if self._core.close(cache._handle):
+            self._forget(cache)
+
+    def _forget(self, cache: Cache) -> None:
+        if self._caches.get(cache.request_id) is cache:
+            del self._caches[cache.request_id]
+
+    def probe(self, tokens: Tokens, scope: Scope | None = None) -> int:
+        """Tokens that `create` would reuse now. Claims and changes nothing."""
+        self._open()
+        key, epoch = _scope(scope)
+        return self._core.probe(_tokens(tokens), key, epoch)
+
+    def evict(self, num_blocks: int) -> int:
+        """Up to `num_blocks` leaves leave the device, in the order of eviction; returns how many did."""
+        self._open()
+        return self._core.evict(_count(num_blocks, "num_blocks"))
+
+    def clear(self) -> None:
+        """Drop all that is unclaimed."""
+        self._open()
+        self._core.clear()
+
+    def set_epoch(self, n: int) -> None:
+        """Weights changed: older content matches no longer and goes first. ValueError if lower than now."""
+        self._open()
+        self._core.set_epoch(_count(n, "epoch"))
+
+    def available_tokens(self) -> int:
+        """Largest capacity (tokens) that one new unmatched cache could get now."""
+        self._open()
+        return self._core.available_tokens()
+
+    def pages(self, pool: str, tier: str = "device") -> ByteArray:
+        """Pages of a pool, zero-copy: (num_slots + 1, page_bytes) uint8; row 0 is the null page."""
+        if tier == "host":
+            raise LogicError("pages: there is no host tier")
+        if tier != "device":
+            raise ValueError(f"tier: {tier!r} is none of 'device', 'host'")
+        self._pool(pool)
+        if not self._pages:
+            raise LogicError("pages: device=None keeps books only")
+        return self._pages[pool]
+
+    def _handles(self, caches: Iterable[Cache]) -> list[int]:
+        handles = []
+        for cache in caches:
+            if not isinstance(cache, Cache) or cache._manager is not self:
+                raise ValueError(f"caches: {cache!r} is not a cache of this manager")
+            handles.append(cache._handle)
+        return handles
+
+    def block_tables(
+        self, caches: Sequence[Cache], pool: str, out: Int32Array | None = None, fill: int = 0
+    ) -> Int32Array:
+        """Slots of ACTIVE caches, one row each: int32, C-contiguous (n, widest); stale and spare entries `fill`.
+
+        Written in place into `out` if given. ValueError: `out` too small, of another dtype or order.
+        """
+        index, handles = self._pool(pool), self._handles(caches)
+        if isinstance(fill, bool) or not isinstance(fill, int | np.integer) or not -(2**31) <= fill < 2**31:
+            raise ValueError(f"fill: {fill!r} is not an int32")
+        widest = self._core.widest(handles, index)
+        if out is None:
+            out = np.empty((len(handles), widest), np.int32)
+        elif not isinstance(out, np.ndarray) or out.dtype != np.int32 or out.ndim != 2:
+            raise ValueError("out: must be a two-dimensional int32 array")
+        elif not out.flags.c_contiguous or not out.flags.writeable:
+            raise ValueError("out: must be writable and C-contiguous")
+        elif out.shape[0] < len(handles) or out.shape[1] < widest:
+            raise ValueError(f"out: shape {out.shape} is smaller than ({len(handles)}, {widest})")
+        if out.size:
+            self._core.block_tables(handles, index, out, int(fill))
+        return out
+
+    def block_tables_csr(self, caches: Sequence[Cache], pool: str) -> tuple[Int32Array, Int32Array, Int32Array]:
+        """FlashInfer's form, int32: indptr (n + 1), indices (entries; stale ones 0), last_page_len (n).
+
+        last_page_len counts capacity: 1..tokens_per_block, 0 for a cache without capacity.
+        """
+        raw = self._core.block_tables_csr(self._handles(caches), self._pool(pool), self.config.tokens_per_block)
+        indptr, indices, last_page_len = (np.frombuffer(part, np.int32) for part in raw)
+        return indptr, indices, last_page_len
+
+    def step_begin(self, caches: Sequence[Cache], stream: object = None) -> None:
+        """Before the launch of a step over ACTIVE caches: their slots stay fenced until `step_end`."""
+        self._core.step_begin(self._handles(caches))
+
+    def step_end(self, caches: Sequence[Cache], stream: object = None) -> None:
+        """After the step: what was freed or closed meanwhile is given back. LogicError without `step_begin`."""
+        released = self._core.step_end(self._handles(caches))
+        for cache, gone in zip(caches, released, strict=True):
+            if gone:
+                self._forget(cache)
+
+    def stats(self) -> Stats:
+        """Counters since construction and the books of every pool. Disturbs nobody."""
+        counters, books = self._core.stats()
+        pools = {
+            pool.name: {"device": TierStats(*book)} for pool, book in zip(self.config.pools, books, strict=True)
+        }
+        return Stats(**counters, offloaded=0, onboarded=0, pools=pools)
+
+    def check(self) -> None:
+        """Recompute all books; `InvariantError` names the equation that broke, or the written null page."""
+        self._core.check()
+        for name, pages in self._pages.items():
+            if pages[0].any():
+                raise InvariantError(f"pool {name!r}: the null page (slot 0) was written")
+
+    def close(self) -> None:
+        """Close all caches. Twice is a no-op; other calls raise `LogicError` afterwards."""
+        if self._closed:
+            return
+        for cache in list(self._caches.values()):
+            cache.close()
+        self._closed = True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _as_pages(buffer: Any, pool: str, shape: tuple[int, int]) -> ByteArray:
+    """The engine's memory as (num_slots + 1, page_bytes) bytes, without a copy."""
+    try:
+        array = buffer if isinstance(buffer, np.ndarray) else np.from_dlpack(buffer)
+    except (AttributeError, TypeError, RuntimeError, BufferError) as error:
+        raise ConfigError(f"buffers[{pool!r}]: not an array in CPU memory: {error}") from None
+    if not array.flags.c_contiguous or not array.flags.writeable:
+        raise ConfigError(f"buffers[{pool!r}]: must be writable and C-contiguous")
+    if array.nbytes != shape[0] * shape[1]:
+        raise ConfigError(
+            f"buffers[{pool!r}]: {array.nbytes} bytes, but {shape[0]} pages (num_slots + 1) of "
+            f"{shape[1]} bytes need {shape[0] * shape[1]}"
+        )
+    pages: ByteArray = array.reshape(-1).view(np.uint8).reshape(shape)
+    return pages

@@ -1,0 +1,277 @@
+//! Random operations on the core: the books balance after each, and no block is ever taken for another.
+//!
+//! The comparison with the reference model runs from Python (tests/test_model_random.py); here the
+//! content of every page is tracked, under both policies and with every hash forced to collide.
+
+use kvpool_core::types::{CacheState, CoreConfig, PolicyKind, PoolSpec, RangeSpec, RetentionSpec};
+use kvpool_core::{CacheId, Core};
+use proptest::prelude::*;
+use std::collections::HashMap;
+
+const SCOPES: [&[u8]; 2] = [b"a", b"b"];
+
+#[derive(Debug, Clone)]
+enum Op {
+    Create {
+        scope: usize,
+        tokens: Vec<i32>,
+        priority: Option<u8>,
+    },
+    Resume(usize),
+    Suspend(usize),
+    Grow {
+        cache: usize,
+        by: u64,
+        ahead: u64,
+    },
+    Commit {
+        cache: usize,
+        tokens: Vec<i32>,
+    },
+    Close(usize),
+    Evict(u64),
+    Clear,
+    Epoch,
+    Step(usize),
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    let tokens = || prop::collection::vec(0..3i32, 0..14);
+    prop_oneof![
+        4 => (0..2usize, tokens(), prop::option::of(0..100u8)).prop_map(|(scope, tokens, priority)| Op::Create { scope, tokens, priority }),
+        4 => any::<usize>().prop_map(Op::Resume),
+        1 => any::<usize>().prop_map(Op::Suspend),
+        6 => (any::<usize>(), 0..9u64, 0..4u64).prop_map(|(cache, by, ahead)| Op::Grow { cache, by, ahead }),
+        6 => (any::<usize>(), tokens()).prop_map(|(cache, tokens)| Op::Commit { cache, tokens }),
+        3 => any::<usize>().prop_map(Op::Close),
+        1 => (0..3u64).prop_map(Op::Evict),
+        1 => Just(Op::Clear),
+        1 => Just(Op::Epoch),
+        2 => any::<usize>().prop_map(Op::Step),
+    ]
+}
+
+struct Open {
+    id: CacheId,
+    scope: (usize, u64),
+    prompt: Vec<i32>,
+    committed: Vec<i32>,
+    in_flight: bool,
+}
+
+/// What a page holds: scope, epoch and all tokens up to the end of its block.
+type Content = (usize, u64, Vec<i32>);
+
+fn run(pools: Vec<PoolSpec>, policy: PolicyKind, collide: bool, max_blocks: u32, ops: Vec<Op>) {
+    let t = 2u64;
+    let config = CoreConfig {
+        tokens_per_block: t as u32,
+        pools: pools.clone(),
+        max_blocks,
+        max_seq_len: Some(24),
+        partial_reuse: true,
+        hash_seed: 7,
+        policy,
+        collide,
+    };
+    let mut core = Core::new(config).unwrap();
+    let mut open: Vec<Open> = Vec::new();
+    let mut content: HashMap<(usize, u32), Content> = HashMap::new();
+    let mut epoch = 0;
+    for op in ops {
+        match op {
+            Op::Create {
+                scope,
+                tokens,
+                priority,
+            } => {
+                let retention = priority.map(|priority| RetentionSpec {
+                    ranges: vec![RangeSpec {
+                        start: 0,
+                        end: 4,
+                        priority,
+                    }],
+                    decode_priority: 50,
+                });
+                let probed = core.probe(&tokens, SCOPES[scope], None).unwrap();
+                let (id, reused) = core.create(&tokens, SCOPES[scope], None, retention).unwrap();
+                assert_eq!(probed, reused, "probe differs from create");
+                assert!(reused <= (tokens.len() as u64).saturating_sub(1));
+                let committed = tokens[..reused as usize].to_vec();
+                open.push(Open {
+                    id,
+                    scope: (scope, epoch),
+                    prompt: tokens,
+                    committed,
+                    in_flight: false,
+                });
+            }
+            Op::Resume(i) if !open.is_empty() => {
+                let at = i % open.len();
+                let cache = &mut open[at];
+                let mut copies = Vec::new();
+                assert!(core.resume(cache.id, &mut copies).unwrap());
+                for copy in &copies {
+                    let from = content[&(copy.pool as usize, copy.src)].clone();
+                    content.insert((copy.pool as usize, copy.dst), from);
+                }
+                core.copies_done(cache.id);
+                let reused = core.info(cache.id).unwrap().committed as usize;
+                cache.committed.truncate(reused);
+                for (pool, spec) in pools.iter().enumerate() {
+                    let (s, e) = spec.stale(core.info(cache.id).unwrap().history, t);
+                    let table = core.table(cache.id, pool).unwrap();
+                    for (i, &slot) in table.iter().enumerate() {
+                        let end = ((i as u64 + 1) * t).min(cache.committed.len() as u64) as usize;
+                        if i as u64 * t >= end as u64 {
+                            continue;
+                        }
+                        assert_eq!(
+                            slot == 0,
+                            i >= s && i < e,
+                            "stale entries and only they are empty"
+                        );
+                        if slot != 0 {
+                            let (scope, epoch, tokens) = &content[&(pool, slot)];
+                            assert_eq!((*scope, *epoch), cache.scope, "a page of another scope");
+                            assert_eq!(tokens[..end], cache.committed[..end], "a page of other tokens");
+                        }
+                    }
+                }
+            }
+            Op::Suspend(i) if !open.is_empty() => {
+                let at = i % open.len();
+                core.suspend(open[at].id).unwrap();
+            }
+            Op::Grow { cache, by, ahead } if !open.is_empty() => {
+                let id = open[cache % open.len()].id;
+                let info = core.info(id).unwrap();
+                let capacity = (info.capacity + by).min(24);
+                let history = (info.history + ahead).min(capacity);
+                let before = (core.books(), info.capacity);
+                match core.resize(id, capacity, Some(history)) {
+                    Ok(true) => assert_eq!(core.info(id).unwrap().capacity, capacity),
+                    Ok(false) => assert_eq!((core.books(), core.info(id).unwrap().capacity), before),
+                    Err(_) => assert_ne!(info.state, CacheState::Active),
+                }
+            }
+            Op::Commit { cache, tokens } if !open.is_empty() => {
+                let at = cache % open.len();
+                let cache = &mut open[at];
+                let info = core.info(cache.id).unwrap();
+                let room = (info.capacity - info.committed) as usize;
+                let mut tokens = tokens;
+                tokens.truncate(room);
+                for (i, token) in tokens.iter_mut().enumerate() {
+                    if let Some(&given) = cache.prompt.get(cache.committed.len() + i) {
+                        *token = given;
+                    }
+                }
+                if info.state != CacheState::Active {
+                    assert!(core.commit(cache.id, &tokens).is_err());
+                    continue;
+                }
+                // "Compute": the pages of the blocks these tokens fall into hold the prefix.
+                let from = cache.committed.len() as u64 / t;
+                cache.committed.extend(&tokens);
+                for pool in 0..pools.len() {
+                    for (i, &slot) in core
+                        .table(cache.id, pool)
+                        .unwrap()
+                        .iter()
+                        .enumerate()
+                        .skip(from as usize)
+                    {
+                        let end = ((i + 1) * t as usize).min(cache.committed.len());
+                        if slot != 0 && i * (t as usize) < end {
+                            let (scope, epoch) = cache.scope;
+                            content.insert((pool, slot), (scope, epoch, cache.committed[..end].to_vec()));
+                        }
+                    }
+                }
+                core.commit(cache.id, &tokens).unwrap();
+            }
+            Op::Close(i) if !open.is_empty() => {
+                let at = i % open.len();
+                let cache = open.swap_remove(at);
+                let over = core.close(cache.id).unwrap();
+                assert_eq!(over, !cache.in_flight);
+                if cache.in_flight {
+                    assert_eq!(core.step_end(&[cache.id]).unwrap(), [true]);
+                }
+            }
+            Op::Evict(n) => assert!(core.evict(n) <= n),
+            Op::Clear => {
+                core.clear();
+                assert!(
+                    core.books().iter().all(|books| books.cached == 0),
+                    "clear left cached pages"
+                );
+            }
+            Op::Epoch => {
+                epoch += 1;
+                core.set_epoch(epoch).unwrap();
+            }
+            Op::Step(i) if !open.is_empty() => {
+                let at = i % open.len();
+                let cache = &mut open[at];
+                if cache.in_flight {
+                    core.step_end(&[cache.id]).unwrap();
+                    cache.in_flight = false;
+                } else {
+                    cache.in_flight = core.step_begin(&[cache.id]).is_ok();
+                }
+            }
+            _ => {}
+        }
+        core.check().unwrap();
+    }
+    for cache in open {
+        core.close(cache.id).unwrap();
+        if cache.in_flight {
+            core.step_end(&[cache.id]).unwrap();
+        }
+    }
+    core.clear();
+    core.check().unwrap();
+    for books in core.books() {
+        assert_eq!(books.free, books.slots, "a page was lost");
+    }
+}
+
+fn pool(name: &str, num_slots: u32, window: Option<u64>, sink_tokens: u64) -> PoolSpec {
+    PoolSpec {
+        name: name.into(),
+        num_slots,
+        window,
+        sink_tokens,
+    }
+}
+
+fn pools() -> impl Strategy<Value = Vec<PoolSpec>> {
+    prop_oneof![
+        (2..12u32).prop_map(|n| vec![pool("full", n, None, 0)]),
+        (2..12u32, 2..9u32, 1..7u64)
+            .prop_map(|(n, m, w)| vec![pool("full", n, None, 0), pool("window", m, Some(w), 0)]),
+        (2..12u32, 2..9u32, 1..7u64, 1..4u64)
+            .prop_map(|(n, m, w, s)| vec![pool("sinks", m, Some(w), s), pool("full", n, None, 0)]),
+        (2..9u32, 2..9u32, 1..7u64)
+            .prop_map(|(n, m, w)| vec![pool("near", n, Some(w), 0), pool("far", m, Some(w + 4), 3)]),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 600, max_shrink_iters: 20_000, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn books_balance_and_no_wrong_page(
+        pools in pools(),
+        slru in any::<bool>(),
+        collide in any::<bool>(),
+        max_blocks in 2..14u32,
+        ops in prop::collection::vec(op(), 1..120),
+    ) {
+        let policy = if slru { PolicyKind::Slru } else { PolicyKind::Lru };
+        run(pools, policy, collide, max_blocks, ops);
+    }
+}

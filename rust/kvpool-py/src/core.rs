@@ -1,0 +1,356 @@
+//! The `Core` class: converts arguments, takes the lock, calls, converts the result.
+
+use kvpool_core::types::{CoreConfig, PageCopy, PolicyKind, PoolSpec, RangeSpec, RetentionSpec};
+use kvpool_core::{CacheId, CoreError};
+use pyo3::buffer::PyBuffer;
+use pyo3::exceptions::{PyRuntimeError, PyValueError};
+use pyo3::prelude::*;
+use pyo3::types::{PyByteArray, PyDict};
+use std::sync::{Mutex, MutexGuard};
+
+fn raise(py: Python<'_>, error: CoreError) -> PyErr {
+    let (class, message) = match error {
+        CoreError::Value(message) => return PyValueError::new_err(message),
+        CoreError::State(message) => ("LogicError", message),
+        CoreError::Invariant(message) => ("InvariantError", message),
+    };
+    match py
+        .import("kvpool.errors")
+        .and_then(|errors| errors.getattr(class))
+    {
+        Ok(class) => match class.call1((message,)) {
+            Ok(error) => PyErr::from_value(error),
+            Err(error) => error,
+        },
+        Err(error) => error,
+    }
+}
+
+fn int32s(py: Python<'_>, tokens: &PyBuffer<i32>) -> PyResult<Vec<i32>> {
+    if tokens.dimensions() != 1 {
+        return Err(PyValueError::new_err("tokens must be one-dimensional"));
+    }
+    let tokens = tokens.to_vec(py)?;
+    match tokens.iter().position(|&token| token < 0) {
+        None => Ok(tokens),
+        Some(at) => Err(PyValueError::new_err(format!(
+            "tokens: {} at position {at} is not in 0..2**31-1",
+            tokens[at]
+        ))),
+    }
+}
+
+fn bytes_of(values: &[i32]) -> Vec<u8> {
+    values.iter().flat_map(|value| value.to_ne_bytes()).collect()
+}
+
+type Copies = Vec<(u32, u32, u32)>;
+type Ranges = (Vec<(u64, Option<u64>, u8)>, u8);
+
+/// Tree, pools, caches and their books. Caches are named by integers.
+#[pyclass(frozen, module = "kvpool._core")]
+pub struct Core(Mutex<kvpool_core::Core>);
+
+impl Core {
+    fn lock(&self) -> PyResult<MutexGuard<'_, kvpool_core::Core>> {
+        self.0.lock().map_err(|_| {
+            PyRuntimeError::new_err("the core panicked in an earlier call; its books cannot be trusted")
+        })
+    }
+
+    fn call<T>(
+        &self,
+        py: Python<'_>,
+        f: impl FnOnce(&mut kvpool_core::Core) -> kvpool_core::Result<T>,
+    ) -> PyResult<T> {
+        let result = f(&mut *self.lock()?);
+        result.map_err(|error| raise(py, error))
+    }
+}
+
+#[pymethods]
+impl Core {
+    /// Pools: (name, num_slots, window or None, sink_tokens).
+    #[new]
+    #[pyo3(signature = (*, tokens_per_block, pools, max_blocks, max_seq_len=None, partial_reuse=true, hash_seed=0, policy="lru", collide=false))]
+    #[allow(clippy::too_many_arguments)]
+    fn new(
+        py: Python<'_>,
+        tokens_per_block: u32,
+        pools: Vec<(String, u32, Option<u64>, u64)>,
+        max_blocks: u32,
+        max_seq_len: Option<u64>,
+        partial_reuse: bool,
+        hash_seed: u64,
+        policy: &str,
+        collide: bool,
+    ) -> PyResult<Self> {
+        let policy = match policy {
+            "lru" => PolicyKind::Lru,
+            "slru" => PolicyKind::Slru,
+            other => {
+                return Err(PyValueError::new_err(format!(
+                    "policy: {other:?} is none of 'lru', 'slru'"
+                )))
+            }
+        };
+        let pools = pools
+            .into_iter()
+            .map(|(name, num_slots, window, sink_tokens)| PoolSpec {
+                name,
+                num_slots,
+                window,
+                sink_tokens,
+            })
+            .collect();
+        let config = CoreConfig {
+            tokens_per_block,
+            pools,
+            max_blocks,
+            max_seq_len,
+            partial_reuse,
+            hash_seed,
+            policy,
+            collide,
+        };
+        let core = kvpool_core::Core::new(config).map_err(|error| raise(py, error))?;
+        Ok(Self(Mutex::new(core)))
+    }
+
+    /// -> (cache, tokens reused)
+    #[pyo3(signature = (tokens, scope, epoch=None, retention=None))]
+    fn create(
+        &self,
+        py: Python<'_>,
+        tokens: PyBuffer<i32>,
+        scope: &[u8],
+        epoch: Option<u64>,
+        retention: Option<Ranges>,
+    ) -> PyResult<(u64, u64)> {
+        let tokens = int32s(py, &tokens)?;
+        let retention = retention.map(|(ranges, decode_priority)| RetentionSpec {
+            ranges: ranges
+                .into_iter()
+                .map(|(start, end, priority)| RangeSpec {
+                    start,
+                    end: end.unwrap_or(u64::MAX),
+                    priority,
+                })
+                .collect(),
+            decode_priority,
+        });
+        let (id, reused) = self.call(py, |core| core.create(&tokens, scope, epoch, retention))?;
+        Ok((id.to_u64(), reused))
+    }
+
+    /// Tokens that `create` would reuse now.
+    #[pyo3(signature = (tokens, scope, epoch=None))]
+    fn probe(
+        &self,
+        py: Python<'_>,
+        tokens: PyBuffer<i32>,
+        scope: &[u8],
+        epoch: Option<u64>,
+    ) -> PyResult<u64> {
+        let tokens = int32s(py, &tokens)?;
+        self.call(py, |core| core.probe(&tokens, scope, epoch))
+    }
+
+    /// -> (resumed, [(pool, source slot, destination slot)]); report the copies by `copies_done`.
+    fn resume(&self, py: Python<'_>, cache: u64) -> PyResult<(bool, Copies)> {
+        let mut copies: Vec<PageCopy> = Vec::new();
+        let resumed = self.call(py, |core| core.resume(CacheId::from_u64(cache), &mut copies))?;
+        Ok((resumed, copies.iter().map(|c| (c.pool, c.src, c.dst)).collect()))
+    }
+
+    /// The copies of the last `resume` are made.
+    fn copies_done(&self, py: Python<'_>, cache: u64) -> PyResult<()> {
+        self.call(py, |core| {
+            core.copies_done(CacheId::from_u64(cache));
+            Ok(())
+        })
+    }
+
+    fn suspend(&self, py: Python<'_>, cache: u64) -> PyResult<()> {
+        self.call(py, |core| core.suspend(CacheId::from_u64(cache)))
+    }
+
+    #[pyo3(signature = (cache, capacity, history_length=None))]
+    fn resize(
+        &self,
+        py: Python<'_>,
+        cache: u64,
+        capacity: u64,
+        history_length: Option<u64>,
+    ) -> PyResult<bool> {
+        self.call(py, |core| {
+            core.resize(CacheId::from_u64(cache), capacity, history_length)
+        })
+    }
+
+    /// -> whether a block table entry changed
+    fn commit(&self, py: Python<'_>, cache: u64, tokens: PyBuffer<i32>) -> PyResult<bool> {
+        let tokens = int32s(py, &tokens)?;
+        self.call(py, |core| core.commit(CacheId::from_u64(cache), &tokens))
+    }
+
+    /// -> whether its id is free again (not so while a step is in flight)
+    fn close(&self, py: Python<'_>, cache: u64) -> PyResult<bool> {
+        self.call(py, |core| core.close(CacheId::from_u64(cache)))
+    }
+
+    /// -> (state, reused, capacity, history_length, committed)
+    fn info(&self, py: Python<'_>, cache: u64) -> PyResult<(&'static str, u64, u64, u64, u64)> {
+        let info = self.call(py, |core| core.info(CacheId::from_u64(cache)))?;
+        Ok((
+            info.state.name(),
+            info.reused,
+            info.capacity,
+            info.history,
+            info.committed,
+        ))
+    }
+
+    /// Entries that the widest table of these caches has.
+    fn widest(&self, py: Python<'_>, caches: Vec<u64>, pool: usize) -> PyResult<usize> {
+        self.call(py, |core| {
+            let mut widest = 0;
+            for &cache in &caches {
+                widest = widest.max(core.table(CacheId::from_u64(cache), pool)?.len());
+            }
+            Ok(widest)
+        })
+    }
+
+    /// Writes one row of slots per cache into `out` (C-contiguous, two-dimensional); the rest is `fill`.
+    fn block_tables(
+        &self,
+        py: Python<'_>,
+        caches: Vec<u64>,
+        pool: usize,
+        out: PyBuffer<i32>,
+        fill: i32,
+    ) -> PyResult<()> {
+        let columns = match out.shape() {
+            [rows, columns] if *rows >= caches.len() => *columns,
+            shape => {
+                return Err(PyValueError::new_err(format!(
+                    "out: shape {shape:?} has no room for {} rows",
+                    caches.len()
+                )))
+            }
+        };
+        if out.readonly() || !out.is_c_contiguous() {
+            return Err(PyValueError::new_err(
+                "out must be a writable C-contiguous int32 array",
+            ));
+        }
+        let mut cells = vec![fill; out.item_count()];
+        self.call(py, |core| {
+            for (&cache, row) in caches.iter().zip(cells.chunks_mut(columns.max(1))) {
+                let table = core.table(CacheId::from_u64(cache), pool)?;
+                if table.len() > columns {
+                    return Err(CoreError::Value(format!(
+                        "out: {columns} columns are narrower than a table of {} entries",
+                        table.len()
+                    )));
+                }
+                for (cell, &slot) in row.iter_mut().zip(table) {
+                    if slot != 0 {
+                        *cell = slot as i32;
+                    }
+                }
+            }
+            Ok(())
+        })?;
+        out.copy_from_slice(py, &cells)
+    }
+
+    /// -> (indptr, indices, last_page_len) as int32 in native byte order
+    fn block_tables_csr<'py>(
+        &self,
+        py: Python<'py>,
+        caches: Vec<u64>,
+        pool: usize,
+        tokens_per_block: u64,
+    ) -> PyResult<(
+        Bound<'py, PyByteArray>,
+        Bound<'py, PyByteArray>,
+        Bound<'py, PyByteArray>,
+    )> {
+        let (indptr, indices, last) = self.call(py, |core| {
+            let (mut indptr, mut indices, mut last) = (vec![0i32], Vec::new(), Vec::new());
+            for &cache in &caches {
+                let id = CacheId::from_u64(cache);
+                indices.extend(core.table(id, pool)?.iter().map(|&slot| slot as i32));
+                indptr.push(indices.len() as i32);
+                let capacity = core.info(id)?.capacity;
+                last.push(if capacity == 0 {
+                    0
+                } else {
+                    ((capacity - 1) % tokens_per_block + 1) as i32
+                });
+            }
+            Ok((indptr, indices, last))
+        })?;
+        let array = |values: &[i32]| PyByteArray::new(py, &bytes_of(values));
+        Ok((array(&indptr), array(&indices), array(&last)))
+    }
+
+    fn step_begin(&self, py: Python<'_>, caches: Vec<u64>) -> PyResult<()> {
+        let ids: Vec<CacheId> = caches.into_iter().map(CacheId::from_u64).collect();
+        self.call(py, |core| core.step_begin(&ids))
+    }
+
+    /// -> per cache: whether it was closed meanwhile and is released now
+    fn step_end(&self, py: Python<'_>, caches: Vec<u64>) -> PyResult<Vec<bool>> {
+        let ids: Vec<CacheId> = caches.into_iter().map(CacheId::from_u64).collect();
+        self.call(py, |core| core.step_end(&ids))
+    }
+
+    /// -> leaves that left the device
+    fn evict(&self, py: Python<'_>, num_blocks: u64) -> PyResult<u64> {
+        self.call(py, |core| Ok(core.evict(num_blocks)))
+    }
+
+    fn clear(&self, py: Python<'_>) -> PyResult<()> {
+        self.call(py, |core| {
+            core.clear();
+            Ok(())
+        })
+    }
+
+    fn set_epoch(&self, py: Python<'_>, epoch: u64) -> PyResult<()> {
+        self.call(py, |core| core.set_epoch(epoch))
+    }
+
+    fn available_tokens(&self, py: Python<'_>) -> PyResult<u64> {
+        self.call(py, |core| Ok(core.available_tokens()))
+    }
+
+    fn check(&self, py: Python<'_>) -> PyResult<()> {
+        self.call(py, |core| core.check())
+    }
+
+    /// -> ({counter: value}, [(slots, free, active, held, cached, fenced, peak) per pool])
+    #[allow(clippy::type_complexity)]
+    fn stats<'py>(
+        &self,
+        py: Python<'py>,
+    ) -> PyResult<(Bound<'py, PyDict>, Vec<(u32, u32, u32, u32, u32, u32, u32)>)> {
+        let (counters, books) = self.call(py, |core| Ok((core.counters(), core.books())))?;
+        let dict = PyDict::new(py);
+        dict.set_item("requests", counters.requests)?;
+        dict.set_item("prompt_tokens", counters.prompt_tokens)?;
+        dict.set_item("reused_tokens", counters.reused_tokens)?;
+        dict.set_item("prompt_blocks", counters.prompt_blocks)?;
+        dict.set_item("reused_blocks", counters.reused_blocks)?;
+        dict.set_item("evicted", counters.evicted)?;
+        dict.set_item("dropped", counters.dropped)?;
+        let books = books
+            .iter()
+            .map(|b| (b.slots, b.free, b.active, b.held, b.cached, b.fenced, b.peak))
+            .collect();
+        Ok((dict, books))
+    }
+}
