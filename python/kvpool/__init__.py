@@ -17,18 +17,18 @@ from kvpool.errors import (
     RequestTooLargeError,
     StalledError,
 )
-from kvpool.manager import Cache, CacheState, KVCacheManager, Stats, TierStats
+from kvpool.manager import CacheState, KVCache, KVCacheManager, Stats
 from kvpool.sizing import PoolPlan, peak_slots, plan_pools, slots_for
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BatchDesc",
-    "Cache",
     "CacheConfig",
     "CacheState",
     "ConfigError",
     "InvariantError",
+    "KVCache",
     "KVCacheDesc",
     "KVCacheManager",
     "KVPoolError",
@@ -38,9 +38,8 @@ __all__ = [
     "RequestTooLargeError",
     "Retention",
     "Scope",
-    "Stats",
     "StalledError",
-    "TierStats",
+    "Stats",
     "TokenRange",
     "peak_slots",
     "plan_pools",

@@ -7,10 +7,9 @@ Every call raises `LogicError` for a cache that is CLOSED and `ValueError` for a
 from collections.abc import Sequence
 from typing import Any, final
 
-
-
 def kernel_names() -> list[str]: ...
 def kernel_source(name: str) -> str: ...
+
 @final
 class Core:
     def __new__(

@@ -30,6 +30,7 @@ ByteArray = npt.NDArray[np.uint8]
 Tokens = Sequence[int] | Int32Array
 
 _TOKEN_END = 2**31
+_BOOKS = ("slots", "free", "active", "held", "cached", "fenced", "peak")
 
 
 class CacheState(StrEnum):
@@ -42,25 +43,12 @@ class CacheState(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class TierStats:
-    """Slots of one pool on one tier: `free + active + held + cached + fenced == slots`."""
-
-    slots: int
-    free: int
-    active: int
-    held: int
-    cached: int
-    fenced: int
-    peak: int
-
-    def __getitem__(self, name: str) -> int:
-        value: int = getattr(self, name)
-        return value
-
-
-@dataclass(frozen=True, slots=True)
 class Stats:
-    """Counters since construction (tokens, blocks, pages) and the books of every pool and tier."""
+    """Counters since construction (tokens, blocks, pages) and the books of every pool and tier.
+
+    pools: {name: {tier: {slots, free, active, held, cached, fenced, peak}}}, in slots, with
+    `free + active + held + cached + fenced == slots`.
+    """
 
     requests: int
     prompt_tokens: int
@@ -71,7 +59,7 @@ class Stats:
     dropped: int
     offloaded: int
     onboarded: int
-    pools: dict[str, dict[str, TierStats]]
+    pools: dict[str, dict[str, dict[str, int]]]
 
     @property
     def hit_rate_tokens(self) -> float:
@@ -148,8 +136,8 @@ def _retention(retention: Retention | None) -> tuple[list[tuple[int, int | None,
     return [(r.start, r.end, r.priority) for r in retention.ranges], retention.decode_priority
 
 
-class Cache:
-    """Cache of one request; made by `KVCacheManager.create`. A context manager that closes.
+class KVCache:
+    """KVCache of one request; made by `KVCacheManager.create`. A context manager that closes.
 
     Two threads must not call the same cache at once. Raises `LogicError` where the state forbids a
     call, ValueError for arguments out of range; both leave everything as it was.
@@ -295,7 +283,7 @@ class KVCacheManager:
             hash_seed=secrets.randbits(64) if config.hash_seed is None else config.hash_seed,
             policy=policy,
         )
-        self._caches: dict[int | str, Cache] = {}
+        self._caches: dict[int | str, KVCache] = {}
         self._closed = False
 
     @staticmethod
@@ -352,7 +340,7 @@ class KVCacheManager:
         *,
         scope: Scope | None = None,
         retention: Retention | None = None,
-    ) -> Cache:
+    ) -> KVCache:
         """Claim the longest cached prefix of `tokens`; SUSPENDED, takes no slot.
 
         LogicError: the id has a cache. ValueError: more than max_seq_len tokens, tokens out of range.
@@ -364,24 +352,24 @@ class KVCacheManager:
             raise LogicError(f"request_id: {request_id!r} has a cache already; close it first")
         key, epoch = _scope(scope)
         handle, _ = self._core.create(_tokens(tokens), key, epoch, _retention(retention))
-        cache = Cache(self, request_id, handle)
+        cache = KVCache(self, request_id, handle)
         if self._caches.setdefault(request_id, cache) is not cache:  # another thread was faster
             self._core.close(handle)
             raise LogicError(f"request_id: {request_id!r} has a cache already; close it first")
         return cache
 
-    def cache(self, request_id: int | str) -> Cache:
+    def cache(self, request_id: int | str) -> KVCache:
         """The open cache of a request; KeyError if there is none."""
         cache = self._caches[request_id]
         if cache._state is CacheState.CLOSED:
             raise KeyError(request_id)
         return cache
 
-    def _close(self, cache: Cache) -> None:
+    def _close(self, cache: KVCache) -> None:
         if self._core.close(cache._handle):
             self._forget(cache)
 
-    def _forget(self, cache: Cache) -> None:
+    def _forget(self, cache: KVCache) -> None:
         if self._caches.get(cache.request_id) is cache:
             del self._caches[cache.request_id]
 
@@ -422,16 +410,16 @@ class KVCacheManager:
             raise LogicError("pages: device=None keeps books only")
         return self._pages[pool]
 
-    def _handles(self, caches: Iterable[Cache]) -> list[int]:
+    def _handles(self, caches: Iterable[KVCache]) -> list[int]:
         handles = []
         for cache in caches:
-            if not isinstance(cache, Cache) or cache._manager is not self:
+            if not isinstance(cache, KVCache) or cache._manager is not self:
                 raise ValueError(f"caches: {cache!r} is not a cache of this manager")
             handles.append(cache._handle)
         return handles
 
     def block_tables(
-        self, caches: Sequence[Cache], pool: str, out: Int32Array | None = None, fill: int = 0
+        self, caches: Sequence[KVCache], pool: str, out: Int32Array | None = None, fill: int = 0
     ) -> Int32Array:
         """Slots of ACTIVE caches, one row each: int32, C-contiguous (n, widest); stale and spare entries `fill`.
 
@@ -453,7 +441,7 @@ class KVCacheManager:
             self._core.block_tables(handles, index, out, int(fill))
         return out
 
-    def block_tables_csr(self, caches: Sequence[Cache], pool: str) -> tuple[Int32Array, Int32Array, Int32Array]:
+    def block_tables_csr(self, caches: Sequence[KVCache], pool: str) -> tuple[Int32Array, Int32Array, Int32Array]:
         """FlashInfer's form, int32: indptr (n + 1), indices (entries; stale ones 0), last_page_len (n).
 
         last_page_len counts capacity: 1..tokens_per_block, 0 for a cache without capacity.
@@ -462,11 +450,11 @@ class KVCacheManager:
         indptr, indices, last_page_len = (np.frombuffer(part, np.int32) for part in raw)
         return indptr, indices, last_page_len
 
-    def step_begin(self, caches: Sequence[Cache], stream: object = None) -> None:
+    def step_begin(self, caches: Sequence[KVCache], stream: object = None) -> None:
         """Before the launch of a step over ACTIVE caches: their slots stay fenced until `step_end`."""
         self._core.step_begin(self._handles(caches))
 
-    def step_end(self, caches: Sequence[Cache], stream: object = None) -> None:
+    def step_end(self, caches: Sequence[KVCache], stream: object = None) -> None:
         """After the step: what was freed or closed meanwhile is given back. LogicError without `step_begin`."""
         released = self._core.step_end(self._handles(caches))
         for cache, gone in zip(caches, released, strict=True):
@@ -477,7 +465,8 @@ class KVCacheManager:
         """Counters since construction and the books of every pool. Disturbs nobody."""
         counters, books = self._core.stats()
         pools = {
-            pool.name: {"device": TierStats(*book)} for pool, book in zip(self.config.pools, books, strict=True)
+            pool.name: {"device": dict(zip(_BOOKS, book, strict=True))}
+            for pool, book in zip(self.config.pools, books, strict=True)
         }
         return Stats(**counters, offloaded=0, onboarded=0, pools=pools)
 
