@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+import kvpool
 from kvpool.cli import main
 
 KEYS = [
@@ -114,6 +115,7 @@ def test_generated_workload_needs_no_trace(capsys: pytest.CaptureFixture[str]) -
         (["TRACE", "--sequential", "--policy", "mru"], "--policy"),
         (["TRACE", "--sequential", "--device-blocks", "0"], "--device-blocks"),
         (["TRACE", "--sequential", "--device-blocks", "1e3"], "--device-blocks"),
+        (["TRACE", "--sequential", "--device-blocks", "2147483646"], "not enough memory"),
         (["TRACE", "--sequential", "--tokens-per-block", "-1"], "--tokens-per-block"),
         (["TRACE", "--sequential", "--limit", "0"], "--limit"),
         (["TRACE", "--sequential", "--wat"], "--wat"),
@@ -160,7 +162,7 @@ def test_wrong_byte_exits_1(trace: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
-    assert capsys.readouterr().out.startswith("kvpool, version ")
+    assert capsys.readouterr().out.startswith(f"kvpool, version {kvpool.__version__}")
     assert main(["replay", "--help"]) == 0
     out = capsys.readouterr().out
     for option in ("--format", "--tokens-per-block", "--device-blocks", "--host-blocks", "--policy"):

@@ -7,6 +7,8 @@ Every call raises `LogicError` for a cache that is CLOSED and `ValueError` for a
 from collections.abc import Sequence
 from typing import Any, final
 
+__all__ = ["Core", "kernel_names", "kernel_source"]
+
 def kernel_names() -> list[str]: ...
 def kernel_source(name: str) -> str: ...
 

@@ -8,7 +8,6 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
@@ -17,7 +16,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from kvpool import ConfigError
+from kvpool import ConfigError, __version__
 from kvpool.replay.generated import Workload, generate
 from kvpool.replay.report import Report, tables
 from kvpool.replay.sequential import PAGE_BYTES, Options, run_sequential
@@ -46,15 +45,8 @@ def run(argv: list[str], *, corrupt_after: int | None = None) -> int:
         return 2
 
 
-def _version() -> str:
-    try:
-        return version("kvpool")
-    except PackageNotFoundError:
-        return "unknown"
-
-
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(_version(), prog_name="kvpool")
+@click.version_option(__version__, prog_name="kvpool")
 def group() -> None:
     """KV-cache block manager for LLM inference engines."""
 
@@ -153,6 +145,7 @@ def replay(
     options = Options(tokens_per_block, device_blocks, policy, seed)
     requests = _requests(trace, trace_format, limit, options)
     _check_writable(json_path, trace)
+    _check_memory(options)
     progress = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -177,8 +170,7 @@ def replay(
         except ConfigError as error:
             raise click.UsageError(str(error)) from None
         except MemoryError:
-            need = device_blocks * (PAGE_BYTES + 4 * tokens_per_block)
-            raise click.UsageError(f"not enough memory: --device-blocks {device_blocks} needs {need:,} bytes") from None
+            raise _too_big(options) from None
     source = "generated workload" if trace is None else trace.name
     _print_result(report, f"{source}: {policy}, {device_blocks:,} blocks of {tokens_per_block} tokens", json_path)
     if report.wrong is not None:
@@ -240,6 +232,28 @@ def _check_writable(json_path: str | None, trace: Path | None) -> None:
             pass
     except OSError as error:
         raise click.UsageError(f"--json: cannot write {json_path}: {error.strerror}") from None
+
+
+def _check_memory(options: Options) -> None:
+    """Refuse what cannot fit this machine at all, before anything tries to allocate it."""
+    try:
+        physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return  # a platform that does not tell
+    if _bytes_needed(options) > physical:
+        raise _too_big(options)
+
+
+def _bytes_needed(options: Options) -> int:
+    """Bytes of pages and of the tree's tokens; the tree's nodes come on top."""
+    return options.device_blocks * (PAGE_BYTES + 4 * options.tokens_per_block)
+
+
+def _too_big(options: Options) -> click.UsageError:
+    return click.UsageError(
+        f"not enough memory: --device-blocks {options.device_blocks} of {options.tokens_per_block} tokens need "
+        f"{_bytes_needed(options):,} bytes"
+    )
 
 
 @contextmanager

@@ -90,12 +90,13 @@ def tables(report: Report) -> list[Table]:
     run.add_row("bytes checked", f"{report.bytes_checked:,}")
     run.add_row("seconds", f"{report.seconds:.1f}")
 
+    # One column per pool and tier: it stays readable with large counts and several pools.
+    columns = [(pool, tier, counts) for pool, tiers in report.pools.items() for tier, counts in tiers.items()]
     books = Table()
-    names = ("slots", "free", "active", "held", "cached", "fenced", "peak")
-    books.add_column("slots of pool, tier", no_wrap=True)
-    for name in names:
-        books.add_column(name, justify="right", no_wrap=True)
-    for pool, tiers in report.pools.items():
-        for tier, counts in tiers.items():
-            books.add_row(f"{pool}, {tier}", *(f"{counts[name]:,}" for name in names))
+    books.add_column("slots", no_wrap=True)
+    for pool, tier, _ in columns:
+        books.add_column(f"{pool}, {tier}", justify="right")
+    for name in ("slots", "free", "active", "held", "cached", "fenced", "peak"):
+        label = "in all" if name == "slots" else name
+        books.add_row(label, *(f"{counts[name]:,}" for _, _, counts in columns))
     return [run, books]

@@ -1,0 +1,35 @@
+# The one door. `make replay` runs the main job, `make test` the tests; both set up .venv by themselves.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: setup replay test lint bench clean
+
+$(BIN)/kvpool: pyproject.toml Cargo.toml $(shell find rust kernels -name '*.rs' -o -name '*.cu' -o -name Cargo.toml)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+setup: $(BIN)/kvpool
+
+replay: setup
+	$(BIN)/kvpool replay --sequential
+
+test: setup
+	cargo test --workspace --quiet
+	$(BIN)/python -m pytest
+
+lint: setup
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets -- -D warnings
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict python/kvpool
+	$(BIN)/python -m mypy.stubtest kvpool._core
+
+bench: setup
+	cargo bench --workspace
+	$(BIN)/python -m pytest bench --benchmark-only --benchmark-columns=min,median,ops
+
+clean:
+	rm -rf $(VENV) target dist

@@ -1,0 +1,456 @@
+"""Reference model of tree, pools, eviction and caches on the device tier: slow, by scanning, obviously correct.
+
+Nothing is counted incrementally and nothing is indexed: every question is answered by looking at all
+nodes and caches. A page is an object with an identity; which slot it lies in is nobody's business here.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+
+DEFAULT_PRIORITY = 35
+
+
+@dataclass(eq=False)
+class Page:
+    stale: bool = False
+    used: int = 0
+
+
+@dataclass(eq=False)
+class Node:
+    root: tuple[object, int]
+    parent: Node | None
+    tokens: tuple[int, ...]
+    seq: int
+    priority: int
+    depth: int
+    pages: list[Page | None]
+    used: int = 0
+
+    def path(self) -> list[Node]:
+        return ([] if self.parent is None else self.parent.path()) + [self]
+
+
+@dataclass(eq=False)
+class ModelCache:
+    root: tuple[object, int]
+    prompt: list[int]
+    ranges: list[tuple[int, int | None, int]] | None
+    decode_priority: int
+    reused: int
+    nodes: list[Node]
+    source: Node | None
+    table: list[list[Page | None]]
+    committed: list[int] = field(default_factory=list)
+    history: int = 0
+    capacity: int = 0
+    state: str = "SUSPENDED"
+    detached: bool = False
+    in_flight: int = 0
+    fenced: list[list[Page]] = field(default_factory=list)
+
+    def priority(self, first: int) -> int:
+        if self.ranges is None:
+            return DEFAULT_PRIORITY
+        if first >= len(self.prompt):
+            return self.decode_priority
+        for start, end, priority in self.ranges:
+            if start <= first and (end is None or first < end):
+                return priority
+        return DEFAULT_PRIORITY
+
+
+class Model:
+    """pools: (num_slots, window or None, sink_tokens) each."""
+
+    def __init__(
+        self,
+        t: int,
+        pools: list[tuple[int, int | None, int]],
+        max_blocks: int,
+        partial_reuse: bool,
+        max_seq_len: int | None,
+    ) -> None:
+        self.t, self.pools, self.max_blocks = t, pools, max_blocks
+        self.partial_reuse, self.max_seq_len = partial_reuse, max_seq_len
+        self.nodes: list[Node] = []
+        self.caches: list[ModelCache] = []  # open ones, and closed ones in flight
+        self.seq = itertools.count()
+        self.epoch = 0
+        self.stamp = 0
+        self.evicted = self.dropped = 0
+
+    # -- windows ------------------------------------------------------------------------------
+
+    def stale(self, pool: int, history: int) -> range:
+        _, window, sinks = self.pools[pool]
+        if window is None:
+            return range(0)
+        s = min(-(-history // self.t), -(-sinks // self.t))
+        return range(s, max(s, (history + 1 - window) // self.t))
+
+    # -- claims -------------------------------------------------------------------------------
+
+    def claimed(self, node: Node) -> bool:
+        return any(node in own.path() for c in self.caches for own in [*c.nodes[-1:], c.source] if own is not None)
+
+    def page_claims(self, pool: int, node: Node) -> int:
+        page = node.pages[pool]
+        holders = [c for c in self.caches if page is not None and page in c.table[pool][: len(c.nodes)]]
+        return len(holders) + sum(c.source is node for c in self.caches)
+
+    def children(self, node: Node | None, root: tuple[object, int]) -> list[Node]:
+        return [n for n in self.nodes if n.parent is node and n.root == root]
+
+    def is_full(self, pool: int) -> bool:
+        return self.pools[pool][1] is None
+
+    def evictable(self, pool: int) -> list[Node]:
+        """Nodes whose page in `pool` could be taken, now or after their descendants."""
+        if self.is_full(pool):
+            return [n for n in self.nodes if not self.claimed(n)]
+        return [n for n in self.nodes if n.pages[pool] is not None and not self.page_claims(pool, n)]
+
+    def taken(self, pool: int) -> int:
+        pages = {id(n.pages[pool]) for n in self.nodes if n.pages[pool] is not None}
+        for c in self.caches:
+            pages |= {id(p) for p in c.table[pool] if p is not None}
+            pages |= {id(p) for p in c.fenced[pool]}
+        return len(pages)
+
+    def free(self, pool: int) -> int:
+        return self.pools[pool][0] - self.taken(pool)
+
+    def available(self, pool: int) -> int:
+        return self.free(pool) + len(self.evictable(pool))
+
+    # -- eviction -----------------------------------------------------------------------------
+
+    def rank(self, node: Node) -> int:
+        return -1 if node.root[1] < self.epoch else node.priority
+
+    def leaf(self) -> Node | None:
+        leaves = [n for n in self.nodes if not self.children(n, n.root) and not self.claimed(n)]
+        return min(leaves, key=lambda n: (self.rank(n), n.used, -n.depth), default=None)
+
+    def page_key(self, pool: int, node: Node) -> tuple[int, bool, int, int]:
+        page = node.pages[pool]
+        assert page is not None
+        used = page.used if page.stale else max(page.used, node.used)
+        return self.rank(node), not page.stale, used, -node.depth
+
+    def remove(self, node: Node) -> None:
+        self.dropped += sum(p is not None for p in node.pages)
+        self.nodes.remove(node)
+        if node.parent is not None:
+            self.sweep(node.parent)
+
+    def sweep(self, node: Node) -> None:
+        if not any(node.pages) and not self.children(node, node.root) and not self.claimed(node):
+            self.remove(node)
+
+    def evict_leaf(self) -> bool:
+        node = self.leaf()
+        if node is None:
+            return False
+        self.evicted += sum(p is not None for p in node.pages)
+        self.remove(node)
+        return True
+
+    def evict_page(self, pool: int) -> None:
+        node = min(self.evictable(pool), key=lambda n: self.page_key(pool, n))
+        node.pages[pool] = None
+        self.evicted += 1
+        self.dropped += 1
+        self.sweep(node)
+
+    def take(self, pool: int) -> Page:
+        if self.free(pool) == 0:
+            if self.is_full(pool):
+                assert self.evict_leaf()
+            else:
+                self.evict_page(pool)
+        return Page()
+
+    def evict(self, n: int) -> int:
+        return sum(1 for _ in range(n) if self.evict_leaf())
+
+    def clear(self) -> None:
+        evicted = self.evicted
+        while self.evict_leaf():
+            pass
+        for pool in range(len(self.pools)):
+            while not self.is_full(pool) and self.evictable(pool):
+                self.evict_page(pool)
+        self.evicted = evicted
+
+    # -- matching -----------------------------------------------------------------------------
+
+    def valid(self, m: int, path: list[Node]) -> bool:
+        return all(
+            i in self.stale(pool, m) or path[i].pages[pool] is not None
+            for pool in range(len(self.pools))
+            for i in range(len(path))
+        )
+
+    def match(self, tokens: list[int], root: tuple[object, int]) -> tuple[int, list[Node], Node | None]:
+        if root[1] < self.epoch:
+            return 0, [], None
+        for m in range(max(0, len(tokens) - 1), 0, -1):
+            path: list[Node] = []
+            for i in range(m // self.t):
+                block = tuple(tokens[i * self.t : (i + 1) * self.t])
+                found = [n for n in self.children(path[-1] if path else None, root) if n.tokens == block]
+                if not found:
+                    break
+                path.append(found[0])
+            if len(path) < m // self.t:
+                continue
+            rest = tuple(tokens[len(path) * self.t : m])
+            if not rest:
+                if self.valid(m, path):
+                    return m, path, None
+            elif self.partial_reuse:
+                siblings = self.children(path[-1] if path else None, root)
+                sources = [n for n in siblings if n.tokens[: len(rest)] == rest and None not in n.pages]
+                if sources and self.valid(m, path):
+                    return m, path, min(sources, key=lambda n: n.seq)
+        return 0, [], None
+
+    def probe(self, tokens: list[int], scope: object, epoch: int | None) -> int:
+        return self.match(tokens, (scope, self.epoch if epoch is None else epoch))[0]
+
+    # -- release ------------------------------------------------------------------------------
+
+    def released(self, before: list[Node], stamp: int) -> None:
+        """Blocks that were claimed before and are not any more."""
+        for node in before:
+            if not self.claimed(node):
+                node.used = stamp
+
+    def claimed_nodes(self) -> list[Node]:
+        return [n for n in self.nodes if self.claimed(n)]
+
+    def tick(self) -> int:
+        self.stamp += 1
+        return self.stamp
+
+    def stamp_pages(self, pages: list[tuple[int, Node]], stamp: int) -> None:
+        """Live claims on these pages ended."""
+        for pool, node in pages:
+            page = node.pages[pool]
+            if page is not None and not page.stale and not self.page_claims(pool, node):
+                page.used = stamp
+
+    # -- life of a cache ----------------------------------------------------------------------
+
+    def create(
+        self,
+        tokens: list[int],
+        scope: object,
+        epoch: int | None,
+        ranges: list[tuple[int, int | None, int]] | None,
+        decode_priority: int,
+    ) -> ModelCache:
+        root = (scope, self.epoch if epoch is None else epoch)
+        m, path, source = self.match(tokens, root)
+        table: list[list[Page | None]] = []
+        for pool in range(len(self.pools)):
+            row = [None if i in self.stale(pool, m) else n.pages[pool] for i, n in enumerate(path)]
+            table.append(row)
+            for page in [*row, source.pages[pool] if source else None]:
+                if page is not None:
+                    page.stale = False
+        fenced: list[list[Page]] = [[] for _ in self.pools]
+        c = ModelCache(root, tokens, ranges, decode_priority, m, path, source, table, tokens[:m], m, m, fenced=fenced)
+        if ranges is not None:
+            for i, node in enumerate(path):
+                node.priority = max(node.priority, c.priority(i * self.t))
+        self.caches.append(c)
+        return c
+
+    def resume(self, c: ModelCache) -> None:
+        if c.state == "SUSPENDED" and c.source is not None:
+            source = c.source
+            stamp = self.tick() if all(self.available(p) for p in range(len(self.pools))) else 0
+            if stamp:
+                for pool in range(len(self.pools)):
+                    c.table[pool].append(self.take(pool))
+            else:
+                stamp = self.tick()
+                self.shorten(c, stamp)
+            before = self.claimed_nodes()
+            c.source = None
+            self.stamp_pages([(p, source) for p in range(len(self.pools))], stamp)
+            self.released(before, stamp)
+        c.state = "ACTIVE"
+
+    def shorten(self, c: ModelCache, stamp: int) -> None:
+        before, path = self.claimed_nodes(), c.nodes
+        keep = next(k for k in range(len(path), -1, -1) if k == 0 or self.valid(k * self.t, path[:k]))
+        m = keep * self.t
+        held = [(p, path[i]) for p in range(len(self.pools)) for i in range(len(path)) if c.table[p][i] is not None]
+        for pool in range(len(self.pools)):
+            row = [None if i in self.stale(pool, m) else path[i].pages[pool] for i in range(keep)]
+            for i, page in enumerate(row):
+                if page is not None and c.table[pool][i] is None:
+                    page.stale = False
+            c.table[pool] = row
+        c.nodes = path[:keep]
+        c.committed = c.committed[:m]
+        c.reused = c.history = c.capacity = m
+        self.stamp_pages(held, stamp)
+        self.released(before, stamp)
+
+    def give(self, c: ModelCache, pool: int, page: Page) -> None:
+        if c.in_flight:
+            c.fenced[pool].append(page)
+
+    def make_stale(self, c: ModelCache) -> bool:
+        gone = [
+            (p, i)
+            for p in range(len(self.pools))
+            for i in self.stale(p, c.history)
+            if i < len(c.table[p]) and c.table[p][i] is not None
+        ]
+        if any(i < len(c.nodes) for _, i in gone):
+            self.tick()
+        for pool, i in gone:
+            page = c.table[pool][i]
+            assert page is not None
+            c.table[pool][i] = None
+            if i < len(c.nodes):
+                page.stale, page.used = True, self.stamp
+            else:
+                self.give(c, pool, page)
+        return bool(gone)
+
+    def resize(self, c: ModelCache, capacity: int, history: int) -> bool:
+        blocks = -(-capacity // self.t)
+        for pool in range(len(self.pools)):
+            old = len(c.table[pool])
+            stale = self.stale(pool, history)
+            back = 0
+            for i in stale:
+                page = c.table[pool][i] if i < old else None
+                if page is not None:
+                    tree = i < len(c.nodes)
+                    back += self.page_claims(pool, c.nodes[i]) == 1 if tree else not c.in_flight
+            if sum(i not in stale for i in range(old, blocks)) > self.available(pool) + back:
+                return False
+        if history > c.history:
+            c.history = history
+            self.make_stale(c)
+        for pool in range(len(self.pools)):
+            while len(c.table[pool]) > blocks:
+                page = c.table[pool].pop()
+                if page is not None:
+                    self.give(c, pool, page)
+            for i in range(len(c.table[pool]), blocks):
+                c.table[pool].append(None)
+                if i not in self.stale(pool, history):
+                    c.table[pool][i] = self.take(pool)
+        c.capacity = capacity
+        return True
+
+    def commit(self, c: ModelCache, tokens: list[int]) -> bool:
+        changed = False
+        for token in tokens:
+            c.committed.append(token)
+            if len(c.committed) % self.t == 0:
+                changed |= self.commit_block(c)
+        if len(c.committed) > c.history:
+            c.history = len(c.committed)
+            changed |= self.make_stale(c)
+        return changed
+
+    def commit_block(self, c: ModelCache) -> bool:
+        if c.detached or c.root[1] < self.epoch:
+            c.detached = True
+            return False
+        i = len(c.nodes)
+        block = tuple(c.committed[-self.t :])
+        parent = c.nodes[-1] if c.nodes else None
+        priority = c.priority(i * self.t)
+        found = [n for n in self.children(parent, c.root) if n.tokens == block]
+        if found:
+            node = found[0]
+            if c.ranges is not None:
+                node.priority = max(node.priority, priority)
+        else:
+            if len(self.nodes) == self.max_blocks and not self.evict_leaf():
+                c.detached = True
+                return False
+            node = Node(c.root, parent, block, next(self.seq), priority, i, [None] * len(self.pools))
+            self.nodes.append(node)
+        changed = False
+        for pool in range(len(self.pools)):
+            own, theirs = c.table[pool][i], node.pages[pool]
+            if own is None:
+                continue
+            if theirs is None:
+                node.pages[pool] = own
+            else:
+                c.table[pool][i] = theirs
+                theirs.stale = False
+                self.give(c, pool, own)
+                changed = True
+        c.nodes.append(node)
+        return changed
+
+    def close(self, c: ModelCache) -> None:
+        c.state = "CLOSED"
+        if not c.in_flight:
+            self.release(c)
+
+    def release(self, c: ModelCache) -> None:
+        stamp, before = self.tick(), self.claimed_nodes()
+        pools = range(len(self.pools))
+        held = [(p, n) for p in pools for i, n in enumerate(c.nodes) if c.table[p][i] is not None]
+        if c.source is not None:
+            held += [(p, c.source) for p in pools]
+        self.caches.remove(c)
+        self.stamp_pages(held, stamp)
+        self.released(before, stamp)
+
+    def step_begin(self, c: ModelCache) -> None:
+        c.in_flight += 1
+
+    def step_end(self, c: ModelCache) -> None:
+        c.in_flight -= 1
+        if not c.in_flight:
+            for fenced in c.fenced:
+                fenced.clear()
+            if c.state == "CLOSED":
+                self.release(c)
+
+    def set_epoch(self, n: int) -> None:
+        self.epoch = n
+
+    # -- what can be seen ---------------------------------------------------------------------
+
+    def available_tokens(self) -> int:
+        tokens = self.t * min(self.available(p) for p in range(len(self.pools)))
+        return tokens if self.max_seq_len is None else min(tokens, self.max_seq_len)
+
+    def books(self, pool: int) -> dict[str, int]:
+        use: dict[int, str] = {}
+        for n in self.nodes:
+            if n.pages[pool] is not None:
+                use[id(n.pages[pool])] = "cached"
+        order = {"CLOSED": "fenced", "SUSPENDED": "held", "ACTIVE": "active"}
+        for state, word in order.items():
+            if word == "fenced":
+                use.update({id(p): word for c in self.caches for p in c.fenced[pool]})
+            for c in self.caches:
+                if c.state != state:
+                    continue
+                nodes = c.nodes if self.is_full(pool) else []
+                pages = [*c.table[pool], *(n.pages[pool] for n in nodes), c.source and c.source.pages[pool]]
+                use.update({id(p): word for p in pages if p is not None})
+        words = list(use.values())
+        slots = self.pools[pool][0]
+        counts = {word: words.count(word) for word in ("active", "held", "cached", "fenced")}
+        return {"slots": slots, "free": slots - len(words), **counts}
