@@ -56,6 +56,24 @@ struct Match {
     source: u32,
 }
 
+/// Asks for the largest tables before they are made: a failed `vec!` would end the process.
+fn check_memory(config: &CoreConfig) -> Result<()> {
+    let nodes = config.max_blocks as usize;
+    let slots: usize = config.pools.iter().map(|pool| pool.num_slots as usize).sum();
+    let per_node = std::mem::size_of::<crate::tree::Node>()
+        + config.pools.len() * std::mem::size_of::<crate::tree::Page>()
+        + (1 + config.pools.len()) * 2 * std::mem::size_of::<(Key, NodeRef)>()
+        + 4 * config.tokens_per_block as usize
+        + 32;
+    let bytes = nodes.saturating_mul(per_node).saturating_add(4 * slots);
+    Vec::<u8>::new().try_reserve_exact(bytes).map_err(|_| {
+        CoreError::Memory(format!(
+            "the tables of max_blocks = {nodes} nodes and {slots} slots need {bytes} bytes, which cannot be \
+             allocated: lower max_blocks or the number of slots"
+        ))
+    })
+}
+
 /// Tree, pools, caches and their books.
 #[derive(Debug)]
 pub struct Core {
@@ -85,6 +103,7 @@ impl Core {
                 "tokens_per_block, pools and max_blocks must not be empty".into(),
             ));
         }
+        check_memory(&config)?;
         let windowed: Vec<bool> = config.pools.iter().map(|p| p.window.is_some()).collect();
         let pools: Vec<SlotPool> = config.pools.iter().map(|p| SlotPool::new(p.num_slots)).collect();
         let tree = Tree::new(

@@ -9,6 +9,9 @@ pub enum CoreError {
     /// An argument out of its range.
     #[error("{0}")]
     Value(String),
+    /// Tables of this size cannot be allocated.
+    #[error("{0}")]
+    Memory(String),
     /// `check()` found an equation that does not hold.
     #[error("{0}")]
     Invariant(String),

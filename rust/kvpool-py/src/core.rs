@@ -3,7 +3,7 @@
 use kvpool_core::types::{CoreConfig, PageCopy, PolicyKind, PoolSpec, RangeSpec, RetentionSpec};
 use kvpool_core::{CacheId, CoreError};
 use pyo3::buffer::PyBuffer;
-use pyo3::exceptions::{PyRuntimeError, PyValueError};
+use pyo3::exceptions::{PyMemoryError, PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyByteArray, PyDict};
 use std::sync::{Mutex, MutexGuard};
@@ -11,6 +11,7 @@ use std::sync::{Mutex, MutexGuard};
 fn raise(py: Python<'_>, error: CoreError) -> PyErr {
     let (class, message) = match error {
         CoreError::Value(message) => return PyValueError::new_err(message),
+        CoreError::Memory(message) => return PyMemoryError::new_err(message),
         CoreError::State(message) => ("LogicError", message),
         CoreError::Invariant(message) => ("InvariantError", message),
     };

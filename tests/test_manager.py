@@ -1,0 +1,465 @@
+"""The manager's calls one by one: results, misuse, bad input, memory, threads, fork and exit."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvpool import (
+    CacheConfig,
+    ConfigError,
+    InvariantError,
+    KVCache,
+    KVCacheManager,
+    LogicError,
+    PoolConfig,
+    Retention,
+    Scope,
+    TokenRange,
+)
+
+T = 4
+
+
+def make(slots: int = 8, page_bytes: int = 8, device: str | None = "cpu", **options: Any) -> KVCacheManager:
+    pools = [PoolConfig("kv", page_bytes)]
+    return KVCacheManager(CacheConfig(T, pools, (slots + 1) * page_bytes, **options), device)
+
+
+def run(manager: KVCacheManager, request_id: int | str, tokens: list[int], **options: Any) -> int:
+    """One request from create to close; returns what it reused."""
+    with manager.create(request_id, tokens, **options) as cache:
+        assert cache.resume()
+        assert cache.resize(len(tokens))
+        cache.commit(tokens[cache.num_committed_tokens :])
+        return cache.num_reused_tokens
+
+
+@pytest.fixture
+def manager() -> Iterator[KVCacheManager]:
+    with make() as made:
+        yield made
+        made.check()
+
+
+def test_life_of_a_request(manager: KVCacheManager) -> None:
+    cache = manager.create("a", list(range(10)))
+    assert (cache.state, cache.capacity, cache.num_reused_tokens) == ("SUSPENDED", 0, 0)
+    assert manager.cache("a") is cache
+    assert manager.stats().pools["kv"]["device"]["free"] == 8
+    assert cache.resume()
+    assert cache.resume()
+    assert cache.state == "ACTIVE"
+    assert cache.resize(10, 3)
+    assert (cache.capacity, cache.history_length) == (10, 3)
+    assert cache.commit(list(range(10))) is False
+    assert (cache.history_length, cache.num_committed_tokens) == (10, 10)
+    assert sorted(cache.block_table("kv")) == [1, 2, 3]
+    cache.suspend()
+    cache.suspend()
+    assert manager.stats().pools["kv"]["device"]["held"] == 3
+    cache.close()
+    cache.close()
+    assert cache.state == "CLOSED"
+    books = manager.stats().pools["kv"]["device"]
+    assert (books["cached"], books["free"], books["peak"]) == (2, 6, 3)
+    with pytest.raises(KeyError):
+        manager.cache("a")
+    assert manager.probe(list(range(9))) == 8
+    assert manager.probe(list(range(8))) == 7  # the last prompt token is never reused
+
+
+def test_shrinking_frees_whole_blocks(manager: KVCacheManager) -> None:
+    cache = manager.create(1, [])
+    cache.resume()
+    assert cache.resize(16)
+    assert cache.resize(5)
+    assert manager.stats().pools["kv"]["device"]["free"] == 6
+
+
+def test_pressure_is_a_value_and_changes_nothing() -> None:
+    with make(slots=4) as manager:
+        run(manager, 1, list(range(12)))
+        cache = manager.create(2, [99])
+        cache.resume()
+        before = manager.stats()
+        assert cache.resize(17) is False
+        assert manager.stats() == before
+        assert cache.resize(16) is True
+
+
+def test_partial_match_copies_the_bytes_and_leaves_the_source(manager: KVCacheManager) -> None:
+    run(manager, 1, list(range(8)))
+    first = manager.create(2, [*range(8), 50])
+    first.resume()
+    pages = manager.pages("kv")
+    table = first.block_table("kv")
+    pages[table[0]], pages[table[1]] = 11, 22
+    first.close()
+    second = manager.create(3, [0, 1, 2, 3, 4, 5, 60, 61])
+    assert second.num_reused_tokens == 6
+    second.resume()
+    mine = second.block_table("kv")
+    assert mine[0] == table[0]
+    assert mine[1] != table[1]
+    assert (pages[mine[1]] == 22).all()
+    assert manager.probe([*range(8), 50]) == 8
+
+
+def test_equal_blocks_switch_to_the_page_of_the_tree(manager: KVCacheManager) -> None:
+    caches = [manager.create(i, list(range(4))) for i in range(2)]
+    for cache in caches:
+        cache.resume()
+        cache.resize(4)
+    assert caches[0].commit(list(range(4))) is False
+    assert caches[1].commit(list(range(4))) is True
+    assert caches[0].block_table("kv") == caches[1].block_table("kv")
+
+
+def test_scopes_separate_completely_and_types_count(manager: KVCacheManager) -> None:
+    scopes = [None, Scope(lora_id=1), Scope(lora_id="1"), Scope(salt=1), Scope(salt="1"), Scope(salt=b"1")]
+    for i, scope in enumerate(scopes):
+        assert run(manager, i, [7, 7, 7, 7, 7], scope=scope) == 0
+    for scope in scopes:
+        assert manager.probe([7, 7, 7, 7, 7], scope) == 4
+    assert manager.probe([7, 7, 7, 7, 7], Scope(lora_id=1, salt=1)) == 0
+
+
+def test_set_epoch_makes_old_content_unreachable_and_reclaims_it_first() -> None:
+    with make(slots=3) as manager:
+        run(manager, 1, list(range(4)), retention=Retention([TokenRange(0, None, 100)]))
+        manager.set_epoch(2)
+        assert manager.probe(list(range(5))) == 0
+        run(manager, 2, list(range(10, 14)), retention=Retention([TokenRange(0, None, 0)]))
+        run(manager, 3, list(range(20, 28)))
+        assert manager.probe([*range(10, 14), 0]) == 4
+        with pytest.raises(ValueError, match="only grows"):
+            manager.set_epoch(1)
+        with pytest.raises(ValueError, match="epoch"):
+            manager.create(4, [1], scope=Scope(epoch=3))
+
+
+def test_priority_decides_who_goes_first() -> None:
+    with make(slots=4) as manager:
+        run(manager, 1, [1] * 4, retention=Retention([TokenRange(0, None, 90)]))
+        run(manager, 2, [2] * 4, retention=Retention([TokenRange(0, None, 10)]))
+        run(manager, 3, [3] * 4)
+        assert manager.evict(1) == 1
+        assert [manager.probe([i] * 5) for i in (1, 2, 3)] == [4, 0, 4]
+        assert manager.evict(1) == 1
+        assert [manager.probe([i] * 5) for i in (1, 2, 3)] == [4, 0, 0]
+        assert manager.evict(5) == 1
+
+
+def test_claimed_blocks_are_never_evicted_under_any_number(manager: KVCacheManager) -> None:
+    run(manager, 1, list(range(8)))
+    holder = manager.create(2, [*range(8), 1])
+    assert manager.evict(10**9) == 0
+    manager.clear()
+    assert holder.resume()
+    assert manager.probe([*range(8), 1]) == 8
+
+
+def test_the_tail_goes_before_the_prefix(manager: KVCacheManager) -> None:
+    run(manager, 1, list(range(16)))
+    assert [manager.evict(1) and manager.probe(list(range(17))) for _ in range(4)] == [12, 8, 4, 0]
+
+
+def test_block_tables_in_place_and_csr(manager: KVCacheManager) -> None:
+    a, b, empty = (manager.create(i, []) for i in range(3))
+    for cache, capacity in ((a, 9), (b, 4), (empty, 0)):
+        cache.resume()
+        cache.resize(capacity)
+    tables = manager.block_tables([a, b, empty], "kv", fill=-1)
+    assert tables.shape == (3, 3)
+    assert tables.dtype == np.int32
+    assert list(tables[1, 1:]) == [-1, -1]
+    out = np.full((4, 5), 77, np.int32)
+    assert manager.block_tables([a, b, empty], "kv", out=out, fill=-1) is out
+    assert (out[:3, :3] == tables).all()
+    assert (out[3] == -1).all()
+    assert (out[:, 3:] == -1).all()
+    indptr, indices, last = manager.block_tables_csr([a, b, empty], "kv")
+    assert list(indptr) == [0, 3, 4, 4]
+    assert list(indices) == [*tables[0], tables[1, 0]]
+    assert list(last) == [1, 4, 0]
+    assert {x.dtype for x in (indptr, indices, last)} == {np.dtype(np.int32)}
+    for bad in (
+        np.zeros((3, 2), np.int32),
+        np.zeros((2, 3), np.int32),
+        np.zeros((3, 3), np.int64),
+        np.zeros((3, 3), np.int32, order="F"),
+        np.zeros(9, np.int32),
+        [[0] * 3] * 3,
+    ):
+        with pytest.raises(ValueError, match="out"):
+            manager.block_tables([a, b, empty], "kv", out=bad)  # type: ignore[arg-type]
+    assert manager.block_tables([], "kv").shape == (0, 0)
+
+
+def test_stale_entries_keep_their_place() -> None:
+    pools = [PoolConfig("full", 8), PoolConfig("window", 8, window=4)]
+    with KVCacheManager(CacheConfig(T, pools, 8 * 4000), None) as manager:
+        cache = manager.create(1, [])
+        cache.resume()
+        assert cache.resize(16)
+        assert cache.commit(list(range(16))) is True
+        full, window = cache.block_table("full", fill=-1), cache.block_table("window", fill=-1)
+        assert (full > 0).all()
+        assert list(window > 0) == [False, False, False, True]
+        manager.check()
+
+
+def test_pages_are_zero_copy_with_a_null_page(manager: KVCacheManager) -> None:
+    pages = manager.pages("kv")
+    assert pages.shape == (9, 8)
+    assert pages.dtype == np.uint8
+    assert not pages[0].any()
+    assert np.shares_memory(pages, manager.pages("kv"))
+    assert np.shares_memory(np.from_dlpack(pages), pages)
+    pages[0, 3] = 1
+    with pytest.raises(InvariantError, match="null page"):
+        manager.check()
+    pages[0, 3] = 0
+
+
+def test_buffers_are_the_engines_memory() -> None:
+    memory = np.full((9, 2, 2), 5, np.uint16)
+    config = CacheConfig(T, [PoolConfig("kv", 8)], 72)
+    with KVCacheManager(config, "cpu", buffers={"kv": memory}) as manager:
+        assert np.shares_memory(manager.pages("kv"), memory)
+        assert not memory[0].any()
+    for name, buffer in (
+        ("kv", memory[1:]),
+        ("kv", np.zeros((9, 16), np.uint8)[:, ::2]),
+        ("other", memory),
+        ("kv", "no array"),
+    ):
+        with pytest.raises(ConfigError, match=name):
+            KVCacheManager(config, "cpu", buffers={name: buffer})
+
+
+def test_books_only() -> None:
+    with make(device=None) as manager:
+        assert run(manager, 1, list(range(8))) == 0
+        assert run(manager, 2, [0, 1, 2, 3, 9, 9]) == 4
+        with pytest.raises(LogicError, match="books only"):
+            manager.pages("kv")
+
+
+def test_step_fences_what_is_given_up(manager: KVCacheManager) -> None:
+    cache = manager.create(1, [])
+    cache.resume()
+    cache.resize(12)
+    manager.step_begin([cache])
+    cache.resize(4)
+    books = manager.stats().pools["kv"]["device"]
+    assert (books["active"], books["fenced"], books["free"]) == (1, 2, 5)
+    cache.close()
+    assert cache.state == "CLOSED"
+    with pytest.raises(LogicError, match="already"):
+        manager.create(1, [])
+    assert manager.stats().pools["kv"]["device"]["fenced"] == 3
+    manager.step_end([cache])
+    assert manager.stats().pools["kv"]["device"]["free"] == 8
+    manager.create(1, []).close()
+    with pytest.raises(LogicError, match="step_begin"):
+        manager.step_end([cache])
+
+
+def test_closed_cache_refuses_and_its_successor_is_untouched(manager: KVCacheManager) -> None:
+    old = manager.create(1, [])
+    old.close()
+    new = manager.create(1, [])
+    new.resume()
+    new.resize(8)
+    calls: list[Callable[[], object]] = [
+        old.resume,
+        old.suspend,
+        lambda: old.resize(4),
+        lambda: old.commit([1]),
+        lambda: old.block_table("kv"),
+        lambda: manager.step_begin([old]),
+    ]
+    for call in calls:
+        with pytest.raises(LogicError, match="CLOSED"):
+            call()
+    old.close()
+    assert (new.capacity, new.state) == (8, "ACTIVE")
+
+
+BAD_TOKENS = [
+    [-1],
+    [2**31],
+    [2**70],
+    [1.5],
+    [True],
+    ["a"],
+    [[1, 2]],
+    [1, None],
+    3,
+    np.zeros(3, np.int64),
+    np.zeros((2, 2), np.int32),
+    np.array([-5], np.int32),
+]
+
+
+@pytest.mark.parametrize("tokens", BAD_TOKENS, ids=repr)
+def test_bad_tokens_leave_the_books_unchanged(manager: KVCacheManager, tokens: Any) -> None:
+    cache = manager.create("ok", [])
+    cache.resume()
+    cache.resize(8)
+    before = manager.stats()
+    for call in (lambda: manager.create("bad", tokens), lambda: manager.probe(tokens), lambda: cache.commit(tokens)):
+        with pytest.raises(ValueError, match="tokens"):
+            call()
+    assert manager.stats() == before
+    manager.check()
+
+
+def test_bad_arguments_name_the_field(manager: KVCacheManager) -> None:
+    cache = manager.create("ok", [])
+    cache.resume()
+    before = manager.stats()
+    bad: list[tuple[str, Callable[[], object]]] = [
+        ("capacity", lambda: cache.resize(-1)),
+        ("capacity", lambda: cache.resize(2**80)),
+        ("capacity", lambda: cache.resize(2**40)),
+        ("history_length", lambda: cache.resize(4, 5)),
+        ("pool", lambda: cache.block_table("nothing")),
+        ("pool", lambda: manager.pages("nothing")),
+        ("tier", lambda: manager.pages("kv", "disk")),
+        ("num_blocks", lambda: manager.evict(-1)),
+        ("epoch", lambda: manager.set_epoch(-1)),
+        ("request_id", lambda: manager.create(1.5, [])),  # type: ignore[arg-type]
+        ("scope", lambda: manager.create(1, [], scope="a")),  # type: ignore[arg-type]
+        ("retention", lambda: manager.create(1, [], retention=5)),  # type: ignore[arg-type]
+        ("decode_duration_s", lambda: manager.create(1, [], retention=Retention(decode_duration_s=1.0))),
+        ("duration_s", lambda: manager.create(1, [], retention=Retention([TokenRange(0, 1, 1, 2.0)]))),
+        ("caches", lambda: manager.block_tables(["ok"], "kv")),  # type: ignore[list-item]
+        ("fill", lambda: cache.block_table("kv", fill=2**31)),
+    ]
+    for name, call in bad:
+        with pytest.raises(ValueError, match=name):
+            call()
+    with make() as other, pytest.raises(ValueError, match="caches"):
+        other.block_tables([cache], "kv")
+    assert manager.stats() == before
+
+
+def test_longer_than_max_seq_len() -> None:
+    with make(max_seq_len=8) as manager:
+        with pytest.raises(ValueError, match="max_seq_len"):
+            manager.create(1, [0] * 9)
+        cache = manager.create(1, [0] * 8)
+        cache.resume()
+        with pytest.raises(ValueError, match="capacity"):
+            cache.resize(9)
+
+
+@pytest.mark.parametrize(
+    ("field", "options"),
+    [("host_bytes", {"host_bytes": 100}), ("device", {"device": "cuda"}), ("policy", {"policy": "fifo"})],
+)
+def test_what_is_not_available_is_refused(field: str, options: dict[str, Any]) -> None:
+    host = options.pop("host_bytes", 0)
+    with pytest.raises(ConfigError, match=field):
+        KVCacheManager(CacheConfig(T, [PoolConfig("kv", 8)], 100, host_bytes=host), **options)
+
+
+def test_tables_too_large_for_memory_are_a_memory_error() -> None:
+    config = CacheConfig(2**20, [PoolConfig("kv", 1)], 100, max_blocks=2**31 - 2)
+    with pytest.raises(MemoryError, match="max_blocks"):
+        KVCacheManager(config, None)
+
+
+def test_closed_manager_refuses() -> None:
+    manager = make()
+    cache = manager.create(1, [])
+    manager.close()
+    manager.close()
+    assert cache.state == "CLOSED"
+    for call in (lambda: manager.create(2, []), manager.clear, lambda: manager.probe([]), manager.available_tokens):
+        with pytest.raises(LogicError, match="closed"):
+            call()
+
+
+def test_available_tokens_can_really_be_had() -> None:
+    with make(slots=5) as manager:
+        run(manager, 1, list(range(8)))
+        keep = manager.create(2, [*range(8), 0])
+        assert manager.available_tokens() == 12
+        cache = manager.create(3, [])
+        cache.resume()
+        assert cache.resize(12)
+        assert manager.available_tokens() == 0
+        keep.close()
+
+
+def test_threads_with_requests_of_their_own() -> None:
+    errors: list[BaseException] = []
+    with make(slots=64) as manager:
+
+        def work(thread: int) -> None:
+            try:
+                for i in range(300):
+                    run(manager, f"{thread}-{i}", [thread % 2, i % 5, *range(10)])
+                    manager.probe([0, 1, *range(10)])
+                    manager.stats()
+            except BaseException as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not errors
+        manager.check()
+        books = manager.stats().pools["kv"]["device"]
+        assert books["free"] + books["cached"] == books["slots"]
+
+
+SCRIPT = """
+import os
+from kvpool import CacheConfig, KVCacheManager, PoolConfig
+m = KVCacheManager(CacheConfig(4, [PoolConfig("kv", 8)], 800))
+c = m.create(1, list(range(9))); c.resume(); c.resize(9); c.commit(list(range(9)))
+{action}
+print("done")
+"""
+
+
+@pytest.mark.parametrize(
+    "action",
+    [
+        "",
+        "pid = os.fork()\nc.close(); m.check()\nif pid: assert os.waitpid(pid, 0)[1] == 0",
+        "del m",
+        "c.resize(40); m.step_begin([c])",
+    ],
+    ids=["exit", "fork", "manager gone", "in flight"],
+)
+def test_exit_with_open_caches_neither_hangs_nor_crashes(action: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT.format(action=action)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("done")
+
+
+def test_import_takes_no_extra() -> None:
+    code = "import sys, kvpool; print([m for m in ('torch', 'cupy', 'click', 'rich') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_repr_tells_id_and_state(manager: KVCacheManager) -> None:
+    cache: KVCache = manager.create("x", [])
+    assert repr(cache) == "<kvpool cache of request 'x': SUSPENDED>"

@@ -1,0 +1,239 @@
+"""Sizing: the table of exact results, and that every plan can really be allocated."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvpool import (
+    BatchDesc,
+    CacheConfig,
+    ConfigError,
+    KVCacheDesc,
+    KVCacheManager,
+    PoolConfig,
+    peak_slots,
+    plan_pools,
+    slots_for,
+)
+from kvpool.sizing import stale_range
+
+MIB = 1 << 20
+
+
+def pools(windows: list[int | None], page_bytes: list[int] | None = None) -> list[PoolConfig]:
+    sizes = page_bytes or [1] * len(windows)
+    return [PoolConfig(f"p{i}", size, window) for i, (window, size) in enumerate(zip(windows, sizes, strict=True))]
+
+
+@pytest.mark.parametrize(
+    ("mode", "floors"), [("none", [1, 539, 1]), ("aligned", [64, 539, 64]), ("sliding", [128, 539, 128])]
+)
+def test_floors_by_reservation(mode: str, floors: list[int]) -> None:
+    config = CacheConfig(
+        256, pools([128, None, 8]), 1 << 30, max_batch_size=64, max_seq_len=137984, decode_reservation=mode
+    )
+    assert list(plan_pools(config).min_slots.values()) == floors
+
+
+def test_floor_is_cut_at_max_seq_len() -> None:
+    config = CacheConfig(16, pools([4096]), 1 << 30, max_batch_size=256, max_seq_len=2048)
+    assert plan_pools(config).min_slots == {"p0": 32768}
+
+
+@pytest.mark.parametrize(("count", "c", "h", "slots"), [(4, 97, 96, [52, 52, 8]), (1, 201, 200, [17, 26, 2])])
+def test_slots_for(count: int, c: int, h: int, slots: list[int]) -> None:
+    config = CacheConfig(8, pools([128, None, 8]), 1 << 30)
+    assert list(slots_for(config, BatchDesc([KVCacheDesc(c, h)] * count)).values()) == slots
+
+
+def test_system_prompt_counts_once() -> None:
+    config = CacheConfig(8, pools([None]), 1 << 30)
+    assert slots_for(config, BatchDesc([KVCacheDesc(48, 0)] * 2, system_prompt_length=40)) == {"p0": 7}
+
+
+@pytest.mark.parametrize(("h", "stale"), [(190, (1, 1)), (191, (1, 2)), (223, (1, 3)), (512, (1, 12)), (2048, (1, 60))])
+def test_stale_range(h: int, stale: tuple[int, int]) -> None:
+    assert stale_range(PoolConfig("w", 1, 128, 32), 32, h) == stale
+
+
+def test_split_of_the_budget() -> None:
+    config = CacheConfig(
+        256,
+        pools([128, None, 8], [MIB, MIB, MIB // 4]),
+        4096 * MIB + 9 * MIB // 4,
+        max_batch_size=64,
+        max_seq_len=137984,
+    )
+    plan = plan_pools(config)
+    assert list(plan.num_slots.values()) == [713, 3205, 712]
+    assert plan.bytes == config.device_bytes
+    assert set(plan.host_slots.values()) == {0}
+
+
+def test_below_the_floors_names_pools_bytes_and_remedy() -> None:
+    config = CacheConfig(16, pools([64, None], [100, 200]), 1000, max_batch_size=4)
+    with pytest.raises(ConfigError) as error:
+        plan_pools(config)
+    # 4 decodes of ceil((64 + 1 + 16 - 3) / 16) + 1 = 5 blocks, 4 aligned ones, and two null pages.
+    for part in ("device_bytes: 1000", "'p0': min_slots 20", "'p1': min_slots 4", "3100 bytes", "raise device_bytes"):
+        assert part in str(error.value)
+    assert plan_pools(CacheConfig(16, pools([64, None], [100, 200]), 3100, max_batch_size=4)).num_slots == {
+        "p0": 20,
+        "p1": 4,
+    }
+
+
+def test_a_huge_budget_is_planned_at_once() -> None:
+    """80 GiB of 4 KiB pages; the remainder is dealt out in runs, not slot by slot."""
+    batch = BatchDesc([KVCacheDesc(1 << 20, 0)])
+    config = CacheConfig(16, pools([64, None], [4096, 8192]), 80 << 30, constraints=[batch], max_seq_len=1 << 20)
+    plan = plan_pools(config)
+    assert 0 <= config.device_bytes - plan.bytes < 4096
+
+
+def test_host_split_has_floors_of_one() -> None:
+    given = pools([None, None], [100, 300])
+    plan = plan_pools(CacheConfig(16, given, 10000, host_bytes=400))
+    assert plan.host_slots == {"p0": 1, "p1": 1}
+    with pytest.raises(ConfigError, match="host_bytes: 399"):
+        plan_pools(CacheConfig(16, given, 10000, host_bytes=399))
+
+
+def test_peak_slots() -> None:
+    config = CacheConfig(16, pools([64, None]), 1 << 20)
+    request = SimpleNamespace(tokens=range(1000), max_new_tokens=25, draft_tokens=0)
+    assert peak_slots(config, request, None) == {"p0": 64, "p1": 64}
+    assert peak_slots(config, request, 32) == {"p0": (64 + 32 + 16 - 3) // 16 + 1, "p1": 64}
+
+
+def live_blocks(pool: PoolConfig, t: int, capacity: int, history: int) -> int:
+    """Blocks below `capacity` that hold a sink token, or a token that some query at >= history can see."""
+
+    def needed(block: int) -> bool:
+        if pool.window is None:
+            return True
+        sinks = block * t < pool.sink_tokens
+        last = (block + 1) * t - 1
+        return sinks or last > history - pool.window
+
+    return sum(needed(block) for block in range(-(-capacity // t)))
+
+
+windows = st.one_of(st.none(), st.integers(1, 40))
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> CacheConfig:
+    t = draw(st.integers(1, 9))
+    made = []
+    for i in range(draw(st.integers(1, 4))):
+        window = draw(windows)
+        sinks = 0 if window is None else draw(st.integers(0, 12))
+        made.append(PoolConfig(f"p{i}", draw(st.integers(1, 50)), window, sinks))
+    descs = st.tuples(st.integers(0, 80), st.integers(0, 80)).map(lambda x: KVCacheDesc(max(x), min(x)))
+    batches = st.builds(BatchDesc, st.lists(descs, max_size=4), st.integers(0, 40))
+    return CacheConfig(
+        t,
+        made,
+        draw(st.integers(1, 100_000)),
+        max_batch_size=draw(st.integers(1, 5)),
+        max_seq_len=draw(st.one_of(st.none(), st.integers(1, 90))),
+        max_num_tokens=draw(st.one_of(st.none(), st.integers(1, 60))),
+        draft_tokens=draw(st.integers(0, 4)),
+        constraints=draw(st.lists(batches, max_size=2)),
+        decode_reservation=draw(st.sampled_from(["none", "aligned", "sliding"])),
+    )
+
+
+@settings(max_examples=300, deadline=None)
+@given(configs())
+def test_every_plan_respects_floors_and_budget_and_leaves_less_than_a_page(config: CacheConfig) -> None:
+    try:
+        plan = plan_pools(config)
+    except ConfigError:
+        return
+    sizes = {pool.name: pool.page_bytes for pool in config.pools}
+    assert all(plan.num_slots[name] >= plan.min_slots[name] >= 1 for name in sizes)
+    assert plan.bytes == sum((plan.num_slots[name] + 1) * size for name, size in sizes.items())
+    assert 0 <= config.device_bytes - plan.bytes < min(sizes.values())
+
+
+@settings(max_examples=200, deadline=None)
+@given(configs())
+def test_every_constraint_can_be_allocated_from_the_floors(config: CacheConfig) -> None:
+    try:
+        plan = plan_pools(config)
+    except ConfigError:
+        return
+    for batch in config.constraints:
+        for pool in config.pools:
+            # Counted block by block, the shared prompt as a set.
+            shared: set[int] = set()
+            own = 0
+            for r in batch.requests:
+                prefix = max(0, min(batch.system_prompt_length, r.capacity - 1)) // config.tokens_per_block
+                s, e = stale_range(pool, config.tokens_per_block, r.history_length)
+                live = [i for i in range(-(-r.capacity // config.tokens_per_block)) if not s <= i < e]
+                shared |= {i for i in live if i < prefix}
+                own += sum(i >= prefix for i in live)
+            assert own + len(shared) <= plan.num_slots[pool.name]
+
+
+@settings(max_examples=200, deadline=None)
+@given(configs())
+def test_sliding_holds_every_alignment_of_max_batch_size_decodes(config: CacheConfig) -> None:
+    if config.decode_reservation != "sliding":
+        return
+    try:
+        plan = plan_pools(config)
+    except ConfigError:
+        return
+    longest = config.max_seq_len or 200
+    for pool in config.pools:
+        if pool.window is None:
+            continue
+        worst = max(
+            live_blocks(pool, config.tokens_per_block, min(h + 1 + config.draft_tokens, longest), h)
+            for h in range(longest)
+        )
+        assert config.max_batch_size * worst <= plan.num_slots[pool.name]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(1, 9), st.integers(1, 40), st.integers(0, 12), st.integers(0, 120))
+def test_stale_blocks_are_never_seen_again(t: int, window: int, sinks: int, h: int) -> None:
+    """No stale block holds a sink token or one that the query at h, or any later one, can see."""
+    pool = PoolConfig("w", 1, window, sinks)
+    s, e = stale_range(pool, t, h)
+    for block in range(s, e):
+        assert block * t >= sinks
+        assert (block + 1) * t - 1 <= h - window
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.integers(1, 9),
+    st.integers(1, 40),
+    st.integers(0, 12),
+    st.integers(0, 3),
+    st.lists(st.integers(0, 80), min_size=1, max_size=5),
+)
+def test_sliding_decodes_are_really_allocated_at_once(
+    t: int, window: int, sinks: int, draft: int, histories: list[int]
+) -> None:
+    """On the floors alone, the manager gives every decode its slots, whatever the alignments are."""
+    pool = PoolConfig("w", 1, window, sinks)
+    config = CacheConfig(t, [pool], 1 << 20, max_batch_size=len(histories), draft_tokens=draft)
+    floor = plan_pools(config).min_slots["w"]
+    config = CacheConfig(t, [pool], floor + 1, max_batch_size=len(histories), draft_tokens=draft)
+    with KVCacheManager(config, None) as manager:
+        assert manager.stats().pools["w"]["device"]["slots"] == floor
+        for i, h in enumerate(histories):
+            cache = manager.create(i, [])
+            assert cache.resume()
+            assert cache.resize(h + 1 + draft, h)
+        manager.check()
