@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from types import SimpleNamespace
 
 import pytest
@@ -19,7 +20,7 @@ from kvpool import (
     plan_pools,
     slots_for,
 )
-from kvpool.sizing import stale_range
+from kvpool.sizing import _split, stale_range
 
 MIB = 1 << 20
 
@@ -93,6 +94,46 @@ def test_a_huge_budget_is_planned_at_once() -> None:
     config = CacheConfig(16, pools([64, None], [4096, 8192]), 80 << 30, constraints=[batch], max_seq_len=1 << 20)
     plan = plan_pools(config)
     assert 0 <= config.device_bytes - plan.bytes < 4096
+
+
+def split_one_by_one(budget: int, sizes: list[int], weights: list[int], floors: list[int]) -> list[int]:
+    """The rule as it is written, slot by slot."""
+    slots, rest, unpinned = list(floors), budget, list(range(len(sizes)))
+    while unpinned:
+        total = sum(weights[i] for i in unpinned)
+        share = {i: rest * weights[i] // (total * sizes[i]) for i in unpinned}
+        low = [i for i in unpinned if share[i] < floors[i]]
+        if not low:
+            for i, n in share.items():
+                slots[i] = n
+            break
+        rest -= sum(floors[i] * sizes[i] for i in low)
+        unpinned = [i for i in unpinned if i not in low]
+    left = budget - sum(n * b for n, b in zip(slots, sizes, strict=True))
+    while fits := [i for i in range(len(sizes)) if sizes[i] <= left]:
+        best = min(fits, key=lambda i: (Fraction(slots[i] * sizes[i], weights[i]), i))
+        slots[best] += 1
+        left -= sizes[best]
+    return slots
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 60), st.integers(1, 9), st.integers(1, 6)), min_size=1, max_size=4),
+    st.integers(0, 3000),
+)
+def test_split_equals_the_rule_slot_by_slot(pools: list[tuple[int, int, int]], more: int) -> None:
+    sizes, factors, floors = (list(column) for column in zip(*pools, strict=True))
+    weights = [size * factor for size, factor in zip(sizes, factors, strict=True)]
+    budget = sum(n * b for n, b in zip(floors, sizes, strict=True)) + more
+    assert _split(budget, sizes, weights, floors) == split_one_by_one(budget, sizes, weights, floors)
+
+
+def test_small_pages_beside_a_huge_one_are_planned_at_once() -> None:
+    """A remainder of a million slots, dealt to two pools in turn."""
+    page = 64 * MIB
+    config = CacheConfig(16, pools([None] * 3, [page, 64, 64]), 61 * page - 200)
+    assert 0 <= config.device_bytes - plan_pools(config).bytes < 64
 
 
 def test_host_split_has_floors_of_one() -> None:

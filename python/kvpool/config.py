@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -53,7 +53,7 @@ def _seq(name: str, value: object, kind: type[_T]) -> tuple[_T, ...]:
     items = tuple(value)
     for item in items:
         if not isinstance(item, kind):
-            raise ConfigError(f"{name}: {item!r} is not a {kind.__name__}")
+            raise ConfigError(f"{name}: {item!r} is not a {kind.__name__}; give only those")
     return items
 
 
@@ -154,14 +154,14 @@ class CacheConfig:
     """Everything the manager is built from. Sizes in bytes and tokens; floors are `plan_pools`' business."""
 
     tokens_per_block: int
-    pools: tuple[PoolConfig, ...]
+    pools: Sequence[PoolConfig]
     device_bytes: int
     host_bytes: int = 0
     max_batch_size: int = 1
     max_seq_len: int | None = None
     max_num_tokens: int | None = None
     draft_tokens: int = 0
-    constraints: tuple[BatchDesc, ...] = ()
+    constraints: Sequence[BatchDesc] = ()
     typical_step: BatchDesc | None = None
     decode_reservation: str = "sliding"
     partial_reuse: bool = True
@@ -193,11 +193,13 @@ class CacheConfig:
         _opt_int("max_num_tokens", self.max_num_tokens, 1)
         _int("draft_tokens", self.draft_tokens, 0)
         if self.typical_step is not None and not isinstance(self.typical_step, BatchDesc):
-            raise ConfigError(f"typical_step: {self.typical_step!r} is not a BatchDesc")
+            raise ConfigError(
+                f"typical_step: {self.typical_step!r} is not a BatchDesc; use BatchDesc([KVCacheDesc(...)])"
+            )
         if self.decode_reservation not in _RESERVATIONS:
             raise ConfigError(f"decode_reservation: {self.decode_reservation!r} is none of {', '.join(_RESERVATIONS)}")
         if not isinstance(self.partial_reuse, bool):
-            raise ConfigError(f"partial_reuse: {self.partial_reuse!r} is not a bool")
+            raise ConfigError(f"partial_reuse: {self.partial_reuse!r} is not a bool; use True or False")
         _int("offload_min_priority", self.offload_min_priority, 0, 100)
         _opt_int("max_blocks", self.max_blocks, 1, 2**31 - 2)
         _opt_int("hash_seed", self.hash_seed, 0, 2**64 - 1)
@@ -248,7 +250,7 @@ class TokenRange:
 class Retention:
     """Priorities of one request's blocks: by prompt range, and for decoded tokens."""
 
-    ranges: tuple[TokenRange, ...] = ()
+    ranges: Sequence[TokenRange] = ()
     decode_priority: int = 35
     decode_duration_s: float | None = None
 

@@ -9,7 +9,6 @@ All arithmetic is in exact integers. With T = tokens per block, W = window, h = 
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -122,24 +121,38 @@ def _split(budget: int, page_bytes: list[int], weights: list[int], floors: list[
         rest -= sum(floors[i] * page_bytes[i] for i in pinned)
         open_pools = [i for i in open_pools if i not in pinned]
     left = budget - sum(n * b for n, b in zip(slots, page_bytes, strict=True))
-    # Lowest filling first, config order on ties; what no longer fits never fits again.
-    queue = [(Fraction(slots[i] * page_bytes[i], weights[i]), i) for i in range(len(slots))]
-    heapq.heapify(queue)
-    while queue:
-        filling, i = heapq.heappop(queue)
-        if page_bytes[i] > left:
-            continue
-        count = 1
-        if not queue:
-            count = left // page_bytes[i]
+    # Then one slot at a time to the lowest filling, config order on ties; what no longer fits never fits again.
+    # All picks below a level that can be paid for as a whole are made at once, so huge budgets stay quick.
+    open_pools = list(range(len(slots)))
+    while open_pools:
+        left -= _fill(left, slots, page_bytes, weights, open_pools)
+        i = min(open_pools, key=lambda i: (Fraction(slots[i] * page_bytes[i], weights[i]), i))
+        if page_bytes[i] <= left:
+            slots[i] += 1
+            left -= page_bytes[i]
         else:
-            # As many at once as keep this pool the first in line, so that huge budgets stay quick.
-            gap = (queue[0][0] - filling) * weights[i] / page_bytes[i]
-            count = max(1, min(left // page_bytes[i], gap.numerator // gap.denominator))
-        slots[i] += count
-        left -= count * page_bytes[i]
-        heapq.heappush(queue, (Fraction(slots[i] * page_bytes[i], weights[i]), i))
+            open_pools.remove(i)
     return slots
+
+
+def _fill(left: int, slots: list[int], page_bytes: list[int], weights: list[int], open_pools: list[int]) -> int:
+    """Raise the open pools to the highest common filling (in steps of 2**-64) that `left` bytes pay for; the cost."""
+
+    def at(level: int) -> dict[int, int]:
+        return {i: max(slots[i], _ceil(level * weights[i], page_bytes[i] << 64)) for i in open_pools}
+
+    def cost(level: int) -> int:
+        return sum((n - slots[i]) * page_bytes[i] for i, n in at(level).items())
+
+    low, high = 0, 1
+    while cost(high) <= left:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if cost(middle) <= left else (low, middle)
+    paid = cost(low)
+    slots[:] = [at(low).get(i, n) for i, n in enumerate(slots)]
+    return paid
 
 
 def plan_pools(config: CacheConfig) -> PoolPlan:
