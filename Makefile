@@ -28,8 +28,8 @@ lint: setup
 	$(BIN)/python -m mypy.stubtest kvpool._core
 
 bench: setup
-	cargo bench --workspace
-	$(BIN)/python -m pytest bench --benchmark-only --benchmark-columns=min,median,ops
+	cargo run --quiet --release --manifest-path bench/rivals/Cargo.toml
+	$(BIN)/python -m pytest bench/bench_w1_w2.py --benchmark-only --benchmark-columns=min,median,ops
 
 clean:
 	rm -rf $(VENV) target dist

@@ -1,0 +1,161 @@
+//! W1 and W2 from Rust: kvpool-core beside kvbm-logical (lru), in one process, in turns.
+//!
+//! W1: pool of 65,536 blocks of 16 tokens, 1,000 cached sequences of 64 blocks, picked at random: claim a full
+//! match, read its slots, release. W2: the pool is full of cached blocks; allocate 64, commit new tokens, release.
+//! kvbm-logical is given precomputed hashes and compares no tokens; kvpool hashes and compares in every call.
+
+use dynamo_tokens::TokenBlockSequence;
+use kvbm_logical::{BlockManager, BlockRegistry, KvbmSequenceHashProvider, SequenceHash};
+use kvpool_core::types::{CoreConfig, PolicyKind, PoolSpec};
+use kvpool_core::Core;
+use std::hint::black_box;
+use std::time::Instant;
+
+const T: usize = 16;
+const BLOCKS: usize = 64;
+const SEQUENCES: usize = 1000;
+const SLOTS: usize = 65_536;
+const ROUNDS: usize = 15;
+const CALLS: usize = 1000;
+
+struct Rng(u64);
+
+impl Rng {
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0
+    }
+}
+
+#[derive(Clone, Debug)]
+struct Meta;
+
+type Rival = BlockManager<Meta>;
+
+fn prompt(rng: &mut Rng) -> Vec<i32> {
+    (0..BLOCKS * T + 1).map(|_| (rng.next() >> 33) as i32).collect()
+}
+
+fn hashes(prompt: &[i32]) -> Vec<SequenceHash> {
+    let tokens: Vec<u32> = prompt[..BLOCKS * T].iter().map(|&token| token as u32).collect();
+    let sequence = TokenBlockSequence::from_slice(&tokens, T as u32, Some(1));
+    sequence
+        .blocks()
+        .iter()
+        .map(|block| block.kvbm_sequence_hash())
+        .collect()
+}
+
+fn serve(core: &mut Core, prompt: &[i32]) {
+    let mut copies = Vec::new();
+    let (id, reused) = core.create(prompt, b"", None, None).unwrap();
+    core.resume(id, &mut copies).unwrap();
+    assert!(core.resize(id, (BLOCKS * T) as u64, None).unwrap());
+    core.commit(id, &prompt[reused as usize..BLOCKS * T]).unwrap();
+    black_box(core.table(id, 0).unwrap());
+    core.close(id).unwrap();
+}
+
+fn serve_rival(manager: &Rival, hashes: &[SequenceHash]) {
+    let blocks = manager.allocate_blocks(BLOCKS).expect("room");
+    let complete = blocks
+        .into_iter()
+        .zip(hashes)
+        .map(|(block, &hash)| block.stage(hash, T).expect("size"))
+        .collect();
+    black_box(manager.register_blocks(complete));
+}
+
+fn nanos(calls: usize, mut f: impl FnMut(usize)) -> f64 {
+    let start = Instant::now();
+    for i in 0..calls {
+        f(i);
+    }
+    start.elapsed().as_nanos() as f64 / (calls * BLOCKS) as f64
+}
+
+fn report(name: &str, mut ours: Vec<f64>, mut theirs: Vec<f64>) {
+    let mut ratios: Vec<f64> = theirs.iter().zip(&ours).map(|(b, a)| b / a).collect();
+    for v in [&mut ours, &mut theirs, &mut ratios] {
+        v.sort_by(f64::total_cmp);
+    }
+    println!(
+        "{name}: kvpool-core {:.0} / {:.0} ns per block, kvbm-logical lru {:.0} / {:.0}, ratio min {:.1} median {:.1}",
+        ours[0],
+        ours[ROUNDS / 2],
+        theirs[0],
+        theirs[ROUNDS / 2],
+        ratios[0],
+        ratios[ROUNDS / 2]
+    );
+}
+
+fn main() {
+    let mut rng = Rng(0x9E37_79B9_7F4A_7C15);
+    let mut core = Core::new(CoreConfig {
+        tokens_per_block: T as u32,
+        pools: vec![PoolSpec {
+            name: "kv".into(),
+            num_slots: SLOTS as u32,
+            window: None,
+            sink_tokens: 0,
+        }],
+        max_blocks: SLOTS as u32,
+        max_seq_len: Some(2048),
+        partial_reuse: true,
+        hash_seed: 1,
+        policy: PolicyKind::Lru,
+        collide: false,
+    })
+    .unwrap();
+    let manager: Rival = BlockManager::builder()
+        .block_count(SLOTS)
+        .block_size(T)
+        .registry(BlockRegistry::builder().build())
+        .with_lru_backend()
+        .build()
+        .expect("a manager");
+    let prompts: Vec<Vec<i32>> = (0..SEQUENCES).map(|_| prompt(&mut rng)).collect();
+    let keys: Vec<Vec<SequenceHash>> = prompts.iter().map(|p| hashes(p)).collect();
+    for (p, k) in prompts.iter().zip(&keys) {
+        serve(&mut core, p);
+        serve_rival(&manager, k);
+    }
+    println!("min / median of {ROUNDS} rounds of {CALLS} calls of {BLOCKS} blocks, in turns");
+
+    let mut copies = Vec::new();
+    let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+    for _ in 0..ROUNDS {
+        let picks: Vec<usize> = (0..CALLS).map(|_| rng.next() as usize % SEQUENCES).collect();
+        ours.push(nanos(CALLS, |i| {
+            let (id, reused) = core.create(&prompts[picks[i]], b"", None, None).unwrap();
+            assert_eq!(reused as usize, BLOCKS * T);
+            core.resume(id, &mut copies).unwrap();
+            black_box(core.table(id, 0).unwrap());
+            core.close(id).unwrap();
+        }));
+        theirs.push(nanos(CALLS, |i| {
+            let found = manager.match_blocks(&keys[picks[i]]);
+            assert_eq!(found.len(), BLOCKS);
+            black_box(found.iter().map(|block| block.block_id()).sum::<usize>());
+        }));
+    }
+    report("W1", ours, theirs);
+
+    while manager.available_blocks() == SLOTS && core.books()[0].free > 0 {
+        let p = prompt(&mut rng);
+        serve(&mut core, &p);
+        serve_rival(&manager, &hashes(&p));
+    }
+    let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+    for _ in 0..ROUNDS {
+        let fresh: Vec<Vec<i32>> = (0..CALLS).map(|_| prompt(&mut rng)).collect();
+        let keys: Vec<Vec<SequenceHash>> = fresh.iter().map(|p| hashes(p)).collect();
+        ours.push(nanos(CALLS, |i| serve(&mut core, &fresh[i])));
+        theirs.push(nanos(CALLS, |i| serve_rival(&manager, &keys[i])));
+    }
+    report("W2", ours, theirs);
+    core.check().unwrap();
+}
