@@ -112,6 +112,28 @@ def test_partial_match_copies_the_bytes_and_leaves_the_source(manager: KVCacheMa
     assert manager.probe([*range(8), 50]) == 8
 
 
+def test_interrupted_copy_leaves_the_cache_as_it_was(manager: KVCacheManager, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(manager, 1, list(range(8)))
+    cache = manager.create(2, [0, 1, 2, 3, 4, 5, 60])
+    before = manager.stats()
+
+    def interrupted(copies: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(manager, "_copy", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            cache.resume()
+    after = manager.stats()
+    assert {k: v for k, v in after.pools["kv"]["device"].items() if k != "peak"} == {
+        k: v for k, v in before.pools["kv"]["device"].items() if k != "peak"
+    }
+    assert cache.state == "SUSPENDED"
+    manager.check()
+    assert cache.resume()
+    assert cache.num_reused_tokens == 6
+
+
 def test_equal_blocks_switch_to_the_page_of_the_tree(manager: KVCacheManager) -> None:
     caches = [manager.create(i, list(range(4))) for i in range(2)]
     for cache in caches:

@@ -191,7 +191,11 @@ class KVCache:
         core = self._manager._core
         resumed, copies = core.resume(self._handle)
         if copies:
-            self._manager._copy(copies)
+            try:
+                self._manager._copy(copies)
+            except BaseException:
+                core.copies_failed(self._handle)
+                raise
             core.copies_done(self._handle)
         return resumed
 

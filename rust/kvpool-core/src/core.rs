@@ -764,6 +764,23 @@ impl Core {
         }
     }
 
+    /// The copies of the last [`Core::resume`] could not be made: the cache is as it was before.
+    pub fn copies_failed(&mut self, id: CacheId) {
+        let Some(cache) = self.caches.get_mut(id.index as usize) else {
+            return;
+        };
+        if cache.gen != id.gen || !cache.copying {
+            return;
+        }
+        cache.copying = false;
+        cache.state = CacheState::Suspended;
+        for pool in 0..self.pools.len() {
+            if let Some(slot) = self.caches[id.index as usize].tables[pool].pop() {
+                self.pools[pool].give(slot);
+            }
+        }
+    }
+
     fn release_source(&mut self, index: u32, stamp: u64) {
         let cache = &mut self.caches[index as usize];
         let source = std::mem::replace(&mut cache.source, NIL);

@@ -172,6 +172,14 @@ impl Core {
         })
     }
 
+    /// The copies of the last `resume` could not be made: the cache is as it was before it.
+    fn copies_failed(&self, py: Python<'_>, cache: u64) -> PyResult<()> {
+        self.call(py, |core| {
+            core.copies_failed(CacheId::from_u64(cache));
+            Ok(())
+        })
+    }
+
     fn suspend(&self, py: Python<'_>, cache: u64) -> PyResult<()> {
         self.call(py, |core| core.suspend(CacheId::from_u64(cache)))
     }
