@@ -21,6 +21,7 @@ test: setup
 
 lint: setup
 	cargo fmt --all --check
+	cargo fmt --check --manifest-path bench/rivals/Cargo.toml
 	cargo clippy --workspace --all-targets -- -D warnings
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
