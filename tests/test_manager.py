@@ -323,6 +323,9 @@ BAD_TOKENS = [
     [1.5],
     [True],
     ["a"],
+    b"ab",
+    "ab",
+    None,
     [[1, 2]],
     [1, None],
     3,
@@ -365,6 +368,7 @@ def test_bad_arguments_name_the_field(manager: KVCacheManager) -> None:
         ("decode_duration_s", lambda: manager.create(1, [], retention=Retention(decode_duration_s=1.0))),
         ("duration_s", lambda: manager.create(1, [], retention=Retention([TokenRange(0, 1, 1, 2.0)]))),
         ("caches", lambda: manager.block_tables(["ok"], "kv")),  # type: ignore[list-item]
+        ("caches", lambda: manager.step_begin(cache)),  # type: ignore[arg-type]
         ("fill", lambda: cache.block_table("kv", fill=2**31)),
     ]
     for name, call in bad:
@@ -399,6 +403,11 @@ def test_tables_too_large_for_memory_are_a_memory_error() -> None:
     config = CacheConfig(2**20, [PoolConfig("kv", 1)], 100, max_blocks=2**31 - 2)
     with pytest.raises(MemoryError, match="max_blocks"):
         KVCacheManager(config, None)
+
+
+def test_pages_too_large_for_memory_are_a_memory_error() -> None:
+    with pytest.raises(MemoryError, match="device_bytes"):
+        KVCacheManager(CacheConfig(T, [PoolConfig("kv", 10**15)], 10**17))
 
 
 def test_closed_manager_refuses() -> None:

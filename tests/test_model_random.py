@@ -43,14 +43,15 @@ class Pair:
         self.max_seq_len = rng.choice([None, 9 * t])
         partial = rng.random() < 0.8
         self.names = [f"p{i}" for i in range(len(mix))]
-        pools = [PoolConfig(name, 8, window, sinks) for name, (window, sinks) in zip(self.names, mix, strict=True)]
+        pools = [PoolConfig(name, 8 * t, window, sinks) for name, (window, sinks) in zip(self.names, mix, strict=True)]
         num_slots = dict(zip(self.names, slots, strict=True))
         config = CacheConfig(
             t, pools, 1 << 20, max_blocks=max_blocks, max_seq_len=self.max_seq_len, partial_reuse=partial
         )
         zero = dict.fromkeys(self.names, 0)
-        plan = PoolPlan(dict.fromkeys(self.names, 1), num_slots, zero, 8 * (sum(slots) + len(slots)))
-        self.real = KVCacheManager(config, None, plan=plan)
+        plan = PoolPlan(dict.fromkeys(self.names, 1), num_slots, zero, 8 * t * (sum(slots) + len(slots)))
+        self.real = KVCacheManager(config, "cpu", plan=plan)
+        self.values = {name: self.real.pages(name).view(np.int64) for name in self.names}
         specs = [(n, window, sinks) for n, (window, sinks) in zip(slots, mix, strict=True)]
         self.model = Model(t, specs, max_blocks, partial, self.max_seq_len)
         self.open: list[tuple[KVCache, ModelCache]] = []
@@ -76,6 +77,30 @@ class Pair:
             epoch = self.rng.randint(0, self.model.epoch)
         key = (scope.lora_id, type(scope.salt), scope.salt)
         return Scope(scope.lora_id, scope.salt, epoch), key
+
+    def content(self, pool: str, model: ModelCache, committed: list[int], end: int) -> int:
+        """What position `end - 1` of a sequence holds: a value of its scope, pool and whole prefix."""
+        return hash((model.root, pool, tuple(committed[:end])))
+
+    def write(self, real: KVCache, model: ModelCache, tokens: list[int]) -> None:
+        """ "Compute" the pages of the next tokens."""
+        sequence = model.committed + tokens
+        for name in self.names:
+            table = real.block_table(name)
+            for at in range(len(model.committed), len(sequence)):
+                if slot := table[at // self.t]:
+                    self.values[name][slot, at % self.t] = self.content(name, model, sequence, at + 1)
+
+    def verify(self, real: KVCache, model: ModelCache) -> None:
+        """No wrong byte: every committed position that has a page holds what was computed for it."""
+        if model.state != "ACTIVE":
+            return
+        for name in self.names:
+            table = real.block_table(name)
+            for at in range(len(model.committed)):
+                if slot := table[at // self.t]:
+                    self.count("verified", True)
+                    assert self.values[name][slot, at % self.t] == self.content(name, model, model.committed, at + 1)
 
     # -- operations: each returns nothing and compares its own results --------------------------
 
@@ -109,6 +134,7 @@ class Pair:
             before = pair[1].capacity
             assert pair[0].resume() is True
             self.model.resume(pair[1])
+            self.verify(*pair)
             self.count("shortened", pair[1].capacity < before)
 
     def suspend(self) -> None:
@@ -146,9 +172,11 @@ class Pair:
                 real.commit([tokens[0] + 1, *tokens[1:]])
             return
         given: Any = np.array(tokens, np.int32) if self.rng.random() < 0.5 else tokens
+        self.write(real, model, tokens)
         changed = self.model.commit(model, tokens)
         assert real.commit(given) is changed
         self.count("switched", changed)
+        self.verify(real, model)
 
     def misuse(self) -> None:
         if not (pair := self.pick()):
@@ -169,6 +197,7 @@ class Pair:
     def close(self) -> None:
         if pair := self.pick():
             self.open.remove(pair)
+            self.verify(*pair)
             pair[0].close()
             self.model.close(pair[1])
 
@@ -257,7 +286,7 @@ def test_manager_equals_model_over_random_operations() -> None:
             did[what] = did.get(what, 0) + count
     if not {"KVPOOL_SEED", "KVPOOL_OPS"} & set(os.environ):
         assert len(SEEDS) * OPERATIONS >= 100_000
-        assert {"reuse", "partial", "shortened", "refused", "switched", "closed in flight"} <= {
+        assert {"verified", "reuse", "partial", "shortened", "refused", "switched", "closed in flight"} <= {
             what for what, count in did.items() if count
         }, did
 

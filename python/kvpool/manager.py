@@ -80,9 +80,11 @@ def _tokens(tokens: Tokens, name: str = "tokens") -> Int32Array:
         array = tokens
     else:
         try:
-            given = list(tokens)
+            given = list(tokens) if not isinstance(tokens, str | bytes | bytearray) else None
         except TypeError:
-            raise ValueError(f"{name}: {tokens!r} is neither a list of ints nor an int32 array") from None
+            given = None
+        if given is None:
+            raise ValueError(f"{name}: {tokens!r} is neither a list of ints nor an int32 array")
         if not given:
             return np.empty(0, np.int32)
         try:
@@ -317,7 +319,13 @@ class KVCacheManager:
             if pool.name in given:
                 pages[pool.name] = _as_pages(given[pool.name], pool.name, shape)
             else:
-                pages[pool.name] = np.zeros(shape, np.uint8)
+                try:
+                    pages[pool.name] = np.zeros(shape, np.uint8)
+                except (MemoryError, ValueError) as error:
+                    raise MemoryError(
+                        f"device_bytes: pool {pool.name!r} needs {shape[0] * shape[1]} bytes of memory, which cannot "
+                        "be allocated; lower device_bytes, or use device=None for books only"
+                    ) from error
             pages[pool.name][0] = 0
         return pages
 
@@ -416,6 +424,8 @@ class KVCacheManager:
 
     def _handles(self, caches: Iterable[KVCache]) -> list[int]:
         handles = []
+        if not isinstance(caches, Iterable):
+            raise ValueError(f"caches: {caches!r} is not a list of caches")
         for cache in caches:
             if not isinstance(cache, KVCache) or cache._manager is not self:
                 raise ValueError(f"caches: {cache!r} is not a cache of this manager")
