@@ -147,8 +147,4 @@ class _Sequential:
         self._manager.check()
         stats = self._manager.stats()
         report = self._report
-        report.evicted, report.dropped = int(stats.evicted), int(stats.dropped)
-        report.pools = {
-            pool: {tier: {name: int(n) for name, n in counts.items()} for tier, counts in tiers.items()}
-            for pool, tiers in stats.pools.items()
-        }
+        report.evicted, report.dropped, report.pools = stats.evicted, stats.dropped, stats.pools

@@ -58,21 +58,21 @@ fn uses(core: &Core, pool: usize) -> Vec<Use> {
 
 /// Slots of every pool by what they are.
 pub fn books(core: &Core) -> Vec<PoolBooks> {
-    (0..core.pools.len())
-        .map(|pool| {
-            let uses = uses(core, pool);
-            let count = |what: Use| uses[1..].iter().filter(|&&u| u == what).count() as u32;
-            PoolBooks {
-                slots: core.pools[pool].num_slots(),
-                free: count(Use::Nobody),
-                active: count(Use::Active),
-                held: count(Use::Held),
-                cached: count(Use::Cached),
-                fenced: count(Use::Fenced),
-                peak: core.pools[pool].peak(),
-            }
-        })
-        .collect()
+    (0..core.pools.len()).map(|pool| pool_books(core, pool)).collect()
+}
+
+fn pool_books(core: &Core, pool: usize) -> PoolBooks {
+    let uses = uses(core, pool);
+    let count = |what: Use| uses[1..].iter().filter(|&&u| u == what).count() as u32;
+    PoolBooks {
+        slots: core.pools[pool].num_slots(),
+        free: count(Use::Nobody),
+        active: count(Use::Active),
+        held: count(Use::Held),
+        cached: count(Use::Cached),
+        fenced: count(Use::Fenced),
+        peak: core.pools[pool].peak(),
+    }
 }
 
 macro_rules! ensure {
@@ -166,7 +166,7 @@ fn check_tree(core: &Core) -> Result<()> {
         ensure!(
             node.refs == claims[i] + claimed_children[i],
             "node {i} ({:?}): refs {} != claims {} + claimed children {}",
-            core.node_ref(i as u32),
+            core.tree.at(i as u32),
             node.refs,
             claims[i],
             claimed_children[i]
@@ -252,7 +252,7 @@ fn check_slots(core: &Core, pool: usize) -> Result<()> {
     for (slot, &count) in owners.iter().enumerate().skip(1) {
         ensure!(count == 1, "pool {pool}: slot {slot} has {count} owners, not 1");
     }
-    let books = books(core)[pool];
+    let books = pool_books(core, pool);
     ensure!(
         books.free == core.pools[pool].free(),
         "pool {pool}: free {} != slots that nobody uses {}",

@@ -92,7 +92,6 @@ pub struct Core {
     path: Vec<u32>,
     keys: Vec<u64>,
     runs: Vec<Vec<(u32, u32)>>,
-    need: Vec<u32>,
 }
 
 impl Core {
@@ -136,7 +135,6 @@ impl Core {
             path: Vec::new(),
             keys: Vec::new(),
             runs: vec![Vec::new(); count],
-            need: vec![0; count],
             config,
         })
     }
@@ -283,8 +281,8 @@ impl Core {
         }
     }
 
-    /// The first leaf in order leaves the tree, with its pages. Returns the pages it had.
-    fn evict_leaf(&mut self) -> Option<u32> {
+    /// The first leaf in order leaves the tree, with its pages. `false`: there is none.
+    fn evict_leaf(&mut self) -> bool {
         while let Some((key, node)) = self.leaves.pop() {
             if !self.tree.is_live(node) {
                 continue;
@@ -300,9 +298,9 @@ impl Core {
             }
             let pages = self.drop_node(node.id);
             self.counters.evicted += u64::from(pages);
-            return Some(pages);
+            return true;
         }
-        None
+        false
     }
 
     fn evict_page(&mut self, pool: usize) -> bool {
@@ -374,7 +372,7 @@ impl Core {
             let found = if self.tree.windowed[pool] {
                 self.evict_page(pool)
             } else {
-                self.evict_leaf().is_some()
+                self.evict_leaf()
             };
             assert!(
                 found,
@@ -901,7 +899,6 @@ impl Core {
             if need as u64 > u64::from(self.available(pool)) + u64::from(back) {
                 return Ok(false);
             }
-            self.need[pool] = need as u32;
         }
         if history > self.caches[index].history {
             self.caches[index].history = history;
@@ -1026,7 +1023,7 @@ impl Core {
                 node
             }
             None => {
-                if self.tree.free_nodes() == 0 && self.evict_leaf().is_none() {
+                if self.tree.free_nodes() == 0 && !self.evict_leaf() {
                     self.caches[index as usize].detached = true;
                     return false;
                 }
@@ -1172,7 +1169,7 @@ impl Core {
     /// Up to `blocks` leaves in order leave the device. Returns how many did.
     pub fn evict(&mut self, blocks: u64) -> u64 {
         let mut done = 0;
-        while done < blocks && self.evict_leaf().is_some() {
+        while done < blocks && self.evict_leaf() {
             done += 1;
         }
         done
@@ -1181,7 +1178,7 @@ impl Core {
     /// Drops all that is unclaimed.
     pub fn clear(&mut self) {
         let evicted = self.counters.evicted;
-        while self.evict_leaf().is_some() {}
+        while self.evict_leaf() {}
         for pool in 0..self.pools.len() {
             if self.tree.windowed[pool] {
                 while self.evict_page(pool) {}
@@ -1245,9 +1242,5 @@ impl Core {
     /// Recomputes all books from scratch.
     pub fn check(&self) -> Result<()> {
         crate::check::check(self)
-    }
-
-    pub(crate) fn node_ref(&self, node: u32) -> NodeRef {
-        self.tree.at(node)
     }
 }
