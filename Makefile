@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup replay test lint bench clean
+.PHONY: setup replay test models lint bench clean
 
 $(BIN)/kvpool: pyproject.toml Cargo.toml $(shell find rust kernels -name '*.rs' -o -name '*.cu' -o -name Cargo.toml)
 	$(PYTHON) -m venv $(VENV)
@@ -19,10 +19,19 @@ test: setup
 	cargo test --workspace --quiet
 	$(BIN)/python -m pytest
 
+# Every interleaving of small models (loom) with controls that must fail, then random schedules (shuttle).
+LOOM := RUSTFLAGS="--cfg kvpool_loom" cargo test --quiet --profile models --target-dir target/loom -p kvpool-core --lib
+models:
+	$(LOOM)
+	KVPOOL_PREEMPTIONS=3 $(LOOM) tree::
+	RUSTFLAGS="--cfg kvpool_shuttle" cargo test --quiet --profile models --target-dir target/shuttle -p kvpool-core --test linearizable
+
 lint: setup
 	cargo fmt --all --check
 	cargo fmt --check --manifest-path bench/rivals/Cargo.toml
 	cargo clippy --workspace --all-targets -- -D warnings
+	RUSTFLAGS="--cfg kvpool_loom" cargo clippy --target-dir target/loom -p kvpool-core --all-targets -- -D warnings
+	RUSTFLAGS="--cfg kvpool_shuttle" cargo clippy --target-dir target/shuttle -p kvpool-core --all-targets -- -D warnings
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict python/kvpool

@@ -141,7 +141,7 @@ def _retention(retention: Retention | None) -> tuple[list[tuple[int, int | None,
 class KVCache:
     """KVCache of one request; made by `KVCacheManager.create`. A context manager that closes.
 
-    Two threads must not call the same cache at once. Raises `LogicError` where the state forbids a
+    One thread at a time: a second one in the same cache gets a `LogicError`. Raises `LogicError` where the state forbids a
     call, ValueError for arguments out of range; both leave everything as it was.
     """
 
@@ -149,7 +149,7 @@ class KVCache:
 
     request_id: int | str
 
-    def __init__(self, manager: KVCacheManager, request_id: int | str, handle: int) -> None:
+    def __init__(self, manager: KVCacheManager, request_id: int | str, handle: _core.Cache) -> None:
         self._manager = manager
         self._handle = handle
         self._state: CacheState | None = None
@@ -363,7 +363,7 @@ class KVCacheManager:
         if request_id in self._caches:
             raise LogicError(f"request_id: {request_id!r} has a cache already; close it first")
         key, epoch = _scope(scope)
-        handle, _ = self._core.create(_tokens(tokens), key, epoch, _retention(retention))
+        handle = self._core.create(_tokens(tokens), key, epoch, _retention(retention))
         cache = KVCache(self, request_id, handle)
         if self._caches.setdefault(request_id, cache) is not cache:  # another thread was faster
             self._core.close(handle)
@@ -422,7 +422,7 @@ class KVCacheManager:
             raise LogicError("pages: device=None keeps books only")
         return self._pages[pool]
 
-    def _handles(self, caches: Iterable[KVCache]) -> list[int]:
+    def _handles(self, caches: Iterable[KVCache]) -> list[_core.Cache]:
         handles = []
         if not isinstance(caches, Iterable):
             raise ValueError(f"caches: {caches!r} is not a list of caches")
@@ -486,7 +486,7 @@ class KVCacheManager:
 
     def check(self) -> None:
         """Recompute all books; `InvariantError` names the equation that broke, or the written null page."""
-        self._core.check()
+        self._core.check([cache._handle for cache in list(self._caches.values())])
         for name, pages in self._pages.items():
             if pages[0].any():
                 raise InvariantError(f"pool {name!r}: the null page (slot 0) was written")

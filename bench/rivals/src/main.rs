@@ -1,6 +1,7 @@
 //! W1 and W2 from Rust: kvpool-core beside kvbm-logical (lru), in one process, in turns.
 //!
-//! W1: pool of 65,536 blocks of 16 tokens, 1,000 cached sequences of 64 blocks, picked at random: claim a full
+//! With one thread, and with two on disjoint sequences (and, for W1, on one shared sequence): wall time over all
+//! blocks of both. W1: pool of 65,536 blocks of 16 tokens, 1,000 cached sequences of 64 blocks, picked at random: claim a full
 //! match, read its slots, release. W2: the pool is full of cached blocks; allocate 64, commit new tokens, release.
 //! kvbm-logical is given precomputed hashes and compares no tokens; kvpool hashes and compares in every call.
 
@@ -9,6 +10,7 @@ use kvbm_logical::{BlockManager, BlockRegistry, KvbmSequenceHashProvider, Sequen
 use kvpool_core::types::{CoreConfig, PolicyKind, PoolSpec};
 use kvpool_core::Core;
 use std::hint::black_box;
+use std::sync::Barrier;
 use std::time::Instant;
 
 const T: usize = 16;
@@ -48,14 +50,15 @@ fn hashes(prompt: &[i32]) -> Vec<SequenceHash> {
         .collect()
 }
 
-fn serve(core: &mut Core, prompt: &[i32]) {
+fn serve(core: &Core, prompt: &[i32]) {
     let mut copies = Vec::new();
-    let (id, reused) = core.create(prompt, b"", None, None).unwrap();
-    core.resume(id, &mut copies).unwrap();
-    assert!(core.resize(id, (BLOCKS * T) as u64, None).unwrap());
-    core.commit(id, &prompt[reused as usize..BLOCKS * T]).unwrap();
-    black_box(core.table(id, 0).unwrap());
-    core.close(id).unwrap();
+    let mut cache = core.create(prompt, b"", None, None).unwrap();
+    let reused = core.info(&cache).unwrap().reused as usize;
+    core.resume(&mut cache, &mut copies).unwrap();
+    assert!(core.resize(&mut cache, (BLOCKS * T) as u64, None).unwrap());
+    core.commit(&mut cache, &prompt[reused..BLOCKS * T]).unwrap();
+    black_box(core.table(&cache, 0).unwrap());
+    core.close(&mut cache).unwrap();
 }
 
 fn serve_rival(manager: &Rival, hashes: &[SequenceHash]) {
@@ -68,12 +71,43 @@ fn serve_rival(manager: &Rival, hashes: &[SequenceHash]) {
     black_box(manager.register_blocks(complete));
 }
 
-fn nanos(calls: usize, mut f: impl FnMut(usize)) -> f64 {
-    let start = Instant::now();
-    for i in 0..calls {
-        f(i);
-    }
-    start.elapsed().as_nanos() as f64 / (calls * BLOCKS) as f64
+fn claim(core: &Core, prompt: &[i32]) {
+    let mut copies = Vec::new();
+    let mut cache = core.create(prompt, b"", None, None).unwrap();
+    assert_eq!(core.info(&cache).unwrap().reused as usize, BLOCKS * T);
+    core.resume(&mut cache, &mut copies).unwrap();
+    black_box(core.table(&cache, 0).unwrap());
+    core.close(&mut cache).unwrap();
+}
+
+fn claim_rival(manager: &Rival, hashes: &[SequenceHash]) {
+    let found = manager.match_blocks(hashes);
+    assert_eq!(found.len(), BLOCKS);
+    black_box(found.iter().map(|block| block.block_id()).sum::<usize>());
+}
+
+/// Wall nanoseconds per block of `CALLS` calls by each of `threads` threads.
+fn nanos(threads: usize, f: impl Fn(usize, usize) + Sync) -> f64 {
+    let gate = Barrier::new(threads);
+    let times: Vec<(Instant, Instant)> = std::thread::scope(|scope| {
+        let runs: Vec<_> = (0..threads)
+            .map(|thread| {
+                let (gate, f) = (&gate, &f);
+                scope.spawn(move || {
+                    gate.wait();
+                    let start = Instant::now();
+                    (0..CALLS).for_each(|i| f(thread, i));
+                    (start, Instant::now())
+                })
+            })
+            .collect();
+        runs.into_iter()
+            .map(|run| run.join().expect("a thread"))
+            .collect()
+    });
+    let start = times.iter().map(|(start, _)| *start).min().expect("a thread");
+    let end = times.iter().map(|(_, end)| *end).max().expect("a thread");
+    (end - start).as_nanos() as f64 / (threads * CALLS * BLOCKS) as f64
 }
 
 fn report(name: &str, mut ours: Vec<f64>, mut theirs: Vec<f64>) {
@@ -94,7 +128,7 @@ fn report(name: &str, mut ours: Vec<f64>, mut theirs: Vec<f64>) {
 
 fn main() {
     let mut rng = Rng(0x9E37_79B9_7F4A_7C15);
-    let mut core = Core::new(CoreConfig {
+    let core = Core::new(CoreConfig {
         tokens_per_block: T as u32,
         pools: vec![PoolSpec {
             name: "kv".into(),
@@ -120,42 +154,51 @@ fn main() {
     let prompts: Vec<Vec<i32>> = (0..SEQUENCES).map(|_| prompt(&mut rng)).collect();
     let keys: Vec<Vec<SequenceHash>> = prompts.iter().map(|p| hashes(p)).collect();
     for (p, k) in prompts.iter().zip(&keys) {
-        serve(&mut core, p);
+        serve(&core, p);
         serve_rival(&manager, k);
     }
-    println!("min / median of {ROUNDS} rounds of {CALLS} calls of {BLOCKS} blocks, in turns");
+    println!("min / median of {ROUNDS} rounds of {CALLS} calls per thread of {BLOCKS} blocks, in turns");
 
-    let mut copies = Vec::new();
-    let (mut ours, mut theirs) = (Vec::new(), Vec::new());
-    for _ in 0..ROUNDS {
-        let picks: Vec<usize> = (0..CALLS).map(|_| rng.next() as usize % SEQUENCES).collect();
-        ours.push(nanos(CALLS, |i| {
-            let (id, reused) = core.create(&prompts[picks[i]], b"", None, None).unwrap();
-            assert_eq!(reused as usize, BLOCKS * T);
-            core.resume(id, &mut copies).unwrap();
-            black_box(core.table(id, 0).unwrap());
-            core.close(id).unwrap();
-        }));
-        theirs.push(nanos(CALLS, |i| {
-            let found = manager.match_blocks(&keys[picks[i]]);
-            assert_eq!(found.len(), BLOCKS);
-            black_box(found.iter().map(|block| block.block_id()).sum::<usize>());
-        }));
+    for (name, threads, shared) in [
+        ("W1", 1, false),
+        ("W1, 2 threads", 2, false),
+        ("W1, 2 threads on one sequence", 2, true),
+    ] {
+        let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+        for _ in 0..ROUNDS {
+            let half = SEQUENCES / threads;
+            let picks: Vec<usize> = (0..CALLS)
+                .map(|_| if shared { 0 } else { rng.next() as usize % half })
+                .collect();
+            let pick = |thread: usize, i: usize| picks[i] + if shared { 0 } else { thread * half };
+            ours.push(nanos(threads, |thread, i| {
+                claim(&core, &prompts[pick(thread, i)])
+            }));
+            theirs.push(nanos(threads, |thread, i| {
+                claim_rival(&manager, &keys[pick(thread, i)])
+            }));
+        }
+        report(name, ours, theirs);
     }
-    report("W1", ours, theirs);
 
-    while manager.available_blocks() == SLOTS && core.books()[0].free > 0 {
+    while core.books()[0].free > 0 {
         let p = prompt(&mut rng);
-        serve(&mut core, &p);
+        serve(&core, &p);
         serve_rival(&manager, &hashes(&p));
     }
-    let (mut ours, mut theirs) = (Vec::new(), Vec::new());
-    for _ in 0..ROUNDS {
-        let fresh: Vec<Vec<i32>> = (0..CALLS).map(|_| prompt(&mut rng)).collect();
-        let keys: Vec<Vec<SequenceHash>> = fresh.iter().map(|p| hashes(p)).collect();
-        ours.push(nanos(CALLS, |i| serve(&mut core, &fresh[i])));
-        theirs.push(nanos(CALLS, |i| serve_rival(&manager, &keys[i])));
+    for (name, threads) in [("W2", 1), ("W2, 2 threads", 2)] {
+        let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+        for _ in 0..ROUNDS {
+            let fresh: Vec<Vec<i32>> = (0..threads * CALLS).map(|_| prompt(&mut rng)).collect();
+            let keys: Vec<Vec<SequenceHash>> = fresh.iter().map(|p| hashes(p)).collect();
+            ours.push(nanos(threads, |thread, i| {
+                serve(&core, &fresh[thread * CALLS + i])
+            }));
+            theirs.push(nanos(threads, |thread, i| {
+                serve_rival(&manager, &keys[thread * CALLS + i])
+            }));
+        }
+        report(name, ours, theirs);
     }
-    report("W2", ours, theirs);
-    core.check().unwrap();
+    core.check(&[]).unwrap();
 }

@@ -1,4 +1,4 @@
-//! What one request holds.
+//! What one request holds. Its owner is the one thread that has `&mut` of it.
 //!
 //! Token ranges of a cache, T = tokens per block:
 //!
@@ -7,65 +7,123 @@
 //! [ in the tree, claimed      )[ private, final  )[ private, being written )
 //! ```
 //!
-//! `tables[pool][i]` is the slot of block i, 0 when the block is stale or has no page there.
+//! `tables[pool][i]` is the slot of block i, 0 when the block is stale or has no page there. A cache owns one
+//! reference on its deepest node, one on `source`, and one on each live page of windowed pools.
 
-use crate::types::{CacheState, RetentionSpec, NIL};
+use crate::core::Core;
+use crate::pool::Owner;
+use crate::tree::{Holder, Root};
+use crate::types::{CacheState, RetentionSpec};
+use crate::words::Link;
 
-/// State of one request's cache.
+/// State of one request's cache. To be given to `Core::close` in the end: dropping it loses its pages.
 #[derive(Debug)]
+#[must_use = "a cache that is not closed keeps its pages"]
 pub struct Cache {
-    /// Counts reuses of this index.
-    pub gen: u32,
-    /// Public state.
-    pub state: CacheState,
-    /// Root of its scope, `NIL` if the scope's epoch was already old at creation.
-    pub root: u32,
-    /// Epoch of its scope.
-    pub epoch: u64,
+    pub(crate) core: u64,
+    pub(crate) state: CacheState,
+    pub(crate) root: Root,
     /// The prompt as given.
-    pub prompt: Vec<i32>,
+    pub(crate) prompt: Vec<i32>,
     /// Final tokens of the block that is not full yet.
-    pub tail: Vec<i32>,
+    pub(crate) tail: Vec<i32>,
     /// Tokens found in the tree at creation.
-    pub reused: u64,
+    pub(crate) reused: u64,
     /// Final tokens.
-    pub committed: u64,
+    pub(crate) committed: u64,
     /// Tokens before the next step's input.
-    pub history: u64,
+    pub(crate) history: u64,
     /// Tokens with storage.
-    pub capacity: u64,
+    pub(crate) capacity: u64,
     /// The path in the tree; the last one carries the claim.
-    pub nodes: Vec<u32>,
+    pub(crate) nodes: Vec<Link>,
     /// Hash of the prefix that `nodes` is.
-    pub key: u64,
+    pub(crate) key: u64,
     /// No further block enters the tree.
-    pub detached: bool,
+    pub(crate) detached: bool,
     /// Claimed node whose first tokens are to be copied at resume.
-    pub source: u32,
+    pub(crate) source: Link,
+    /// Pools `[0, source_pools)` in which the source's page is claimed, where they have a window.
+    pub(crate) source_pools: usize,
     /// Whether the copy of `source` was handed out and not yet reported as done.
-    pub copying: bool,
+    pub(crate) copying: bool,
     /// Slots per pool and block.
-    pub tables: Vec<Vec<u32>>,
+    pub(crate) tables: Vec<Vec<u32>>,
     /// Per pool: blocks below this index are stale or sinks.
-    pub stale_end: Vec<usize>,
+    pub(crate) stale_end: Vec<usize>,
+    /// Per pool: units in the hands of the running operation.
+    pub(crate) purse: Vec<u32>,
+    /// Per pool: pages whose price is the unit of a fenced slot.
+    pub(crate) debt: Vec<u32>,
     /// Launched steps that may still touch its slots.
-    pub in_flight: u32,
+    pub(crate) in_flight: u32,
     /// Slots (pool, slot) given up while in flight.
-    pub fenced: Vec<(u32, u32)>,
+    pub(crate) fenced: Vec<(u32, u32)>,
     /// Retention of its blocks.
-    pub retention: Option<RetentionSpec>,
+    pub(crate) retention: Option<RetentionSpec>,
     /// Segment that its blocks get at release.
-    pub segment: u8,
+    pub(crate) segment: u8,
 }
 
 impl Cache {
+    /// A SUSPENDED cache that holds nothing. Allocates what its later life needs.
+    pub(crate) fn new(core: &Core, root: Root, tokens: &[i32], retention: Option<RetentionSpec>) -> Self {
+        let t = core.config.tokens_per_block as usize;
+        let pools = core.pools.len();
+        let most = core.config.max_seq_len.unwrap_or(0).div_ceil(t as u64) as usize;
+        let room = most.max(tokens.len().div_ceil(t) + 1);
+        Self {
+            core: core.id,
+            state: CacheState::Suspended,
+            key: root.key(),
+            root,
+            prompt: tokens.to_vec(),
+            tail: Vec::with_capacity(t),
+            reused: 0,
+            committed: 0,
+            history: 0,
+            capacity: 0,
+            nodes: Vec::with_capacity(room),
+            detached: false,
+            source: Link::NIL,
+            source_pools: 0,
+            copying: false,
+            tables: (0..pools).map(|_| Vec::with_capacity(room)).collect(),
+            stale_end: vec![0; pools],
+            purse: vec![0; pools],
+            debt: vec![0; pools],
+            in_flight: 0,
+            fenced: Vec::with_capacity(room * pools),
+            retention,
+            segment: 0,
+        }
+    }
+
     /// The deepest node of its path.
-    pub fn deepest(&self) -> u32 {
-        self.nodes.last().copied().unwrap_or(NIL)
+    pub(crate) fn deepest(&self) -> Link {
+        self.nodes.last().copied().unwrap_or(Link::NIL)
+    }
+
+    /// How its claims are counted.
+    pub(crate) fn holder(&self) -> Holder {
+        match self.state {
+            CacheState::Active => Holder::Active,
+            CacheState::Suspended => Holder::Held,
+            CacheState::Closed => Holder::Fenced,
+        }
+    }
+
+    /// How its private slots are counted.
+    pub(crate) fn private_owner(&self) -> Owner {
+        match self.state {
+            CacheState::Active => Owner::Active,
+            CacheState::Suspended => Owner::Held,
+            CacheState::Closed => Owner::Fenced,
+        }
     }
 
     /// Priority of the block that begins at token `first`.
-    pub fn priority(&self, first: u64) -> u8 {
+    pub(crate) fn priority(&self, first: u64) -> u8 {
         let Some(retention) = &self.retention else {
             return crate::types::DEFAULT_PRIORITY;
         };

@@ -1,56 +1,152 @@
 //! Slots of one pool on the device.
 //!
-//! `free.len() + (slots in the tree, in caches, fenced) == num_slots`; who holds the others is the
-//! tree's and the caches' business, and `check` adds it up.
+//! `available == slots - private - claimed - promised`: what is free or evictable and promised to
+//! nobody. An operation takes its whole need off `available` first ([`SlotPool::reserve`]), then finds the slots:
+//! on the free stack or by evicting, which turns an evictable page into a free slot and leaves `available` as it is.
+//! `owner[slot]` says who has it; `check` adds it up.
 
-/// Free slots of one pool.
+use crate::stack::Stack;
+use crate::sync::{AtomicU32, Counter, Field, Ordering};
+
+/// Who has a slot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Owner {
+    /// Nobody: it is on the free stack, or on its way there.
+    Free,
+    /// The private part of an ACTIVE cache.
+    Active,
+    /// The private part of a SUSPENDED cache.
+    Held,
+    /// Nobody yet: a launched step may still touch it.
+    Fenced,
+    /// A node of the tree.
+    Node(u32),
+}
+
+impl Owner {
+    fn to_u64(self) -> u64 {
+        match self {
+            Self::Free => 0,
+            Self::Active => 1,
+            Self::Held => 2,
+            Self::Fenced => 3,
+            Self::Node(index) => u64::from(index) + 4,
+        }
+    }
+    fn from_u64(raw: u64) -> Self {
+        match raw {
+            0 => Self::Free,
+            1 => Self::Active,
+            2 => Self::Held,
+            3 => Self::Fenced,
+            index => Self::Node((index - 4) as u32),
+        }
+    }
+}
+
+/// See the module.
 #[derive(Debug)]
 pub struct SlotPool {
-    num_slots: u32,
-    free: Vec<u32>,
-    peak: u32,
+    free: Stack,
+    available: AtomicU32,
+    owner: Vec<Field>,
+    taken: Counter,
+    peak: Field,
 }
 
 impl SlotPool {
     /// All of `1..=num_slots` free; the lowest is handed out first.
     pub fn new(num_slots: u32) -> Self {
         Self {
-            num_slots,
-            free: (1..=num_slots).rev().collect(),
-            peak: 0,
+            free: Stack::full(num_slots),
+            available: AtomicU32::new(num_slots),
+            owner: (0..=num_slots).map(|_| Field::new(0)).collect(),
+            taken: Counter::default(),
+            peak: Field::new(0),
         }
     }
 
     /// Slots in all.
     pub fn num_slots(&self) -> u32 {
-        self.num_slots
+        (self.owner.len() - 1) as u32
     }
 
-    /// Slots in nobody's hands.
-    pub fn free(&self) -> u32 {
-        self.free.len() as u32
+    /// Slots that are free or can be made free, and are promised to nobody.
+    pub fn available(&self) -> u32 {
+        self.available.load(Ordering::Relaxed) // Relaxed: a monitor's reading; who needs them calls `reserve`
     }
 
-    /// Most slots that were ever taken at once.
-    pub fn peak(&self) -> u32 {
-        self.peak
+    /// Takes `n` off `available`, or nothing. Lock-free; linearized at the CAS.
+    pub fn reserve(&self, n: u32) -> bool {
+        if n == 0 {
+            return true;
+        }
+        let mut now = self.available.load(Ordering::Relaxed); // Relaxed: the CAS below decides
+        loop {
+            let Some(left) = now.checked_sub(n) else {
+                return false;
+            };
+            // Acquire: partner the fetch_add in `unreserve`, so that what was made evictable before is seen as such.
+            // Relaxed on failure: the loop decides by the value alone.
+            match self
+                .available
+                .compare_exchange_weak(now, left, Ordering::Acquire, Ordering::Relaxed)
+            {
+                Ok(_) => return true,
+                Err(seen) => now = seen,
+            }
+        }
     }
 
-    /// A free slot, if any.
-    pub fn take(&mut self) -> Option<u32> {
-        let slot = self.free.pop()?;
-        self.peak = self.peak.max(self.num_slots - self.free());
+    /// Gives a promise back, or announces slots that were freed or became evictable before. Wait-free.
+    pub fn unreserve(&self, n: u32) {
+        if n > 0 {
+            self.available.fetch_add(n, Ordering::Release); // Release: partner the CAS in `reserve`
+        }
+    }
+
+    /// A free slot, if any; the caller holds a promise for it.
+    pub fn take(&self) -> Option<u32> {
+        let slot = self.free.pop()? + 1;
+        self.taken.add(1);
         Some(slot)
     }
 
-    /// Gives a slot back.
-    pub fn give(&mut self, slot: u32) {
-        debug_assert!(slot >= 1 && slot <= self.num_slots);
-        self.free.push(slot);
+    /// Remembers how many slots are not free by now.
+    pub fn note_peak(&self) {
+        self.peak.raise(self.taken.get());
+    }
+
+    /// Gives a slot back without changing `available`: its page was evictable, or the promise goes elsewhere.
+    pub fn give(&self, slot: u32) {
+        debug_assert!(slot >= 1 && slot <= self.num_slots());
+        self.set_owner(slot, Owner::Free);
+        self.taken.sub(1);
+        self.free.push(slot - 1);
+    }
+
+    /// Most slots that were ever not free.
+    pub fn peak(&self) -> u32 {
+        self.peak.get() as u32
+    }
+
+    /// Who has a slot.
+    pub fn owner(&self, slot: u32) -> Owner {
+        Owner::from_u64(self.owner[slot as usize].get())
+    }
+
+    /// Writes down who has a slot; only who has it does.
+    pub fn set_owner(&self, slot: u32, owner: Owner) {
+        self.owner[slot as usize].set(owner.to_u64());
     }
 
     /// The free slots, for `check`.
-    pub fn free_slots(&self) -> &[u32] {
-        &self.free
+    pub fn free_slots(&self) -> Vec<u32> {
+        self.free.indices().into_iter().map(|index| index + 1).collect()
+    }
+
+    /// Slots counted as taken, for `check`.
+    pub fn taken(&self) -> u64 {
+        self.taken.get()
     }
 }

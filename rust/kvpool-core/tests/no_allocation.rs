@@ -38,38 +38,52 @@ fn counted<T>(total: &mut u64, f: impl FnOnce() -> T) -> T {
 
 #[test]
 fn only_create_allocates() {
+    for policy in [PolicyKind::Lru, PolicyKind::Slru] {
+        run(policy);
+    }
+}
+
+fn run(policy: PolicyKind) {
     let pool = |name: &str, num_slots, window| PoolSpec {
         name: name.into(),
         num_slots,
         window,
         sink_tokens: 0,
     };
-    let mut core = Core::new(CoreConfig {
+    let core = Core::new(CoreConfig {
         tokens_per_block: 4,
         pools: vec![pool("full", 64, None), pool("window", 64, Some(10))],
         max_blocks: 64,
         max_seq_len: Some(128),
         partial_reuse: true,
         hash_seed: 1,
-        policy: PolicyKind::Lru,
+        policy,
         collide: false,
     })
     .unwrap();
     let mut total = 0;
     let mut copies = Vec::with_capacity(8);
-    for round in 0..200i32 {
+    for round in 0..400i32 {
         let prompt: Vec<i32> = (0..42).map(|i| if i < 14 { i } else { i + round % 7 }).collect();
-        let (id, reused) = core.create(&prompt, b"", None, None).unwrap();
+        let mut cache = core.create(&prompt, b"", None, None).unwrap();
+        let reused = core.info(&cache).unwrap().reused;
         // The first rounds size the scratch space of look-ups.
         let mut sum = 0;
-        counted(&mut sum, || core.resume(id, &mut copies).unwrap());
-        core.copies_done(id);
-        assert!(counted(&mut sum, || core.resize(id, 42, None).unwrap()));
-        counted(&mut sum, || core.commit(id, &prompt[reused as usize..]).unwrap());
+        counted(&mut sum, || core.resume(&mut cache, &mut copies).unwrap());
+        core.copies_done(&mut cache);
+        assert!(counted(&mut sum, || core.resize(&mut cache, 42, None).unwrap()));
+        core.step_begin(&mut cache, 1).unwrap();
+        counted(&mut sum, || {
+            core.commit(&mut cache, &prompt[reused as usize..]).unwrap()
+        });
+        counted(&mut sum, || core.step_end(&mut cache, 1).unwrap());
         counted(&mut sum, || core.probe(&prompt, b"", None).unwrap());
         counted(&mut sum, || core.evict(1));
-        counted(&mut sum, || core.close(id).unwrap());
-        core.check().unwrap();
+        if round % 50 == 49 {
+            counted(&mut sum, || core.set_epoch(round as u64).unwrap());
+        }
+        counted(&mut sum, || core.close(&mut cache).unwrap());
+        core.check(&[]).unwrap();
         if round >= 20 {
             total += sum;
         }

@@ -1,7 +1,8 @@
 //! Every policy keeps its contract, and `Slru` protects what it says.
 
-use kvpool_core::evict::{Lru, NodeRef, Policy, Slru};
+use kvpool_core::evict::{Lru, Policy, Slru};
 use kvpool_core::types::{CoreConfig, PolicyKind, PoolSpec};
+use kvpool_core::words::Link;
 use kvpool_core::Core;
 
 const CAPACITY: usize = 20;
@@ -10,8 +11,8 @@ fn policies() -> Vec<Box<dyn Policy>> {
     vec![Box::<Lru>::default(), Box::new(Slru::new(CAPACITY))]
 }
 
-fn node(id: u32) -> NodeRef {
-    NodeRef { id, gen: 0 }
+fn node(id: u32) -> Link {
+    Link::new(0, id)
 }
 
 #[test]
@@ -51,7 +52,7 @@ fn slru_protects_at_most_30_percent_oldest_go_first() {
     }
     let mut demoted = Vec::new();
     while let Some((node, _)) = policy.overflow() {
-        demoted.push(node.id);
+        demoted.push(node.index() as u32);
         policy.demoted();
     }
     assert_eq!(demoted, [0, 1, 2, 3]); // 6 = 30 % of 20 stay
@@ -88,7 +89,7 @@ fn slru_counts_ghosts_as_reuse_and_remembers_4_times_the_capacity() {
 #[test]
 fn slru_survives_a_scan_that_lru_does_not() {
     let survives = |policy| {
-        let mut core = Core::new(CoreConfig {
+        let core = Core::new(CoreConfig {
             tokens_per_block: 1,
             pools: vec![PoolSpec {
                 name: "kv".into(),
@@ -104,14 +105,15 @@ fn slru_survives_a_scan_that_lru_does_not() {
             collide: false,
         })
         .unwrap();
-        let mut serve = |tokens: &[i32]| {
+        let serve = |tokens: &[i32]| {
             let mut copies = Vec::new();
-            let (id, reused) = core.create(tokens, b"", None, None).unwrap();
-            core.resume(id, &mut copies).unwrap();
-            assert!(core.resize(id, tokens.len() as u64, None).unwrap());
-            core.commit(id, &tokens[reused as usize..]).unwrap();
-            core.close(id).unwrap();
-            core.check().unwrap();
+            let mut cache = core.create(tokens, b"", None, None).unwrap();
+            let reused = core.info(&cache).unwrap().reused;
+            core.resume(&mut cache, &mut copies).unwrap();
+            assert!(core.resize(&mut cache, tokens.len() as u64, None).unwrap());
+            core.commit(&mut cache, &tokens[reused as usize..]).unwrap();
+            core.close(&mut cache).unwrap();
+            core.check(&[]).unwrap();
             reused
         };
         let hot = [1, 2, 3, 4, 5, 6];

@@ -4,7 +4,7 @@
 //! content of every page is tracked, under both policies and with every hash forced to collide.
 
 use kvpool_core::types::{CacheState, CoreConfig, PolicyKind, PoolSpec, RangeSpec, RetentionSpec};
-use kvpool_core::{CacheId, Core};
+use kvpool_core::{Cache, Core};
 use proptest::prelude::*;
 use std::collections::HashMap;
 
@@ -52,7 +52,7 @@ fn op() -> impl Strategy<Value = Op> {
 }
 
 struct Open {
-    id: CacheId,
+    cache: Cache,
     scope: (usize, u64),
     prompt: Vec<i32>,
     committed: Vec<i32>,
@@ -74,7 +74,7 @@ fn run(pools: Vec<PoolSpec>, policy: PolicyKind, collide: bool, max_blocks: u32,
         policy,
         collide,
     };
-    let mut core = Core::new(config).unwrap();
+    let core = Core::new(config).unwrap();
     let mut open: Vec<Open> = Vec::new();
     let mut content: HashMap<(usize, u32), Content> = HashMap::new();
     let mut epoch = 0;
@@ -94,12 +94,13 @@ fn run(pools: Vec<PoolSpec>, policy: PolicyKind, collide: bool, max_blocks: u32,
                     decode_priority: 50,
                 });
                 let probed = core.probe(&tokens, SCOPES[scope], None).unwrap();
-                let (id, reused) = core.create(&tokens, SCOPES[scope], None, retention).unwrap();
+                let cache = core.create(&tokens, SCOPES[scope], None, retention).unwrap();
+                let reused = core.info(&cache).unwrap().reused;
                 assert_eq!(probed, reused, "probe differs from create");
                 assert!(reused <= (tokens.len() as u64).saturating_sub(1));
                 let committed = tokens[..reused as usize].to_vec();
                 open.push(Open {
-                    id,
+                    cache,
                     scope: (scope, epoch),
                     prompt: tokens,
                     committed,
@@ -108,21 +109,21 @@ fn run(pools: Vec<PoolSpec>, policy: PolicyKind, collide: bool, max_blocks: u32,
             }
             Op::Resume(i) if !open.is_empty() => {
                 let at = i % open.len();
-                let cache = &mut open[at];
+                let one = &mut open[at];
                 let mut copies = Vec::new();
-                assert!(core.resume(cache.id, &mut copies).unwrap());
+                assert!(core.resume(&mut one.cache, &mut copies).unwrap());
                 for copy in &copies {
                     let from = content[&(copy.pool as usize, copy.src)].clone();
                     content.insert((copy.pool as usize, copy.dst), from);
                 }
-                core.copies_done(cache.id);
-                let reused = core.info(cache.id).unwrap().committed as usize;
-                cache.committed.truncate(reused);
+                core.copies_done(&mut one.cache);
+                let reused = core.info(&one.cache).unwrap().committed as usize;
+                one.committed.truncate(reused);
                 for (pool, spec) in pools.iter().enumerate() {
-                    let (s, e) = spec.stale(core.info(cache.id).unwrap().history, t);
-                    let table = core.table(cache.id, pool).unwrap();
+                    let (s, e) = spec.stale(core.info(&one.cache).unwrap().history, t);
+                    let table = core.table(&one.cache, pool).unwrap();
                     for (i, &slot) in table.iter().enumerate() {
-                        let end = ((i as u64 + 1) * t).min(cache.committed.len() as u64) as usize;
+                        let end = ((i as u64 + 1) * t).min(one.committed.len() as u64) as usize;
                         if i as u64 * t >= end as u64 {
                             continue;
                         }
@@ -133,71 +134,72 @@ fn run(pools: Vec<PoolSpec>, policy: PolicyKind, collide: bool, max_blocks: u32,
                         );
                         if slot != 0 {
                             let (scope, epoch, tokens) = &content[&(pool, slot)];
-                            assert_eq!((*scope, *epoch), cache.scope, "a page of another scope");
-                            assert_eq!(tokens[..end], cache.committed[..end], "a page of other tokens");
+                            assert_eq!((*scope, *epoch), one.scope, "a page of another scope");
+                            assert_eq!(tokens[..end], one.committed[..end], "a page of other tokens");
                         }
                     }
                 }
             }
             Op::Suspend(i) if !open.is_empty() => {
                 let at = i % open.len();
-                core.suspend(open[at].id).unwrap();
+                core.suspend(&mut open[at].cache).unwrap();
             }
             Op::Grow { cache, by, ahead } if !open.is_empty() => {
-                let id = open[cache % open.len()].id;
-                let info = core.info(id).unwrap();
+                let at = cache % open.len();
+                let one = &mut open[at];
+                let info = core.info(&one.cache).unwrap();
                 let capacity = (info.capacity + by).min(24);
                 let history = (info.history + ahead).min(capacity);
                 let before = (core.books(), info.capacity);
-                match core.resize(id, capacity, Some(history)) {
-                    Ok(true) => assert_eq!(core.info(id).unwrap().capacity, capacity),
-                    Ok(false) => assert_eq!((core.books(), core.info(id).unwrap().capacity), before),
+                match core.resize(&mut one.cache, capacity, Some(history)) {
+                    Ok(true) => assert_eq!(core.info(&one.cache).unwrap().capacity, capacity),
+                    Ok(false) => assert_eq!((core.books(), core.info(&one.cache).unwrap().capacity), before),
                     Err(_) => assert_ne!(info.state, CacheState::Active),
                 }
             }
             Op::Commit { cache, tokens } if !open.is_empty() => {
                 let at = cache % open.len();
-                let cache = &mut open[at];
-                let info = core.info(cache.id).unwrap();
+                let one = &mut open[at];
+                let info = core.info(&one.cache).unwrap();
                 let room = (info.capacity - info.committed) as usize;
                 let mut tokens = tokens;
                 tokens.truncate(room);
                 for (i, token) in tokens.iter_mut().enumerate() {
-                    if let Some(&given) = cache.prompt.get(cache.committed.len() + i) {
+                    if let Some(&given) = one.prompt.get(one.committed.len() + i) {
                         *token = given;
                     }
                 }
                 if info.state != CacheState::Active {
-                    assert!(core.commit(cache.id, &tokens).is_err());
+                    assert!(core.commit(&mut one.cache, &tokens).is_err());
                     continue;
                 }
                 // "Compute": the pages of the blocks these tokens fall into hold the prefix.
-                let from = cache.committed.len() as u64 / t;
-                cache.committed.extend(&tokens);
+                let from = one.committed.len() as u64 / t;
+                one.committed.extend(&tokens);
                 for pool in 0..pools.len() {
                     for (i, &slot) in core
-                        .table(cache.id, pool)
+                        .table(&one.cache, pool)
                         .unwrap()
                         .iter()
                         .enumerate()
                         .skip(from as usize)
                     {
-                        let end = ((i + 1) * t as usize).min(cache.committed.len());
+                        let end = ((i + 1) * t as usize).min(one.committed.len());
                         if slot != 0 && i * (t as usize) < end {
-                            let (scope, epoch) = cache.scope;
-                            content.insert((pool, slot), (scope, epoch, cache.committed[..end].to_vec()));
+                            let (scope, epoch) = one.scope;
+                            content.insert((pool, slot), (scope, epoch, one.committed[..end].to_vec()));
                         }
                     }
                 }
-                core.commit(cache.id, &tokens).unwrap();
+                core.commit(&mut one.cache, &tokens).unwrap();
             }
             Op::Close(i) if !open.is_empty() => {
                 let at = i % open.len();
-                let cache = open.swap_remove(at);
-                let over = core.close(cache.id).unwrap();
-                assert_eq!(over, !cache.in_flight);
-                if cache.in_flight {
-                    assert_eq!(core.step_end(&[cache.id]).unwrap(), [true]);
+                let mut one = open.swap_remove(at);
+                let over = core.close(&mut one.cache).unwrap();
+                assert_eq!(over, !one.in_flight);
+                if one.in_flight {
+                    assert!(core.step_end(&mut one.cache, 1).unwrap());
                 }
             }
             Op::Evict(n) => assert!(core.evict(n) <= n),
@@ -214,26 +216,27 @@ fn run(pools: Vec<PoolSpec>, policy: PolicyKind, collide: bool, max_blocks: u32,
             }
             Op::Step(i) if !open.is_empty() => {
                 let at = i % open.len();
-                let cache = &mut open[at];
-                if cache.in_flight {
-                    core.step_end(&[cache.id]).unwrap();
-                    cache.in_flight = false;
+                let one = &mut open[at];
+                if one.in_flight {
+                    core.step_end(&mut one.cache, 1).unwrap();
+                    one.in_flight = false;
                 } else {
-                    cache.in_flight = core.step_begin(&[cache.id]).is_ok();
+                    one.in_flight = core.step_begin(&mut one.cache, 1).is_ok();
                 }
             }
             _ => {}
         }
-        core.check().unwrap();
+        let caches: Vec<&Cache> = open.iter().map(|one| &one.cache).collect();
+        core.check(&caches).unwrap();
     }
-    for cache in open {
-        core.close(cache.id).unwrap();
-        if cache.in_flight {
-            core.step_end(&[cache.id]).unwrap();
+    for mut one in open {
+        core.close(&mut one.cache).unwrap();
+        if one.in_flight {
+            core.step_end(&mut one.cache, 1).unwrap();
         }
     }
     core.clear();
-    core.check().unwrap();
+    core.check(&[]).unwrap();
     for books in core.books() {
         assert_eq!(books.free, books.slots, "a page was lost");
     }

@@ -1,12 +1,17 @@
-//! The `Core` class: converts arguments, takes the lock, calls, converts the result.
+//! The `Core` class and its caches: converts arguments, calls, converts the result.
+//!
+//! The core itself is shared without a lock. A cache is entered by one thread at a time: who finds another
+//! one inside gets a `LogicError` instead of waiting. Calls of microseconds keep the GIL (letting it go costs more
+//! than it gives); those that walk all blocks let it go.
 
+use crate::cache::{distinct, Cache};
 use kvpool_core::types::{CoreConfig, PageCopy, PolicyKind, PoolSpec, RangeSpec, RetentionSpec};
-use kvpool_core::{CacheId, CoreError};
+use kvpool_core::CoreError;
 use pyo3::buffer::PyBuffer;
-use pyo3::exceptions::{PyMemoryError, PyRuntimeError, PyValueError};
+use pyo3::exceptions::{PyMemoryError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyByteArray, PyDict};
-use std::sync::{Mutex, MutexGuard};
+use std::sync::MutexGuard;
 
 fn raise(py: Python<'_>, error: CoreError) -> PyErr {
     let (class, message) = match error {
@@ -45,28 +50,32 @@ fn bytes_of(values: &[i32]) -> Vec<u8> {
     values.iter().flat_map(|value| value.to_ne_bytes()).collect()
 }
 
+type Entered<'a> = MutexGuard<'a, kvpool_core::Cache>;
 type Copies = Vec<(u32, u32, u32)>;
 type Ranges = (Vec<(u64, Option<u64>, u8)>, u8);
 
-/// Tree, pools, caches and their books. Caches are named by integers.
+/// Tree, pools and their books.
 #[pyclass(frozen, module = "kvpool._core")]
-pub struct Core(Mutex<kvpool_core::Core>);
+pub struct Core(kvpool_core::Core);
 
-impl Core {
-    fn lock(&self) -> PyResult<MutexGuard<'_, kvpool_core::Core>> {
-        self.0.lock().map_err(|_| {
-            PyRuntimeError::new_err("the core panicked in an earlier call; its books cannot be trusted")
-        })
-    }
+/// Runs a call of one cache.
+fn with<T>(
+    py: Python<'_>,
+    cache: &Bound<'_, Cache>,
+    f: impl FnOnce(&mut kvpool_core::Cache) -> kvpool_core::Result<T>,
+) -> PyResult<T> {
+    let result = cache.get().enter().and_then(|mut cache| f(&mut cache));
+    outcome(py, result)
+}
 
-    fn call<T>(
-        &self,
-        py: Python<'_>,
-        f: impl FnOnce(&mut kvpool_core::Core) -> kvpool_core::Result<T>,
-    ) -> PyResult<T> {
-        let result = f(&mut *self.lock()?);
-        result.map_err(|error| raise(py, error))
-    }
+/// Enters all caches of a list, each once, with the times it is listed.
+fn enter_all<'a>(py: Python<'_>, caches: &'a [Py<Cache>]) -> PyResult<Vec<(Entered<'a>, u32)>> {
+    let enter = |(cache, times): (&'a Cache, u32)| Ok((outcome(py, cache.enter())?, times));
+    distinct(caches).into_iter().map(enter).collect()
+}
+
+fn outcome<T>(py: Python<'_>, result: kvpool_core::Result<T>) -> PyResult<T> {
+    result.map_err(|error| raise(py, error))
 }
 
 #[pymethods]
@@ -115,10 +124,10 @@ impl Core {
             collide,
         };
         let core = kvpool_core::Core::new(config).map_err(|error| raise(py, error))?;
-        Ok(Self(Mutex::new(core)))
+        Ok(Self(core))
     }
 
-    /// -> (cache, tokens reused)
+    /// The cache claims the longest match of `tokens`.
     #[pyo3(signature = (tokens, scope, epoch=None, retention=None))]
     fn create(
         &self,
@@ -127,7 +136,7 @@ impl Core {
         scope: &[u8],
         epoch: Option<u64>,
         retention: Option<Ranges>,
-    ) -> PyResult<(u64, u64)> {
+    ) -> PyResult<Cache> {
         let tokens = int32s(py, &tokens)?;
         let retention = retention.map(|(ranges, decode_priority)| RetentionSpec {
             ranges: ranges
@@ -140,8 +149,8 @@ impl Core {
                 .collect(),
             decode_priority,
         });
-        let (id, reused) = self.call(py, |core| core.create(&tokens, scope, epoch, retention))?;
-        Ok((id.to_u64(), reused))
+        let cache = self.0.create(&tokens, scope, epoch, retention);
+        outcome(py, cache).map(Cache::new)
     }
 
     /// Tokens that `create` would reuse now.
@@ -154,63 +163,61 @@ impl Core {
         epoch: Option<u64>,
     ) -> PyResult<u64> {
         let tokens = int32s(py, &tokens)?;
-        self.call(py, |core| core.probe(&tokens, scope, epoch))
+        outcome(py, self.0.probe(&tokens, scope, epoch))
     }
 
     /// -> (resumed, [(pool, source slot, destination slot)]); report the copies by `copies_done`.
-    fn resume(&self, py: Python<'_>, cache: u64) -> PyResult<(bool, Copies)> {
+    fn resume(&self, py: Python<'_>, cache: &Bound<'_, Cache>) -> PyResult<(bool, Copies)> {
         let mut copies: Vec<PageCopy> = Vec::new();
-        let resumed = self.call(py, |core| core.resume(CacheId::from_u64(cache), &mut copies))?;
+        let resumed = with(py, cache, |cache| self.0.resume(cache, &mut copies))?;
         Ok((resumed, copies.iter().map(|c| (c.pool, c.src, c.dst)).collect()))
     }
 
     /// The copies of the last `resume` are made.
-    fn copies_done(&self, py: Python<'_>, cache: u64) -> PyResult<()> {
-        self.call(py, |core| {
-            core.copies_done(CacheId::from_u64(cache));
+    fn copies_done(&self, py: Python<'_>, cache: &Bound<'_, Cache>) -> PyResult<()> {
+        with(py, cache, |cache| {
+            self.0.copies_done(cache);
             Ok(())
         })
     }
 
     /// The copies of the last `resume` could not be made: the cache is as it was before it.
-    fn copies_failed(&self, py: Python<'_>, cache: u64) -> PyResult<()> {
-        self.call(py, |core| {
-            core.copies_failed(CacheId::from_u64(cache));
+    fn copies_failed(&self, py: Python<'_>, cache: &Bound<'_, Cache>) -> PyResult<()> {
+        with(py, cache, |cache| {
+            self.0.copies_failed(cache);
             Ok(())
         })
     }
 
-    fn suspend(&self, py: Python<'_>, cache: u64) -> PyResult<()> {
-        self.call(py, |core| core.suspend(CacheId::from_u64(cache)))
+    fn suspend(&self, py: Python<'_>, cache: &Bound<'_, Cache>) -> PyResult<()> {
+        with(py, cache, |cache| self.0.suspend(cache))
     }
 
     #[pyo3(signature = (cache, capacity, history_length=None))]
     fn resize(
         &self,
         py: Python<'_>,
-        cache: u64,
+        cache: &Bound<'_, Cache>,
         capacity: u64,
         history_length: Option<u64>,
     ) -> PyResult<bool> {
-        self.call(py, |core| {
-            core.resize(CacheId::from_u64(cache), capacity, history_length)
-        })
+        with(py, cache, |cache| self.0.resize(cache, capacity, history_length))
     }
 
     /// -> whether a block table entry changed
-    fn commit(&self, py: Python<'_>, cache: u64, tokens: PyBuffer<i32>) -> PyResult<bool> {
+    fn commit(&self, py: Python<'_>, cache: &Bound<'_, Cache>, tokens: PyBuffer<i32>) -> PyResult<bool> {
         let tokens = int32s(py, &tokens)?;
-        self.call(py, |core| core.commit(CacheId::from_u64(cache), &tokens))
+        with(py, cache, |cache| self.0.commit(cache, &tokens))
     }
 
     /// -> whether its id is free again (not so while a step is in flight)
-    fn close(&self, py: Python<'_>, cache: u64) -> PyResult<bool> {
-        self.call(py, |core| core.close(CacheId::from_u64(cache)))
+    fn close(&self, py: Python<'_>, cache: &Bound<'_, Cache>) -> PyResult<bool> {
+        with(py, cache, |cache| self.0.close(cache))
     }
 
     /// -> (state, reused, capacity, history_length, committed)
-    fn info(&self, py: Python<'_>, cache: u64) -> PyResult<(&'static str, u64, u64, u64, u64)> {
-        let info = self.call(py, |core| core.info(CacheId::from_u64(cache)))?;
+    fn info(&self, py: Python<'_>, cache: &Bound<'_, Cache>) -> PyResult<(&'static str, u64, u64, u64, u64)> {
+        let info = with(py, cache, |cache| self.0.info(cache))?;
         Ok((
             info.state.name(),
             info.reused,
@@ -221,21 +228,20 @@ impl Core {
     }
 
     /// Entries that the widest table of these caches has.
-    fn widest(&self, py: Python<'_>, caches: Vec<u64>, pool: usize) -> PyResult<usize> {
-        self.call(py, |core| {
-            let mut widest = 0;
-            for &cache in &caches {
-                widest = widest.max(core.table(CacheId::from_u64(cache), pool)?.len());
-            }
-            Ok(widest)
-        })
+    fn widest(&self, py: Python<'_>, caches: Vec<Py<Cache>>, pool: usize) -> PyResult<usize> {
+        let mut widest = 0;
+        for cache in &caches {
+            let length = with(py, cache.bind(py), |cache| Ok(self.0.table(cache, pool)?.len()))?;
+            widest = widest.max(length);
+        }
+        Ok(widest)
     }
 
     /// Writes one row of slots per cache into `out` (C-contiguous, two-dimensional); the rest is `fill`.
     fn block_tables(
         &self,
         py: Python<'_>,
-        caches: Vec<u64>,
+        caches: Vec<Py<Cache>>,
         pool: usize,
         out: PyBuffer<i32>,
         fill: i32,
@@ -255,9 +261,9 @@ impl Core {
             ));
         }
         let mut cells = vec![fill; out.item_count()];
-        self.call(py, |core| {
-            for (&cache, row) in caches.iter().zip(cells.chunks_mut(columns.max(1))) {
-                let table = core.table(CacheId::from_u64(cache), pool)?;
+        for (cache, row) in caches.iter().zip(cells.chunks_mut(columns.max(1))) {
+            with(py, cache.bind(py), |cache| {
+                let table = self.0.table(cache, pool)?;
                 if table.len() > columns {
                     return Err(CoreError::Value(format!(
                         "out: {columns} columns are narrower than a table of {} entries",
@@ -269,9 +275,9 @@ impl Core {
                         *cell = slot as i32;
                     }
                 }
-            }
-            Ok(())
-        })?;
+                Ok(())
+            })?;
+        }
         out.copy_from_slice(py, &cells)
     }
 
@@ -279,7 +285,7 @@ impl Core {
     fn block_tables_csr<'py>(
         &self,
         py: Python<'py>,
-        caches: Vec<u64>,
+        caches: Vec<Py<Cache>>,
         pool: usize,
         tokens_per_block: u64,
     ) -> PyResult<(
@@ -287,58 +293,75 @@ impl Core {
         Bound<'py, PyByteArray>,
         Bound<'py, PyByteArray>,
     )> {
-        let (indptr, indices, last) = self.call(py, |core| {
-            let (mut indptr, mut indices, mut last) = (vec![0i32], Vec::new(), Vec::new());
-            for &cache in &caches {
-                let id = CacheId::from_u64(cache);
-                indices.extend(core.table(id, pool)?.iter().map(|&slot| slot as i32));
+        let (mut indptr, mut indices, mut last) = (vec![0i32], Vec::new(), Vec::new());
+        for cache in &caches {
+            with(py, cache.bind(py), |cache| {
+                indices.extend(self.0.table(cache, pool)?.iter().map(|&slot| slot as i32));
                 indptr.push(indices.len() as i32);
-                let capacity = core.info(id)?.capacity;
-                last.push(if capacity == 0 {
-                    0
-                } else {
-                    ((capacity - 1) % tokens_per_block + 1) as i32
+                let capacity = self.0.info(cache)?.capacity;
+                last.push(match capacity {
+                    0 => 0,
+                    _ => ((capacity - 1) % tokens_per_block + 1) as i32,
                 });
-            }
-            Ok((indptr, indices, last))
-        })?;
+                Ok(())
+            })?;
+        }
         let array = |values: &[i32]| PyByteArray::new(py, &bytes_of(values));
         Ok((array(&indptr), array(&indices), array(&last)))
     }
 
-    fn step_begin(&self, py: Python<'_>, caches: Vec<u64>) -> PyResult<()> {
-        let ids: Vec<CacheId> = caches.into_iter().map(CacheId::from_u64).collect();
-        self.call(py, |core| core.step_begin(&ids))
+    /// All are fenced, or none.
+    fn step_begin(&self, py: Python<'_>, caches: Vec<Py<Cache>>) -> PyResult<()> {
+        let mut entered = enter_all(py, &caches)?;
+        for (cache, _) in &mut entered {
+            outcome(py, self.0.step_begin(cache, 0))?;
+        }
+        for (cache, times) in &mut entered {
+            outcome(py, self.0.step_begin(cache, *times))?;
+        }
+        Ok(())
     }
 
     /// -> per cache: whether it was closed meanwhile and is released now
-    fn step_end(&self, py: Python<'_>, caches: Vec<u64>) -> PyResult<Vec<bool>> {
-        let ids: Vec<CacheId> = caches.into_iter().map(CacheId::from_u64).collect();
-        self.call(py, |core| core.step_end(&ids))
+    fn step_end(&self, py: Python<'_>, caches: Vec<Py<Cache>>) -> PyResult<Vec<bool>> {
+        let mut entered = enter_all(py, &caches)?;
+        for (cache, times) in &entered {
+            outcome(py, self.0.can_end(cache, *times))?;
+        }
+        let mut released = Vec::new();
+        for ((cache, times), (this, _)) in entered.iter_mut().zip(distinct(&caches)) {
+            if outcome(py, self.0.step_end(cache, *times))? {
+                released.push(std::ptr::from_ref(this));
+            }
+        }
+        Ok(caches
+            .iter()
+            .map(|cache| released.contains(&std::ptr::from_ref(cache.get())))
+            .collect())
     }
 
     /// -> leaves that left the device
-    fn evict(&self, py: Python<'_>, num_blocks: u64) -> PyResult<u64> {
-        self.call(py, |core| Ok(core.evict(num_blocks)))
+    fn evict(&self, py: Python<'_>, num_blocks: u64) -> u64 {
+        py.detach(|| self.0.evict(num_blocks))
     }
 
-    fn clear(&self, py: Python<'_>) -> PyResult<()> {
-        self.call(py, |core| {
-            core.clear();
-            Ok(())
-        })
+    fn clear(&self, py: Python<'_>) {
+        py.detach(|| self.0.clear());
     }
 
     fn set_epoch(&self, py: Python<'_>, epoch: u64) -> PyResult<()> {
-        self.call(py, |core| core.set_epoch(epoch))
+        outcome(py, self.0.set_epoch(epoch))
     }
 
-    fn available_tokens(&self, py: Python<'_>) -> PyResult<u64> {
-        self.call(py, |core| Ok(core.available_tokens()))
+    fn available_tokens(&self) -> u64 {
+        self.0.available_tokens()
     }
 
-    fn check(&self, py: Python<'_>) -> PyResult<()> {
-        self.call(py, |core| core.check())
+    /// `caches`: all that are open or in flight.
+    fn check(&self, py: Python<'_>, caches: Vec<Py<Cache>>) -> PyResult<()> {
+        let entered = enter_all(py, &caches)?;
+        let caches: Vec<&kvpool_core::Cache> = entered.iter().map(|(cache, _)| &**cache).collect();
+        outcome(py, self.0.check(&caches))
     }
 
     /// -> ({counter: value}, [(slots, free, active, held, cached, fenced, peak) per pool])
@@ -347,7 +370,7 @@ impl Core {
         &self,
         py: Python<'py>,
     ) -> PyResult<(Bound<'py, PyDict>, Vec<(u32, u32, u32, u32, u32, u32, u32)>)> {
-        let (counters, books) = self.call(py, |core| Ok((core.counters(), core.books())))?;
+        let (counters, books) = py.detach(|| (self.0.counters(), self.0.books()));
         let dict = PyDict::new(py);
         dict.set_item("requests", counters.requests)?;
         dict.set_item("prompt_tokens", counters.prompt_tokens)?;

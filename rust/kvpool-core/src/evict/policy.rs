@@ -1,75 +1,7 @@
-//! Order of eviction: a heap of lower bounds, and the policies that place a block within its priority.
-//!
-//! An entry's key is never above the true key of its page. Popping the least entry therefore finds
-//! the exact victim: an entry whose page has a higher key by now goes back with that key; an entry of
-//! a page that is claimed or gone is dropped. Whoever lowers a key pushes a fresh entry.
+//! Policies: the place of a block within its priority. Run by the one thread that keeps the order.
 
-use std::cmp::Reverse;
-use std::collections::{BinaryHeap, HashMap, VecDeque};
-
-/// Place in the order; the smallest goes first.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Key {
-    /// Priority, -1 for an older weights epoch.
-    pub priority: i16,
-    /// `false` for windowed pages that went stale under their cache: they go first.
-    pub in_window: bool,
-    /// Segment that the policy gave.
-    pub segment: u8,
-    /// Stamp of the last release.
-    pub used: u64,
-    /// Deepest first.
-    pub depth: Reverse<u32>,
-    /// Lowest slot first.
-    pub slot: u32,
-}
-
-/// A node at one generation.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct NodeRef {
-    /// Index in the slab.
-    pub id: u32,
-    /// Generation it was seen in.
-    pub gen: u32,
-}
-
-/// Entries of one order.
-#[derive(Debug)]
-pub struct Order {
-    heap: BinaryHeap<Reverse<(Key, NodeRef)>>,
-    limit: usize,
-}
-
-impl Order {
-    /// For at most `pages` pages; never allocates afterwards as long as [`Order::is_full`] is obeyed.
-    pub fn new(pages: usize) -> Self {
-        let limit = 2 * pages + 64;
-        Self {
-            heap: BinaryHeap::with_capacity(limit),
-            limit,
-        }
-    }
-
-    /// Whether a push would grow the heap: rebuild it first.
-    pub fn is_full(&self) -> bool {
-        self.heap.len() >= self.limit
-    }
-
-    /// Forgets all entries.
-    pub fn clear(&mut self) {
-        self.heap.clear();
-    }
-
-    /// Adds a lower bound.
-    pub fn push(&mut self, key: Key, node: NodeRef) {
-        self.heap.push(Reverse((key, node)));
-    }
-
-    /// Takes the least entry.
-    pub fn pop(&mut self) -> Option<(Key, NodeRef)> {
-        self.heap.pop().map(|Reverse(entry)| entry)
-    }
-}
+use crate::words::Link;
+use std::collections::{HashMap, VecDeque};
 
 /// Places blocks into segments within their priority; segment 0 goes first.
 ///
@@ -82,13 +14,13 @@ pub trait Policy: Send + std::fmt::Debug {
     /// Returns the segment that its blocks get when they are released.
     fn request(&mut self, keys: &[u64], matched: usize) -> u8;
     /// A block moved from segment 0 to segment 1, last used at `used`.
-    fn protect(&mut self, node: NodeRef, used: u64);
+    fn protect(&mut self, node: Link, used: u64);
     /// The next block to demote, with its use when it was named last.
-    fn overflow(&mut self) -> Option<(NodeRef, u64)>;
+    fn overflow(&mut self) -> Option<(Link, u64)>;
     /// The block is no longer in segment 1.
     fn demoted(&mut self);
     /// The block was used since: it stays, at the end of the queue.
-    fn keep(&mut self, node: NodeRef, used: u64);
+    fn keep(&mut self, node: Link, used: u64);
     /// A block left the tree.
     fn removed(&mut self, key: u64);
 }
@@ -104,12 +36,12 @@ impl Policy for Lru {
     fn request(&mut self, _keys: &[u64], _matched: usize) -> u8 {
         0
     }
-    fn protect(&mut self, _node: NodeRef, _used: u64) {}
-    fn overflow(&mut self) -> Option<(NodeRef, u64)> {
+    fn protect(&mut self, _node: Link, _used: u64) {}
+    fn overflow(&mut self) -> Option<(Link, u64)> {
         None
     }
     fn demoted(&mut self) {}
-    fn keep(&mut self, _node: NodeRef, _used: u64) {}
+    fn keep(&mut self, _node: Link, _used: u64) {}
     fn removed(&mut self, _key: u64) {}
 }
 
@@ -121,7 +53,7 @@ pub struct Slru {
     max_protected: usize,
     max_ghosts: usize,
     protected: usize,
-    queue: VecDeque<(NodeRef, u64)>,
+    queue: VecDeque<(Link, u64)>,
     ghost_order: VecDeque<u64>,
     ghosts: HashMap<u64, u32>,
 }
@@ -138,7 +70,8 @@ impl Slru {
             protected: 0,
             queue: VecDeque::with_capacity(capacity + 1),
             ghost_order: VecDeque::with_capacity(capacity * 4 + 1),
-            ghosts: HashMap::with_capacity(capacity * 4 + 1),
+            // Twice the room: a table at most half full cleans up in place and never grows.
+            ghosts: HashMap::with_capacity(2 * (capacity * 4 + 1)),
         }
     }
 }
@@ -156,12 +89,12 @@ impl Policy for Slru {
         u8::from(matched + ghosts > Self::MIN_HITS)
     }
 
-    fn protect(&mut self, node: NodeRef, used: u64) {
+    fn protect(&mut self, node: Link, used: u64) {
         self.protected += 1;
         self.queue.push_back((node, used));
     }
 
-    fn overflow(&mut self) -> Option<(NodeRef, u64)> {
+    fn overflow(&mut self) -> Option<(Link, u64)> {
         if self.protected > self.max_protected {
             self.queue.pop_front()
         } else {
@@ -173,7 +106,7 @@ impl Policy for Slru {
         self.protected -= 1;
     }
 
-    fn keep(&mut self, node: NodeRef, used: u64) {
+    fn keep(&mut self, node: Link, used: u64) {
         self.queue.push_back((node, used));
     }
 

@@ -1,0 +1,245 @@
+//! Commit: full blocks enter the tree, or give way to what the tree has.
+
+use super::Core;
+use crate::cache::Cache;
+use crate::error::{CoreError, Result};
+use crate::pool::Owner;
+use crate::tree::Claimed;
+use crate::words::Link;
+
+/// Why a block did not enter the tree.
+enum Refused {
+    /// Another thread put it there, or took it out: look again.
+    Changed,
+    /// No node can be had, or the one that is there has as many references as can be counted.
+    Full,
+}
+
+impl Core {
+    /// Declares tokens final; full blocks enter the tree. Returns whether a table entry changed.
+    ///
+    /// Never fails for want of memory: a page of one's own pays for the tree's page that replaces it. A block
+    /// for which no node can be had stays private, and so do those behind it.
+    pub fn commit(&self, cache: &mut Cache, tokens: &[i32]) -> Result<bool> {
+        self.active(cache, "commit")?;
+        if cache.committed + tokens.len() as u64 > cache.capacity {
+            return Err(CoreError::Value(format!(
+                "commit: {} committed + {} tokens exceed the capacity {}",
+                cache.committed,
+                tokens.len(),
+                cache.capacity
+            )));
+        }
+        let prompt = cache.prompt.get(cache.committed as usize..).unwrap_or(&[]);
+        if let Some(at) = prompt.iter().zip(tokens).position(|(a, b)| a != b) {
+            return Err(CoreError::State(format!(
+                "commit: token {} at position {} differs from the prompt's {}",
+                tokens[at],
+                cache.committed + at as u64,
+                prompt[at]
+            )));
+        }
+        let t = self.config.tokens_per_block as usize;
+        let mut changed = false;
+        let mut rest = tokens;
+        while !rest.is_empty() {
+            let run = rest.len().min(t - cache.tail.len());
+            cache.tail.extend_from_slice(&rest[..run]);
+            cache.committed += run as u64;
+            rest = &rest[run..];
+            if cache.tail.len() == t {
+                changed |= self.commit_block(cache);
+                cache.tail.clear();
+            }
+        }
+        if cache.committed > cache.history {
+            cache.history = cache.committed;
+            changed |= self.make_stale(cache);
+        }
+        self.empty_purse(cache);
+        Ok(changed)
+    }
+
+    /// The block in `tail` enters the tree, or the cache takes the tree's pages for it.
+    fn commit_block(&self, cache: &mut Cache) -> bool {
+        if cache.detached || cache.root.epoch < self.epoch() {
+            cache.detached = true;
+            return false;
+        }
+        let parent = cache.deepest();
+        let key = self.tree.extend_key(cache.key, &cache.tail);
+        let first = (cache.nodes.len() * self.config.tokens_per_block as usize) as u64;
+        let priority = cache.priority(first);
+        let changed = loop {
+            let done = match self.tree.child(&cache.root, parent, key, &cache.tail) {
+                Some(node) => self.join(cache, parent, node, priority),
+                None => self.enter(cache, parent, key, priority),
+            };
+            match done {
+                Ok(changed) => break changed,
+                Err(Refused::Changed) => {}
+                Err(Refused::Full) => {
+                    cache.detached = true;
+                    return false;
+                }
+            }
+        };
+        let holder = cache.holder() as u64;
+        if !parent.is_nil() {
+            self.tree.nodes[parent.index()].holders.sub(holder);
+        }
+        self.tree.nodes[cache.deepest().index()].holders.add(holder);
+        cache.key = key;
+        changed
+    }
+
+    /// A new node with the cache's own pages; no table entry changes.
+    fn enter(
+        &self,
+        cache: &mut Cache,
+        parent: Link,
+        key: u64,
+        priority: u8,
+    ) -> std::result::Result<bool, Refused> {
+        let i = cache.nodes.len();
+        let dead = self.take_node().ok_or(Refused::Full)?;
+        let index = dead.index();
+        let link = self
+            .tree
+            .write(&dead, &cache.root, parent, key, &cache.tail, priority);
+        for pool in 0..self.pools.len() {
+            let own = cache.tables[pool][i];
+            if own != 0 {
+                let windowed = self.tree.windowed[pool];
+                self.tree.set_page(pool, index, own, u64::from(windowed));
+            }
+        }
+        if let Err((dead, _)) = self
+            .tree
+            .publish(dead, link, &cache.root, parent, key, &cache.tail)
+        {
+            for pool in 0..self.pools.len() {
+                self.tree.unset_page(pool, &dead);
+            }
+            self.tree.recycle(dead);
+            return Err(Refused::Changed);
+        }
+        for pool in 0..self.pools.len() {
+            let own = cache.tables[pool][i];
+            if own != 0 {
+                self.pools[pool].set_owner(own, Owner::Node(index as u32));
+                if self.tree.windowed[pool] {
+                    self.tree.pages[pool].holders[index].add(cache.holder() as u64);
+                }
+            }
+        }
+        cache.nodes.push(link);
+        Ok(false)
+    }
+
+    /// Claims the tree's node for the block and switches to its pages. Returns whether a table entry changed.
+    fn join(
+        &self,
+        cache: &mut Cache,
+        parent: Link,
+        node: Link,
+        priority: u8,
+    ) -> std::result::Result<bool, Refused> {
+        let (i, index) = (cache.nodes.len(), node.index());
+        let mut unpaid = false;
+        let claimed = match self.claim_for(node, &mut unpaid) {
+            Claimed::First => true, // our reference on the parent is the child's now
+            Claimed::Joined => {
+                if !parent.is_nil() {
+                    self.release_path(parent, 0, 0); // never the last reference: the child has one
+                }
+                false
+            }
+            Claimed::Full => return Err(Refused::Full),
+            Claimed::Gone | Claimed::Unpaid => return Err(Refused::Changed),
+        };
+        if cache.retention.is_some() {
+            self.tree.nodes[index].priority.raise(u64::from(priority));
+        }
+        let mut changed = false;
+        for pool in 0..self.pools.len() {
+            let own = cache.tables[pool][i];
+            if own == 0 {
+                continue;
+            }
+            let windowed = self.tree.windowed[pool];
+            let owes = if windowed {
+                self.take_over(pool, index, own)
+            } else {
+                claimed && unpaid
+            };
+            let theirs = self.tree.page(pool, index).slot();
+            if windowed {
+                self.tree.pages[pool].holders[index].add(cache.holder() as u64);
+            }
+            if theirs != own {
+                cache.tables[pool][i] = theirs;
+                self.give_private(cache, pool, own);
+                changed = true;
+                if owes {
+                    self.pay(cache, pool);
+                }
+            }
+        }
+        cache.nodes.push(node);
+        Ok(changed)
+    }
+
+    /// Claims a node, with units of its own if it would be the first claim and they can be had; `unpaid`: one's own
+    /// pages must pay.
+    fn claim_for(&self, node: Link, unpaid: &mut bool) -> Claimed {
+        let claimed = self.tree.claim(node, false);
+        if claimed != Claimed::Unpaid {
+            return claimed;
+        }
+        *unpaid = !self.reserve_nodes(1);
+        let claimed = self.tree.claim(node, true);
+        if claimed != Claimed::First && !*unpaid {
+            self.unreserve_nodes(1);
+        }
+        claimed
+    }
+
+    /// Claims the page of the tree in a windowed pool, or gives it one's own if it has none there. Returns whether
+    /// one's own page must pay for it.
+    fn take_over(&self, pool: usize, index: usize, own: u32) -> bool {
+        loop {
+            match self.tree.claim_page(pool, index, false) {
+                Claimed::Unpaid => {
+                    let paid = self.pools[pool].reserve(1);
+                    match self.tree.claim_page(pool, index, true) {
+                        Claimed::First => return !paid,
+                        claimed => {
+                            self.pools[pool].unreserve(u32::from(paid));
+                            if claimed == Claimed::Joined {
+                                return false;
+                            }
+                        }
+                    }
+                }
+                Claimed::Gone => {
+                    if self.tree.set_page(pool, index, own, 1) {
+                        self.pools[pool].set_owner(own, Owner::Node(index as u32));
+                        return false;
+                    }
+                }
+                _ => return false,
+            }
+        }
+    }
+
+    /// Pays for a page that nobody claimed before: with the unit of the slot that it replaces, or, while that one is
+    /// fenced, with one of its own; at worst when the fence falls.
+    fn pay(&self, cache: &mut Cache, pool: usize) {
+        if cache.purse[pool] > 0 {
+            cache.purse[pool] -= 1;
+        } else if !self.pools[pool].reserve(1) {
+            cache.debt[pool] += 1;
+        }
+    }
+}

@@ -1,0 +1,327 @@
+//! Matching a prompt, and claiming what it matches.
+
+use super::Core;
+use crate::cache::Cache;
+use crate::error::{CoreError, Result};
+use crate::tree::{Claimed, Holder, Root};
+use crate::types::{CacheState, RetentionSpec};
+use crate::words::Link;
+use std::cell::Cell;
+
+/// The longest valid match of a prompt.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Match {
+    pub tokens: u64,
+    pub source: Link,
+}
+
+const NOTHING: Match = Match {
+    tokens: 0,
+    source: Link::NIL,
+};
+
+/// Blocks that are looked up side by side.
+const RUN: usize = 16;
+
+/// Room for one look-up, kept per thread.
+#[derive(Debug, Default)]
+pub(super) struct Scratch {
+    /// The whole blocks of the match, top down.
+    pub path: Vec<Link>,
+    /// Their keys; with a policy that wants them, those of the blocks behind too.
+    pub keys: Vec<u64>,
+    /// Per pool `runs[i] = (from, sinks)`: pages are present in blocks `[from, i)` and `[0, sinks)`.
+    runs: Vec<Vec<(u32, u32)>>,
+}
+
+thread_local! {
+    static SCRATCH: Cell<Option<Box<Scratch>>> = const { Cell::new(None) };
+}
+
+/// Lends the thread's room. Taken out meanwhile, so that a checker may switch threads inside.
+pub(super) fn with_scratch<T>(f: impl FnOnce(&mut Scratch) -> T) -> T {
+    let mut scratch = SCRATCH.take().unwrap_or_default();
+    let result = f(&mut scratch);
+    SCRATCH.set(Some(scratch));
+    result
+}
+
+impl Core {
+    // -- matching ---------------------------------------------------------------------------
+
+    /// The longest valid match within the first `most` tokens; leaves its blocks in `scratch.path`.
+    fn find(&self, scratch: &mut Scratch, root: &Root, tokens: &[i32], most: usize) -> Match {
+        scratch.path.clear();
+        scratch.keys.clear();
+        let t = self.config.tokens_per_block as usize;
+        let mut key = root.key();
+        let mut parent = Link::NIL;
+        // Keys of a run of blocks first, so that the memory behind them is fetched side by side.
+        'runs: for run in tokens[..most / t * t].chunks(RUN * t) {
+            let mut keys = [0; RUN];
+            for (block, out) in run.chunks_exact(t).zip(&mut keys) {
+                key = self.tree.extend_key(key, block);
+                *out = key;
+            }
+            self.tree.warm(&keys[..run.len() / t]);
+            for (block, &key) in run.chunks_exact(t).zip(&keys) {
+                let Some(node) = self.tree.child(root, parent, key, block) else {
+                    break 'runs;
+                };
+                scratch.path.push(node);
+                scratch.keys.push(key);
+                parent = node;
+            }
+        }
+        self.count_runs(scratch);
+        for blocks in (0..=scratch.path.len()).rev() {
+            let at = blocks * t;
+            let parent = if blocks == 0 {
+                Link::NIL
+            } else {
+                scratch.path[blocks - 1]
+            };
+            if self.config.partial_reuse {
+                let rest = &tokens[at..most.min(at + t - 1)];
+                if let Some((source, common)) = self.tree.closest_child(root, parent, rest) {
+                    if self.serves(scratch, blocks, (at + common) as u64) {
+                        scratch.path.truncate(blocks);
+                        scratch.keys.truncate(blocks);
+                        return Match {
+                            tokens: (at + common) as u64,
+                            source,
+                        };
+                    }
+                }
+            }
+            if self.serves(scratch, blocks, at as u64) {
+                scratch.path.truncate(blocks);
+                scratch.keys.truncate(blocks);
+                return Match {
+                    tokens: at as u64,
+                    source: Link::NIL,
+                };
+            }
+        }
+        scratch.path.clear();
+        scratch.keys.clear();
+        NOTHING
+    }
+
+    pub(super) fn count_runs(&self, scratch: &mut Scratch) {
+        scratch.runs.resize_with(self.pools.len(), Vec::new);
+        for (pool, runs) in scratch.runs.iter_mut().enumerate() {
+            runs.clear();
+            if !self.tree.windowed[pool] {
+                continue;
+            }
+            let (mut from, mut sinks) = (0u32, 0u32);
+            runs.push((0, 0));
+            for (i, node) in scratch.path.iter().enumerate() {
+                let i = i as u32;
+                if self.tree.page(pool, node.index()).slot() == 0 {
+                    from = i + 1;
+                } else if sinks == i {
+                    sinks = i + 1;
+                }
+                runs.push((from, sinks));
+            }
+        }
+    }
+
+    /// Whether every pool has a page for every whole block of the path that is live at `m` tokens.
+    pub(super) fn serves(&self, scratch: &Scratch, blocks: usize, m: u64) -> bool {
+        (0..self.pools.len()).all(|pool| {
+            if !self.tree.windowed[pool] {
+                return true;
+            }
+            let (s, e) = self.config.pools[pool].stale(m, self.t());
+            let (from, sinks) = scratch.runs[pool][blocks];
+            sinks as usize >= s.min(blocks) && (from as usize <= e || e >= blocks)
+        })
+    }
+
+    /// Tokens that `create` would reuse now. Claims and changes nothing.
+    pub fn probe(&self, tokens: &[i32], scope: &[u8], epoch: Option<u64>) -> Result<u64> {
+        let epoch = self.scope_epoch(epoch)?;
+        if epoch < self.epoch() {
+            return Ok(0);
+        }
+        let root = self.root(scope, epoch);
+        let most = tokens.len().saturating_sub(1);
+        Ok(with_scratch(|scratch| {
+            self.find(scratch, &root, tokens, most).tokens
+        }))
+    }
+
+    // -- create -----------------------------------------------------------------------------
+
+    /// A SUSPENDED cache that claims the longest match of its prompt and takes no slot.
+    ///
+    /// While other threads hold promises on the last slots, the match may be shorter than what the tree has:
+    /// it ends where its pages would have to be taken from those promises.
+    pub fn create(
+        &self,
+        tokens: &[i32],
+        scope: &[u8],
+        epoch: Option<u64>,
+        retention: Option<RetentionSpec>,
+    ) -> Result<Cache> {
+        let epoch = self.scope_epoch(epoch)?;
+        if let Some(most) = self.config.max_seq_len {
+            if tokens.len() as u64 > most {
+                return Err(CoreError::Value(format!(
+                    "tokens: {} of them exceed max_seq_len = {most}",
+                    tokens.len()
+                )));
+            }
+        }
+        let root = self.root(scope, epoch);
+        let mut cache = Cache::new(self, root, tokens, retention);
+        if epoch < self.epoch() {
+            cache.detached = true;
+        } else {
+            with_scratch(|scratch| self.claim_match(scratch, &mut cache, tokens));
+        }
+        let t = self.t();
+        let counters = &self.counters;
+        counters.requests.add(1);
+        counters.prompt_tokens.add(tokens.len() as u64);
+        counters.reused_tokens.add(cache.reused);
+        counters.prompt_blocks.add((tokens.len() as u64).div_ceil(t));
+        counters.reused_blocks.add(cache.nodes.len() as u64);
+        Ok(cache)
+    }
+
+    fn claim_match(&self, scratch: &mut Scratch, cache: &mut Cache, tokens: &[i32]) {
+        let t = self.config.tokens_per_block as usize;
+        let mut most = tokens.len().saturating_sub(1);
+        let found = loop {
+            let found = self.find(scratch, &cache.root, tokens, most);
+            match self.claim_path(&scratch.path) {
+                Ok(()) => {}
+                Err(None) => continue, // a block went meanwhile: somebody else got on
+                Err(Some(blocks)) => {
+                    most = blocks * t;
+                    continue;
+                }
+            }
+            if self.hold(scratch, cache, found) {
+                break found;
+            }
+            most = if found.source.is_nil() {
+                found.tokens.saturating_sub(1) as usize
+            } else {
+                found.tokens as usize / t * t
+            };
+        };
+        let m = found.tokens;
+        let blocks = scratch.path.len();
+        if self.keeper.wants_keys() {
+            let mut key = scratch.keys.last().copied().unwrap_or_else(|| cache.root.key());
+            for block in tokens[blocks * t..].chunks_exact(t) {
+                key = self.tree.extend_key(key, block);
+                scratch.keys.push(key);
+            }
+            cache.segment = self.keeper.request(&scratch.keys, blocks);
+        }
+        if blocks > 0 {
+            cache.key = scratch.keys[blocks - 1];
+        }
+        cache.tail.extend_from_slice(&tokens[blocks * t..m as usize]);
+        (cache.reused, cache.committed, cache.history, cache.capacity) = (m, m, m, m);
+        if cache.retention.is_some() {
+            for (i, node) in cache.nodes.iter().enumerate() {
+                let priority = cache.priority((i * t) as u64);
+                self.tree.nodes[node.index()].priority.raise(u64::from(priority));
+            }
+        }
+        if let Some(deepest) = cache.nodes.last() {
+            self.tree.nodes[deepest.index()].holders.add(Holder::Held as u64);
+        }
+    }
+
+    /// With the path claimed: claims the source of the partial block and the live pages of windowed pools.
+    /// `false`: something is missing by now; nothing is held, the path neither.
+    fn hold(&self, scratch: &Scratch, cache: &mut Cache, found: Match) -> bool {
+        cache.nodes.clear();
+        cache.nodes.extend_from_slice(&scratch.path);
+        if !found.source.is_nil() {
+            if !matches!(
+                self.claim_child(cache.deepest(), found.source),
+                Claimed::First | Claimed::Joined
+            ) {
+                self.unhold(cache);
+                return false;
+            }
+            cache.source = found.source;
+            self.tree.nodes[found.source.index()]
+                .holders
+                .add(Holder::Held as u64);
+        }
+        for pool in 0..self.pools.len() {
+            let (s, e) = self.config.pools[pool].stale(found.tokens, self.t());
+            let windowed = self.tree.windowed[pool];
+            cache.stale_end[pool] = e;
+            for i in 0..cache.nodes.len() {
+                let index = cache.nodes[i].index();
+                let live = i < s || i >= e;
+                if live && windowed && !self.hold_page(pool, index) {
+                    self.unhold(cache);
+                    return false;
+                }
+                let slot = if live {
+                    self.tree.page(pool, index).slot()
+                } else {
+                    0
+                };
+                cache.tables[pool].push(slot);
+            }
+            if !found.source.is_nil() && windowed {
+                if !self.hold_page(pool, found.source.index()) {
+                    self.unhold(cache);
+                    return false;
+                }
+                cache.source_pools = pool + 1;
+            }
+        }
+        true
+    }
+
+    /// Claims a page for a SUSPENDED cache.
+    pub(super) fn hold_page(&self, pool: usize, index: usize) -> bool {
+        let mut paid = false;
+        let claimed = loop {
+            match self.tree.claim_page(pool, index, paid) {
+                Claimed::Unpaid if self.pools[pool].reserve(1) => paid = true,
+                claimed => break claimed,
+            }
+        };
+        if paid && claimed != Claimed::First {
+            self.pools[pool].unreserve(1);
+        }
+        let held = matches!(claimed, Claimed::First | Claimed::Joined);
+        if held {
+            self.tree.pages[pool].holders[index].add(Holder::Held as u64);
+        }
+        held
+    }
+
+    /// Undoes a claim that could not be completed; no use is recorded.
+    fn unhold(&self, cache: &mut Cache) {
+        for pool in 0..self.pools.len() {
+            for (i, slot) in cache.tables[pool].drain(..).enumerate() {
+                if slot != 0 && self.tree.windowed[pool] {
+                    let idle = self.release_page(Holder::Held, pool, cache.nodes[i].index(), 0, false);
+                    self.pools[pool].unreserve(u32::from(idle));
+                }
+            }
+        }
+        self.release_source(cache, 0);
+        if let Some(&deepest) = cache.nodes.last() {
+            self.release_path(deepest, 0, 0);
+        }
+        cache.nodes.clear();
+        debug_assert_eq!(cache.state, CacheState::Suspended);
+    }
+}

@@ -1,0 +1,403 @@
+//! The façade: every operation of a cache, one call each.
+//!
+//! `&Core` is shared by all threads; a [`Cache`] is used by one at a time (`&mut`), so what only its
+//! owner changes needs no atomics. An operation takes its whole need off `available` of all pools first;
+//! only then does it look for slots and evict. What is not enough is a value (`false`), and nothing has changed.
+//!
+//! - per pool: `available + promised + claimed + private == slots`
+//! - per pool: `free + active + held + cached + fenced == slots`
+
+mod commit;
+mod create;
+#[cfg(all(test, kvpool_loom))]
+mod models;
+mod provide;
+mod release;
+
+use crate::cache::Cache;
+use crate::error::{CoreError, Result};
+use crate::evict::{Keeper, Order};
+use crate::pool::SlotPool;
+use crate::sync::{unique, weak, AtomicU64, Counter, Ordering, Weak};
+use crate::tree::{Claimed, Root, Tree};
+use crate::types::{CacheState, CoreConfig, Counters, PoolBooks};
+use crate::words::{Link, MAX_NODES};
+
+/// What a cache tells of itself.
+#[derive(Debug, Clone, Copy)]
+pub struct CacheInfo {
+    /// Public state.
+    pub state: CacheState,
+    /// Tokens found in the tree.
+    pub reused: u64,
+    /// Tokens with storage.
+    pub capacity: u64,
+    /// Tokens before the next step's input.
+    pub history: u64,
+    /// Final tokens.
+    pub committed: u64,
+}
+
+/// [`Counters`], counting.
+#[derive(Debug, Default)]
+pub(crate) struct Tallies {
+    pub requests: Counter,
+    pub prompt_tokens: Counter,
+    pub reused_tokens: Counter,
+    pub prompt_blocks: Counter,
+    pub reused_blocks: Counter,
+    pub evicted: Counter,
+    pub dropped: Counter,
+}
+
+/// Tree, pools and their books.
+#[derive(Debug)]
+pub struct Core {
+    pub(crate) config: CoreConfig,
+    pub(crate) tree: Tree,
+    pub(crate) pools: Vec<SlotPool>,
+    pub(crate) keeper: Keeper,
+    pub(crate) counters: Tallies,
+    /// The first full-attention pool.
+    pub(crate) first_full: Option<usize>,
+    /// Tells its caches from those of another core.
+    pub(crate) id: u64,
+    epoch: AtomicU64,
+    stamp: Counter,
+}
+
+/// Asks for the largest tables before they are made: a failed `vec!` would end the process.
+fn check_memory(config: &CoreConfig) -> Result<()> {
+    let nodes = config.max_blocks as usize;
+    let slots: usize = config.pools.iter().map(|pool| pool.num_slots as usize).sum();
+    let pools = config.pools.len();
+    let per_node = Tree::bytes_per_node(config.tokens_per_block as usize, pools)
+        + (1 + pools) * (Order::bytes_per_node() + 16);
+    let bytes = nodes.saturating_mul(per_node).saturating_add(16 * slots);
+    Vec::<u8>::new().try_reserve_exact(bytes).map_err(|_| {
+        CoreError::Memory(format!(
+            "the tables of max_blocks = {nodes} nodes and {slots} slots need {bytes} bytes, which cannot be \
+             allocated: lower max_blocks or the number of slots"
+        ))
+    })
+}
+
+impl Core {
+    /// An empty core. All sizes are fixed from here on.
+    pub fn new(config: CoreConfig) -> Result<Self> {
+        if config.tokens_per_block == 0 || config.pools.is_empty() || config.max_blocks == 0 {
+            return Err(CoreError::Value(
+                "tokens_per_block, pools and max_blocks must not be empty".into(),
+            ));
+        }
+        check_memory(&config)?;
+        if config.max_blocks > MAX_NODES {
+            return Err(CoreError::Value(format!(
+                "max_blocks: {} is above {MAX_NODES}, the most nodes that a tree can have",
+                config.max_blocks
+            )));
+        }
+        let windowed: Vec<bool> = config.pools.iter().map(|p| p.window.is_some()).collect();
+        Ok(Self {
+            first_full: windowed.iter().position(|w| !w),
+            keeper: Keeper::new(config.max_blocks, &windowed, config.policy),
+            pools: config.pools.iter().map(|p| SlotPool::new(p.num_slots)).collect(),
+            tree: Tree::new(
+                config.tokens_per_block as usize,
+                config.max_blocks,
+                windowed,
+                config.hash_seed,
+                config.collide,
+            ),
+            counters: Tallies::default(),
+            id: unique(),
+            epoch: AtomicU64::new(0),
+            stamp: Counter::default(),
+            config,
+        })
+    }
+
+    pub(crate) fn t(&self) -> u64 {
+        u64::from(self.config.tokens_per_block)
+    }
+
+    /// The weights epoch.
+    pub fn epoch(&self) -> u64 {
+        self.epoch.load(Ordering::Acquire) // Acquire: partner the fetch_max in `set_epoch`
+    }
+
+    fn tick(&self) -> u64 {
+        self.stamp.next()
+    }
+
+    // -- promises ---------------------------------------------------------------------------
+
+    fn full_pools(&self) -> impl Iterator<Item = &crate::pool::SlotPool> {
+        self.pools
+            .iter()
+            .zip(&self.tree.windowed)
+            .filter_map(|(pool, windowed)| (!windowed).then_some(pool))
+    }
+
+    /// Takes `n` slots off every full-attention pool, or nothing: the price of `n` nodes.
+    ///
+    /// Two callers that want the last slots of several pools in different order of arrival may both be refused.
+    fn reserve_nodes(&self, n: u32) -> bool {
+        for (taken, pool) in self.full_pools().enumerate() {
+            if !pool.reserve(n) {
+                if !weak(Weak::ReserveRollback) {
+                    self.full_pools().take(taken).for_each(|pool| pool.unreserve(n));
+                }
+                return false;
+            }
+        }
+        true
+    }
+
+    fn unreserve_nodes(&self, n: u32) {
+        self.full_pools().for_each(|pool| pool.unreserve(n));
+    }
+
+    // -- claims of paths ----------------------------------------------------------------------
+
+    /// Claims the deepest node of a path and with it all others. `Err(n)`: memory that others were promised, or
+    /// references that can be counted, leave the first `n` blocks at most, or (`None`) a block went; nothing is held then.
+    ///
+    /// References are taken from the top down, each paid for before it is taken: an unclaimed node has no claimed
+    /// descendant at any time, and a promise is never undermined. Lock-free; linearized at the last CAS.
+    fn claim_path(&self, path: &[Link]) -> std::result::Result<(), Option<usize>> {
+        let Some(&deepest) = path.last() else {
+            return Ok(());
+        };
+        loop {
+            match self.tree.claim(deepest, weak(Weak::PayLater)) {
+                Claimed::Joined => return Ok(()),
+                Claimed::Gone => return Err(None),
+                Claimed::Full => return Err(Some(path.len() - 1)),
+                Claimed::First | Claimed::Unpaid => {}
+            }
+            // Blocks [0, held) are claimed by others, [held, len) by nobody.
+            let mut held = path.len() - 1;
+            while held > 0 && self.tree.state(path[held - 1].index()).refs() == 0 {
+                held -= 1;
+            }
+            let need = (path.len() - held) as u32;
+            if !self.reserve_nodes(need) {
+                return Err(Some(path.len() - 1));
+            }
+            let hold = if held > 0 {
+                self.tree.claim(path[held - 1], false)
+            } else {
+                Claimed::Joined
+            };
+            if hold == Claimed::Joined {
+                return self.claim_down(path, held, need);
+            }
+            self.unreserve_nodes(need);
+            if hold == Claimed::Full {
+                return Err(Some(held - 1));
+            } // else it was released since: look again
+        }
+    }
+
+    /// Goes down from block `at - 1`, on which the caller has a reference, with `units` paid.
+    fn claim_down(
+        &self,
+        path: &[Link],
+        mut at: usize,
+        mut units: u32,
+    ) -> std::result::Result<(), Option<usize>> {
+        let mut short = None;
+        while at < path.len() {
+            match self.tree.claim(path[at], units > 0) {
+                Claimed::First => units -= 1, // our reference on the parent is the child's now
+                Claimed::Joined if at > 0 => self.release_path(path[at - 1], 0, 0),
+                Claimed::Joined => {}
+                Claimed::Unpaid if self.reserve_nodes(1) => {
+                    units += 1;
+                    continue;
+                }
+                Claimed::Unpaid | Claimed::Full => {
+                    short = Some(at);
+                    break;
+                }
+                Claimed::Gone => break,
+            }
+            at += 1;
+        }
+        self.unreserve_nodes(units);
+        if at == path.len() {
+            return Ok(());
+        }
+        if at > 0 {
+            self.release_path(path[at - 1], 0, 0);
+        }
+        Err(short)
+    }
+
+    /// Claims a child of a node that the caller holds (or a first block); the hold stays.
+    fn claim_child(&self, parent: Link, child: Link) -> Claimed {
+        let mut units = 0;
+        if !parent.is_nil() && self.tree.claim(parent, false) != Claimed::Joined {
+            return Claimed::Full;
+        }
+        let claimed = loop {
+            match self.tree.claim(child, units > 0) {
+                Claimed::Unpaid if self.reserve_nodes(1) => units = 1,
+                claimed => break claimed,
+            }
+        };
+        if claimed == Claimed::First {
+            return claimed;
+        }
+        self.unreserve_nodes(units);
+        if !parent.is_nil() {
+            self.release_path(parent, 0, 0);
+        }
+        claimed
+    }
+
+    /// One claim less on a node; the blocks whose last claim it was get `stamp` and `segment`, and become
+    /// available again. Lock-free; linearized at the first CAS.
+    fn release_path(&self, deepest: Link, stamp: u64, segment: u8) {
+        let mut freed = 0;
+        let mut index = deepest.index();
+        loop {
+            let parent = self.tree.parent(index); // read before the release: afterwards the node may go
+            let rose = std::cell::Cell::new(false);
+            let unclaimed = self.tree.release(index, |n| {
+                n.used.raise(stamp);
+                if n.segment.get() < u64::from(segment) {
+                    n.segment.set(u64::from(segment));
+                    rose.set(true);
+                }
+            });
+            if !unclaimed {
+                break;
+            }
+            freed += 1;
+            if rose.get() || self.tree.children(index) == 0 {
+                self.keeper.report_leaf(index, rose.get());
+            }
+            if parent.is_nil() {
+                break;
+            }
+            index = parent.index();
+        }
+        self.unreserve_nodes(freed);
+    }
+
+    // -- the whole --------------------------------------------------------------------------
+
+    /// Only grows: older epochs match no longer and go first.
+    pub fn set_epoch(&self, epoch: u64) -> Result<()> {
+        let before = self.epoch.fetch_max(epoch, Ordering::AcqRel); // AcqRel: partner the load in `epoch`
+        if epoch < before {
+            return Err(CoreError::Value(format!(
+                "set_epoch({epoch}): the epoch is {before} and only grows"
+            )));
+        }
+        Ok(())
+    }
+
+    pub(crate) fn scope_epoch(&self, epoch: Option<u64>) -> Result<u64> {
+        let now = self.epoch();
+        match epoch {
+            None => Ok(now),
+            Some(e) if e > now => Err(CoreError::Value(format!(
+                "scope.epoch is {e}, above the manager's epoch {now}: call set_epoch first"
+            ))),
+            Some(e) => Ok(e),
+        }
+    }
+
+    pub(crate) fn root(&self, scope: &[u8], epoch: u64) -> Root {
+        self.tree.root(scope, epoch)
+    }
+
+    /// Largest capacity that one new unmatched cache could get now.
+    pub fn available_tokens(&self) -> u64 {
+        let slots = self.pools.iter().map(SlotPool::available).min().unwrap_or(0);
+        let tokens = u64::from(slots) * self.t();
+        self.config.max_seq_len.map_or(tokens, |most| tokens.min(most))
+    }
+
+    /// Counters since construction.
+    pub fn counters(&self) -> Counters {
+        Counters {
+            requests: self.counters.requests.get(),
+            prompt_tokens: self.counters.prompt_tokens.get(),
+            reused_tokens: self.counters.reused_tokens.get(),
+            prompt_blocks: self.counters.prompt_blocks.get(),
+            reused_blocks: self.counters.reused_blocks.get(),
+            evicted: self.counters.evicted.get(),
+            dropped: self.counters.dropped.get(),
+        }
+    }
+
+    /// Books of every pool. Writes nothing, waits for nobody; each slot counts once whatever others do.
+    pub fn books(&self) -> Vec<PoolBooks> {
+        crate::books::books(self)
+    }
+
+    /// Recomputes all books from scratch. `caches` are all that are open or in flight; nobody else is in a call.
+    pub fn check(&self, caches: &[&Cache]) -> Result<()> {
+        crate::check::check(self, caches)
+    }
+}
+
+#[cfg(all(test, not(kvpool_loom)))]
+mod tests {
+    use super::*;
+    use crate::types::{PolicyKind, PoolSpec};
+    use crate::words::MAX_REFS;
+
+    /// Overflow of a count is refused: the match ends above the full block, nothing hangs, nothing is lost.
+    #[test]
+    fn a_block_with_as_many_references_as_can_be_counted_is_not_claimed_again() {
+        let core = Core::new(CoreConfig {
+            tokens_per_block: 1,
+            pools: vec![PoolSpec {
+                name: "kv".into(),
+                num_slots: 8,
+                window: None,
+                sink_tokens: 0,
+            }],
+            max_blocks: 8,
+            max_seq_len: None,
+            partial_reuse: false,
+            hash_seed: 1,
+            policy: PolicyKind::Lru,
+            collide: false,
+        });
+        let core = core.unwrap();
+        let mut first = core.create(&[1, 2], b"", None, None).unwrap();
+        core.resume(&mut first, &mut Vec::new()).unwrap();
+        assert!(core.resize(&mut first, 2, None).unwrap());
+        core.commit(&mut first, &[1, 2]).unwrap();
+        let mut caches = vec![first];
+        let mut reused = Vec::new();
+        for _ in 0..3 * MAX_REFS {
+            let cache = core.create(&[1, 2, 3], b"", None, None).unwrap();
+            reused.push(core.info(&cache).unwrap().reused);
+            caches.push(cache);
+        }
+        let count = |n: u64| reused.iter().filter(|&&m| m == n).count() as u64;
+        assert_eq!(
+            (count(2), count(1), count(0)),
+            (MAX_REFS - 1, MAX_REFS - 1, MAX_REFS + 2)
+        );
+        // A commit onto the full block keeps its own page.
+        let mut last = caches.pop().unwrap();
+        core.resume(&mut last, &mut Vec::new()).unwrap();
+        assert!(core.resize(&mut last, 2, None).unwrap());
+        assert!(!core.commit(&mut last, &[1, 2]).unwrap());
+        caches.push(last);
+        core.check(&caches.iter().collect::<Vec<_>>()).unwrap();
+        for cache in &mut caches {
+            core.close(cache).unwrap();
+        }
+        core.check(&[]).unwrap();
+        assert_eq!(core.available_tokens(), 8);
+    }
+}

@@ -1,0 +1,322 @@
+//! Slots for a cache: resume with its partial copy, resize; and what a cache tells of itself.
+
+use super::create::with_scratch;
+use super::{CacheInfo, Core};
+use crate::cache::Cache;
+use crate::error::{CoreError, Result};
+use crate::pool::Owner;
+use crate::tree::Holder;
+use crate::types::{CacheState, PageCopy};
+
+impl Core {
+    pub(super) fn own(&self, cache: &Cache) -> Result<()> {
+        if cache.core == self.id {
+            Ok(())
+        } else {
+            Err(CoreError::State("the cache belongs to another core".into()))
+        }
+    }
+
+    fn open(&self, cache: &Cache) -> Result<()> {
+        self.own(cache)?;
+        if cache.state == CacheState::Closed {
+            return Err(CoreError::State("the cache is CLOSED".into()));
+        }
+        Ok(())
+    }
+
+    pub(super) fn active(&self, cache: &Cache, what: &str) -> Result<()> {
+        self.open(cache)?;
+        if cache.state == CacheState::Active {
+            return Ok(());
+        }
+        Err(CoreError::State(format!(
+            "{what} needs an ACTIVE cache, this one is {}: call resume() first",
+            cache.state.name()
+        )))
+    }
+
+    /// What a cache tells of itself.
+    pub fn info(&self, cache: &Cache) -> Result<CacheInfo> {
+        self.open(cache)?;
+        Ok(CacheInfo {
+            state: cache.state,
+            reused: cache.reused,
+            capacity: cache.capacity,
+            history: cache.history,
+            committed: cache.committed,
+        })
+    }
+
+    /// The slots of an ACTIVE cache in one pool, 0 for stale blocks.
+    pub fn table<'a>(&self, cache: &'a Cache, pool: usize) -> Result<&'a [u32]> {
+        self.active(cache, "a block table")?;
+        Ok(&cache.tables[pool])
+    }
+
+    // -- resume and suspend -------------------------------------------------------------------
+
+    /// ACTIVE from here on. Returns the copies that the caller must make before anything else
+    /// touches the cache, then report by [`Core::copies_done`].
+    pub fn resume(&self, cache: &mut Cache, copies: &mut Vec<PageCopy>) -> Result<bool> {
+        copies.clear();
+        self.open(cache)?;
+        if cache.state == CacheState::Active {
+            return Ok(true);
+        }
+        if !cache.source.is_nil() && !cache.copying && !self.provide_copy(cache, copies) {
+            copies.clear();
+            self.shorten(cache);
+        }
+        self.set_holder(cache, CacheState::Active);
+        Ok(true)
+    }
+
+    /// One slot in every pool for the partial block. `false`: nothing was taken.
+    fn provide_copy(&self, cache: &mut Cache, copies: &mut Vec<PageCopy>) -> bool {
+        for pool in 0..self.pools.len() {
+            if !self.pools[pool].reserve(1) {
+                self.pools[..pool].iter().for_each(|pool| pool.unreserve(1));
+                return false;
+            }
+        }
+        for pool in 0..self.pools.len() {
+            let Some(dst) = self.take_slot(pool) else {
+                self.give_copy(cache);
+                self.pools[pool..].iter().for_each(|pool| pool.unreserve(1));
+                return false;
+            };
+            let src = self.tree.page(pool, cache.source.index()).slot();
+            copies.push(PageCopy {
+                pool: pool as u32,
+                src,
+                dst,
+            });
+            cache.tables[pool].push(dst);
+            self.pools[pool].note_peak();
+        }
+        cache.copying = true;
+        true
+    }
+
+    /// Gives the slots of the partial block back.
+    fn give_copy(&self, cache: &mut Cache) {
+        for (pool, table) in self.pools.iter().zip(&mut cache.tables) {
+            if table.len() > cache.nodes.len() {
+                if let Some(slot) = table.pop() {
+                    pool.give(slot);
+                    pool.unreserve(1);
+                }
+            }
+        }
+    }
+
+    /// The copies of the last [`Core::resume`] are made (or ordered): their source is released.
+    pub fn copies_done(&self, cache: &mut Cache) {
+        if cache.core == self.id && cache.copying {
+            let stamp = self.tick();
+            self.release_source(cache, stamp);
+        }
+    }
+
+    /// The copies of the last [`Core::resume`] could not be made: the cache is as it was before.
+    pub fn copies_failed(&self, cache: &mut Cache) {
+        if cache.core == self.id && cache.copying {
+            cache.copying = false;
+            self.give_copy(cache);
+            self.set_holder(cache, CacheState::Suspended);
+        }
+    }
+
+    /// No slot for the partial block: the match ends at the longest whole block that still serves.
+    fn shorten(&self, cache: &mut Cache) {
+        let t = self.t();
+        let stamp = self.tick();
+        let blocks = cache.nodes.len();
+        let keep = with_scratch(|scratch| {
+            scratch.path.clear();
+            scratch.path.extend_from_slice(&cache.nodes);
+            self.count_runs(scratch);
+            (0..=blocks)
+                .rev()
+                .find(|&k| self.serves(scratch, k, k as u64 * t))
+                .unwrap_or(0)
+        });
+        // What becomes live must be held before anything is released; if it goes meanwhile, fewer blocks are kept.
+        let keep = (0..=keep)
+            .rev()
+            .find(|&k| self.hold_window(cache, k))
+            .unwrap_or(0);
+        for pool in 0..self.pools.len() {
+            let (s, e) = self.config.pools[pool].stale(keep as u64 * t, t);
+            cache.stale_end[pool] = e;
+            for i in 0..blocks {
+                let live = i < keep && (i < s || i >= e);
+                let slot = cache.tables[pool][i];
+                if slot != 0 && !live && self.tree.windowed[pool] {
+                    let idle = self.release_page(Holder::Held, pool, cache.nodes[i].index(), stamp, false);
+                    self.pools[pool].unreserve(u32::from(idle));
+                }
+                if !live {
+                    cache.tables[pool][i] = 0;
+                }
+            }
+            cache.tables[pool].truncate(keep);
+        }
+        self.move_claim(cache, keep, stamp);
+        self.release_source(cache, stamp);
+        let m = keep as u64 * t;
+        self.counters.reused_tokens.sub(cache.reused - m);
+        self.counters.reused_blocks.sub((blocks - keep) as u64);
+        cache.tail.clear();
+        (cache.reused, cache.committed, cache.history, cache.capacity) = (m, m, m, m);
+    }
+
+    /// Claims the pages that are live at `keep` whole blocks and not held yet. `false`: one is missing, and
+    /// what was claimed here is released.
+    fn hold_window(&self, cache: &mut Cache, keep: usize) -> bool {
+        let t = self.t();
+        for pool in 0..self.pools.len() {
+            let (s, e) = self.config.pools[pool].stale(keep as u64 * t, t);
+            for i in (0..keep).filter(|&i| i < s || i >= e) {
+                let index = cache.nodes[i].index();
+                if cache.tables[pool][i] == 0 {
+                    if self.tree.windowed[pool] && !self.hold_page(pool, index) {
+                        return false; // what is held in vain is released with the rest by `shorten`
+                    }
+                    cache.tables[pool][i] = self.tree.page(pool, index).slot();
+                }
+            }
+        }
+        true
+    }
+
+    /// The claim goes up to block `keep - 1`.
+    fn move_claim(&self, cache: &mut Cache, keep: usize, stamp: u64) {
+        let blocks = cache.nodes.len();
+        if keep == blocks {
+            return;
+        }
+        let deepest = cache.nodes[blocks - 1];
+        self.tree.nodes[deepest.index()].holders.sub(Holder::Held as u64);
+        cache.key = cache.root.key();
+        if keep > 0 {
+            let node = cache.nodes[keep - 1];
+            self.tree.claim(node, false); // it is claimed through its descendant
+            let n = &self.tree.nodes[node.index()];
+            n.holders.add(Holder::Held as u64);
+            cache.key = n.key.get();
+        }
+        self.release_path(deepest, stamp, 0);
+        cache.nodes.truncate(keep);
+    }
+
+    /// SUSPENDED from here on; on one tier the pages stay where they are, claimed.
+    pub fn suspend(&self, cache: &mut Cache) -> Result<()> {
+        self.open(cache)?;
+        self.set_holder(cache, CacheState::Suspended);
+        Ok(())
+    }
+
+    // -- resize -----------------------------------------------------------------------------
+
+    /// Sets capacity and history in all pools, or changes nothing and returns `false`.
+    ///
+    /// Only if another thread is stopped in the middle of an eviction for as long as sixteen searches take, `false` may
+    /// have evicted blocks and leave the history raised; the call can be repeated as it was.
+    pub fn resize(&self, cache: &mut Cache, capacity: u64, history: Option<u64>) -> Result<bool> {
+        self.active(cache, "resize")?;
+        let history = history.unwrap_or(cache.history);
+        let most = self.config.max_seq_len.unwrap_or(u64::from(u32::MAX));
+        if history < cache.history || history > capacity || capacity > most {
+            return Err(CoreError::Value(format!(
+                "resize(capacity={capacity}, history_length={history}): needs {} <= history_length <= capacity <= {most}",
+                cache.history
+            )));
+        }
+        let t = self.t();
+        let old = cache.capacity.div_ceil(t) as usize;
+        let new = capacity.div_ceil(t) as usize;
+        if !self.reserve_growth(cache, history, old, new) {
+            return Ok(false);
+        }
+        if history > cache.history {
+            cache.history = history;
+            self.make_stale(cache);
+        }
+        for pool in 0..self.pools.len() {
+            for _ in new..old {
+                let slot = cache.tables[pool].pop().unwrap_or(0);
+                if slot != 0 {
+                    self.give_private(cache, pool, slot);
+                }
+            }
+        }
+        let grown = (0..self.pools.len()).all(|pool| self.grow(cache, pool, old, new));
+        if grown {
+            cache.capacity = capacity;
+        } else {
+            for pool in 0..self.pools.len() {
+                while cache.tables[pool].len() > old {
+                    let slot = cache.tables[pool].pop().unwrap_or(0);
+                    if slot != 0 {
+                        self.pools[pool].give(slot);
+                        cache.purse[pool] += 1;
+                    }
+                }
+            }
+        }
+        self.empty_purse(cache);
+        Ok(grown)
+    }
+
+    /// Takes the whole need off `available`, in all pools or none, less what staleness will give back.
+    fn reserve_growth(&self, cache: &mut Cache, history: u64, old: usize, new: usize) -> bool {
+        for pool in 0..self.pools.len() {
+            let (s, e) = self.config.pools[pool].stale(history, self.t());
+            let mut back = 0u32;
+            for i in cache.stale_end[pool].max(self.sinks(pool))..e.min(old) {
+                if cache.tables[pool][i] == 0 {
+                    continue;
+                }
+                back += match cache.nodes.get(i) {
+                    Some(node) => u32::from(self.tree.page(pool, node.index()).claims() == 1),
+                    None => u32::from(cache.in_flight == 0),
+                };
+            }
+            // Blocks [old, new) that are not in [s, e).
+            let stale = e.min(new).saturating_sub(s.max(old));
+            let need = (new.saturating_sub(old).saturating_sub(stale) as u32).saturating_sub(back);
+            if !self.pools[pool].reserve(need) {
+                self.empty_purse(cache);
+                return false;
+            }
+            cache.purse[pool] = need;
+        }
+        true
+    }
+
+    /// Slots for blocks `[old, new)` out of the purse. `false`: they could not be found.
+    fn grow(&self, cache: &mut Cache, pool: usize, old: usize, new: usize) -> bool {
+        let (s, e) = self.config.pools[pool].stale(cache.history, self.t());
+        for i in old..new {
+            let mut slot = 0;
+            if i < s || i >= e {
+                // A page counted as coming back may have found another claimant since.
+                if cache.purse[pool] == 0 && !self.pools[pool].reserve(1) {
+                    return false;
+                }
+                cache.purse[pool] = cache.purse[pool].max(1);
+                let Some(taken) = self.take_slot(pool) else {
+                    return false;
+                };
+                cache.purse[pool] -= 1;
+                self.pools[pool].set_owner(taken, Owner::Active);
+                slot = taken;
+            }
+            cache.tables[pool].push(slot);
+        }
+        self.pools[pool].note_peak();
+        true
+    }
+}

@@ -1,0 +1,239 @@
+//! Giving back: stale pages, partial sources, closed caches, fences.
+
+use super::Core;
+use crate::cache::Cache;
+use crate::error::{CoreError, Result};
+use crate::pool::Owner;
+use crate::sync::Counter;
+use crate::tree::Holder;
+use crate::types::CacheState;
+use crate::words::Link;
+
+impl Core {
+    /// One claim less on a page of a windowed pool. `stale`: because it fell out of the window. Returns
+    /// whether it is idle now; the caller then announces it by `unreserve`, or keeps the unit.
+    pub(super) fn release_page(
+        &self,
+        holder: Holder,
+        pool: usize,
+        index: usize,
+        stamp: u64,
+        stale: bool,
+    ) -> bool {
+        let pages = &self.tree.pages[pool];
+        pages.holders[index].sub(holder as u64);
+        let page = self.tree.page(pool, index);
+        let last = page.claims() == 1 && !page.is_stale();
+        if stale || (last && stamp > 0) {
+            pages.used[index].set(stamp);
+        }
+        let lowered = stale || page.is_stale();
+        let (idle, _) = self.tree.release_page(pool, index, stale);
+        if idle {
+            self.keeper.report_page(pool, index, lowered);
+        }
+        idle
+    }
+
+    /// Gives a private slot of a cache back, behind the fence if a step may still touch it; the unit for it
+    /// goes into the purse.
+    pub(super) fn give_private(&self, cache: &mut Cache, pool: usize, slot: u32) {
+        if cache.in_flight > 0 {
+            self.pools[pool].set_owner(slot, Owner::Fenced);
+            cache.fenced.push((pool as u32, slot));
+        } else {
+            self.pools[pool].give(slot);
+            cache.purse[pool] += 1;
+        }
+    }
+
+    /// Announces what the purse holds.
+    pub(super) fn empty_purse(&self, cache: &mut Cache) {
+        for (pool, units) in self.pools.iter().zip(&mut cache.purse) {
+            pool.unreserve(std::mem::take(units));
+        }
+    }
+
+    /// Gives back what the history has left behind; units go into the purse. Returns whether a table entry changed.
+    pub(super) fn make_stale(&self, cache: &mut Cache) -> bool {
+        let mut stamp = 0;
+        let mut changed = false;
+        for pool in 0..self.pools.len() {
+            if !self.tree.windowed[pool] {
+                continue;
+            }
+            let (_, e) = self.config.pools[pool].stale(cache.history, self.t());
+            let from = cache.stale_end[pool].max(self.sinks(pool));
+            for i in from..e.min(cache.tables[pool].len()) {
+                let slot = std::mem::replace(&mut cache.tables[pool][i], 0);
+                if slot == 0 {
+                    continue;
+                }
+                changed = true;
+                if let Some(&node) = cache.nodes.get(i) {
+                    if stamp == 0 {
+                        stamp = self.tick();
+                    }
+                    let idle = self.release_page(cache.holder(), pool, node.index(), stamp, true);
+                    cache.purse[pool] += u32::from(idle);
+                } else {
+                    self.give_private(cache, pool, slot);
+                }
+            }
+            cache.stale_end[pool] = cache.stale_end[pool].max(e);
+        }
+        changed
+    }
+
+    /// Sink blocks of a pool.
+    pub(super) fn sinks(&self, pool: usize) -> usize {
+        self.config.pools[pool].sink_tokens.div_ceil(self.t()) as usize
+    }
+
+    /// Releases the block that a partial match was to be copied from. `stamp` 0: it was not used.
+    pub(super) fn release_source(&self, cache: &mut Cache, stamp: u64) {
+        let source = std::mem::replace(&mut cache.source, Link::NIL);
+        cache.copying = false;
+        if source.is_nil() {
+            return;
+        }
+        let holder = cache.holder();
+        for pool in 0..cache.source_pools {
+            if self.tree.windowed[pool] {
+                let idle = self.release_page(holder, pool, source.index(), stamp, false);
+                self.pools[pool].unreserve(u32::from(idle));
+            }
+        }
+        cache.source_pools = 0;
+        self.tree.nodes[source.index()].holders.sub(holder as u64);
+        self.release_path(source, stamp, 0);
+    }
+
+    // -- close ------------------------------------------------------------------------------
+
+    /// CLOSED from here on. `false`: a launched step may still touch it (all is given back at its end), or it
+    /// was closed before.
+    pub fn close(&self, cache: &mut Cache) -> Result<bool> {
+        self.own(cache)?;
+        if cache.state == CacheState::Closed {
+            return Ok(false);
+        }
+        if cache.in_flight == 0 {
+            self.release_all(cache);
+            cache.state = CacheState::Closed;
+            return Ok(true);
+        }
+        self.set_holder(cache, CacheState::Closed);
+        Ok(false)
+    }
+
+    /// Blocks go last to first, so that the prefix is the youngest; all get one stamp.
+    fn release_all(&self, cache: &mut Cache) {
+        let stamp = self.tick();
+        self.release_source(cache, stamp);
+        let nodes = std::mem::take(&mut cache.nodes);
+        for pool in 0..self.pools.len() {
+            let table = std::mem::take(&mut cache.tables[pool]);
+            for (i, &slot) in table.iter().enumerate().rev() {
+                if slot == 0 {
+                    continue;
+                }
+                match nodes.get(i) {
+                    None => {
+                        self.pools[pool].give(slot);
+                        cache.purse[pool] += 1;
+                    }
+                    Some(node) if self.tree.windowed[pool] => {
+                        let idle = self.release_page(cache.holder(), pool, node.index(), stamp, false);
+                        cache.purse[pool] += u32::from(idle);
+                    }
+                    Some(_) => {}
+                }
+            }
+        }
+        if let Some(&deepest) = nodes.last() {
+            self.tree.nodes[deepest.index()]
+                .holders
+                .sub(cache.holder() as u64);
+            self.release_path(deepest, stamp, cache.segment);
+        }
+        self.drop_fence(cache);
+        self.empty_purse(cache);
+        cache.prompt = Vec::new();
+    }
+
+    fn drop_fence(&self, cache: &mut Cache) {
+        for (pool, slot) in cache.fenced.drain(..) {
+            self.pools[pool as usize].give(slot);
+            cache.purse[pool as usize] += 1;
+        }
+        for (units, debt) in cache.purse.iter_mut().zip(&mut cache.debt) {
+            *units -= std::mem::take(debt);
+        }
+    }
+
+    // -- steps ------------------------------------------------------------------------------
+
+    /// A step that touches this ACTIVE cache is about to be launched `times` times: it is fenced.
+    pub fn step_begin(&self, cache: &mut Cache, times: u32) -> Result<()> {
+        self.active(cache, "step_begin")?;
+        cache.in_flight += times;
+        Ok(())
+    }
+
+    /// Whether so many steps of this cache were begun.
+    pub fn can_end(&self, cache: &Cache, times: u32) -> Result<()> {
+        self.own(cache)?;
+        if cache.in_flight < times {
+            return Err(CoreError::State("step_end without step_begin".into()));
+        }
+        Ok(())
+    }
+
+    /// The steps are over. Returns whether the cache was closed meanwhile and is released now.
+    pub fn step_end(&self, cache: &mut Cache, times: u32) -> Result<bool> {
+        self.can_end(cache, times)?;
+        cache.in_flight -= times;
+        if cache.in_flight > 0 || times == 0 {
+            return Ok(false);
+        }
+        let closed = cache.state == CacheState::Closed;
+        if closed {
+            self.release_all(cache);
+        } else {
+            self.drop_fence(cache);
+            self.empty_purse(cache);
+        }
+        Ok(closed)
+    }
+
+    // -- states -----------------------------------------------------------------------------
+
+    /// Changes the state and with it how all that the cache holds is counted.
+    pub(super) fn set_holder(&self, cache: &mut Cache, state: CacheState) {
+        let from = cache.holder();
+        cache.state = state;
+        let to = cache.holder();
+        let private = cache.private_owner();
+        let change = |holders: &Counter| {
+            holders.add(to as u64);
+            holders.sub(from as u64);
+        };
+        let source = (!cache.source.is_nil()).then_some(cache.source);
+        for node in cache.nodes.last().into_iter().chain(&source) {
+            change(&self.tree.nodes[node.index()].holders);
+        }
+        for (pool, table) in cache.tables.iter().enumerate() {
+            for &slot in table.iter().skip(cache.nodes.len()).filter(|&&slot| slot != 0) {
+                self.pools[pool].set_owner(slot, private);
+            }
+            if !self.tree.windowed[pool] {
+                continue;
+            }
+            let live = cache.nodes.iter().zip(table).filter(|(_, &slot)| slot != 0);
+            for node in live.map(|(node, _)| node).chain(&source) {
+                change(&self.tree.pages[pool].holders[node.index()]);
+            }
+        }
+    }
+}

@@ -1,0 +1,446 @@
+//! Choice of victims.
+//!
+//! The exact order is kept by one thread at a time ([`Sole`]): it takes the reports of all others out
+//! of the inboxes and pops the least entry. Who does not get in takes any evictable page by a scan. The order
+//! never decides *whether* a page may go: that is the CAS in `Tree::kill` or `Tree::take_page`.
+
+pub mod order;
+pub mod policy;
+
+pub use order::{Key, Order};
+pub use policy::{Lru, Policy, Slru};
+
+use crate::core::Core;
+use crate::inbox::{Inbox, IDLE, LOWERED, ROSE};
+use crate::sync::{Counter, Sole};
+use crate::tree::Dead;
+use crate::types::PolicyKind;
+use crate::words::Link;
+use std::cmp::Reverse;
+
+/// Rounds of searching after which a promised slot is given up: only a thread that is stopped in the middle
+/// of handing slots on can hide them for so long.
+const ROUNDS: usize = 16;
+
+/// What only the thread inside may touch.
+#[derive(Debug)]
+struct Orders {
+    leaves: Order,
+    pages: Vec<Order>,
+    policy: Box<dyn Policy>,
+    epoch: u64,
+    reports: Vec<u32>,
+}
+
+/// Orders of eviction and the way to them.
+#[derive(Debug)]
+pub struct Keeper {
+    orders: Sole<Orders>,
+    leaves: Inbox,
+    pages: Vec<Inbox>,
+    cursor: Counter,
+    wants_keys: bool,
+}
+
+impl Keeper {
+    /// For a tree of `nodes` blocks; pools that have a window have an order of their own.
+    pub fn new(nodes: u32, windowed: &[bool], policy: PolicyKind) -> Self {
+        let own = |&windowed: &bool| if windowed { nodes } else { 0 };
+        let policy: Box<dyn Policy> = match policy {
+            PolicyKind::Lru => Box::new(Lru),
+            PolicyKind::Slru => Box::new(Slru::new(nodes as usize)),
+        };
+        Self {
+            leaves: Inbox::new(nodes),
+            pages: windowed.iter().map(own).map(Inbox::new).collect(),
+            cursor: Counter::default(),
+            wants_keys: policy.wants_keys(),
+            orders: Sole::new(Orders {
+                leaves: Order::new(nodes as usize),
+                pages: windowed.iter().map(own).map(|n| Order::new(n as usize)).collect(),
+                policy,
+                epoch: 0,
+                reports: Vec::with_capacity(nodes as usize),
+            }),
+        }
+    }
+
+    /// A node may have become an evictable leaf; `rose`: it entered segment 1.
+    pub fn report_leaf(&self, index: usize, rose: bool) {
+        self.leaves.push(index, IDLE | if rose { ROSE } else { 0 });
+    }
+
+    /// A page of a windowed pool may have become evictable; `lowered`: its key fell.
+    pub fn report_page(&self, pool: usize, index: usize, lowered: bool) {
+        self.pages[pool].push(index, IDLE | if lowered { LOWERED } else { 0 });
+    }
+
+    /// Whether [`Keeper::request`] wants to know keys.
+    pub fn wants_keys(&self) -> bool {
+        self.wants_keys
+    }
+
+    /// Segment for the blocks of a request that found the first `matched` of `keys`; 0 when another thread is inside.
+    pub fn request(&self, keys: &[u64], matched: usize) -> u8 {
+        match self.orders.enter() {
+            Some(mut orders) => orders.policy.request(keys, matched),
+            None => 0,
+        }
+    }
+}
+
+impl Core {
+    // -- keys -------------------------------------------------------------------------------
+
+    fn rank(&self, index: usize) -> i16 {
+        let n = &self.tree.nodes[index];
+        if n.epoch.get() < self.epoch() {
+            -1
+        } else {
+            n.priority.get() as i16
+        }
+    }
+
+    fn leaf_key(&self, index: usize) -> Key {
+        let n = &self.tree.nodes[index];
+        Key {
+            priority: self.rank(index),
+            in_window: true,
+            segment: n.segment.get() as u8,
+            used: n.used.get(),
+            depth: Reverse(n.depth.get() as u32),
+            slot: self.tree.page(self.first_full.unwrap_or(0), index).slot(),
+        }
+    }
+
+    fn page_key(&self, pool: usize, index: usize) -> Key {
+        let n = &self.tree.nodes[index];
+        let page = self.tree.page(pool, index);
+        let used = self.tree.pages[pool].used[index].get();
+        Key {
+            priority: self.rank(index),
+            in_window: !page.is_stale(),
+            segment: n.segment.get() as u8,
+            used: if page.is_stale() {
+                used
+            } else {
+                used.max(n.used.get())
+            },
+            depth: Reverse(n.depth.get() as u32),
+            slot: page.slot(),
+        }
+    }
+
+    fn is_idle(&self, pool: usize, index: usize) -> bool {
+        let page = self.tree.page(pool, index);
+        page.slot() != 0 && page.claims() == 0 && self.tree.state(index).is_live()
+    }
+
+    // -- the exact order: inside only ---------------------------------------------------------
+
+    fn queue_leaf(&self, orders: &mut Orders, index: usize, lowered: bool) {
+        let node = self.tree.at(index);
+        if !self.tree.is_leaf(index) || (orders.leaves.has(node) && !lowered) {
+            return;
+        }
+        if orders.leaves.is_full() {
+            return self.rebuild_leaves(orders);
+        }
+        orders.leaves.push(self.leaf_key(index), node);
+    }
+
+    fn queue_page(&self, orders: &mut Orders, pool: usize, index: usize, lowered: bool) {
+        let node = self.tree.at(index);
+        if !self.is_idle(pool, index) || (orders.pages[pool].has(node) && !lowered) {
+            return;
+        }
+        if orders.pages[pool].is_full() {
+            return self.rebuild_pages(orders, pool);
+        }
+        orders.pages[pool].push(self.page_key(pool, index), node);
+    }
+
+    fn rebuild_leaves(&self, orders: &mut Orders) {
+        orders.leaves.clear();
+        for index in 0..self.tree.nodes.len() {
+            if self.tree.is_leaf(index) {
+                orders.leaves.push(self.leaf_key(index), self.tree.at(index));
+            }
+        }
+    }
+
+    fn rebuild_pages(&self, orders: &mut Orders, pool: usize) {
+        orders.pages[pool].clear();
+        for index in 0..self.tree.nodes.len() {
+            if self.is_idle(pool, index) {
+                orders.pages[pool].push(self.page_key(pool, index), self.tree.at(index));
+            }
+        }
+    }
+
+    /// Takes what was reported since, and a new epoch, into the orders.
+    fn catch_up(&self, orders: &mut Orders) {
+        if orders.epoch != self.epoch() {
+            orders.epoch = self.epoch();
+            self.rebuild_leaves(orders);
+            for pool in (0..self.pools.len()).filter(|&pool| self.tree.windowed[pool]) {
+                self.rebuild_pages(orders, pool);
+            }
+        }
+        let mut reports = std::mem::take(&mut orders.reports);
+        self.keeper.leaves.take_all(&mut reports);
+        for &index in &reports {
+            let flags = self.keeper.leaves.open(index);
+            if flags & ROSE != 0 && self.tree.nodes[index as usize].segment.get() == 1 {
+                let node = self.tree.at(index as usize);
+                orders
+                    .policy
+                    .protect(node, self.tree.nodes[index as usize].used.get());
+                self.demote_overflow(orders);
+            }
+            self.queue_leaf(orders, index as usize, flags & LOWERED != 0);
+            #[cfg(kvpool_loom)]
+            self.keeper.leaves.clear_late(index);
+        }
+        orders.reports = reports;
+    }
+
+    fn catch_up_pages(&self, orders: &mut Orders, pool: usize) {
+        let mut reports = std::mem::take(&mut orders.reports);
+        self.keeper.pages[pool].take_all(&mut reports);
+        for &index in &reports {
+            let flags = self.keeper.pages[pool].open(index);
+            self.queue_page(orders, pool, index as usize, flags & LOWERED != 0);
+        }
+        orders.reports = reports;
+    }
+
+    fn demote_overflow(&self, orders: &mut Orders) {
+        while let Some((node, used)) = orders.policy.overflow() {
+            let n = &self.tree.nodes[node.index()];
+            if !self.tree.is_live(node) || n.segment.get() == 0 {
+                orders.policy.demoted();
+                continue;
+            }
+            let now = n.used.get();
+            if now > used {
+                orders.policy.keep(node, now);
+                continue;
+            }
+            n.segment.set(0);
+            orders.policy.demoted();
+            self.queue_leaf(orders, node.index(), true);
+            for pool in (0..self.pools.len()).filter(|&pool| self.tree.windowed[pool]) {
+                self.queue_page(orders, pool, node.index(), true);
+            }
+        }
+    }
+
+    fn next_leaf(&self, orders: &mut Orders) -> Option<Dead> {
+        self.catch_up(orders);
+        while let Some((key, node)) = orders.leaves.pop() {
+            if !self.tree.is_live(node) || !self.tree.is_leaf(node.index()) {
+                continue; // who releases or uncovers it reports it again
+            }
+            let now = self.leaf_key(node.index());
+            if now > key {
+                orders.leaves.push(now, node);
+            } else if let Some(dead) = self.tree.kill(node.index()) {
+                orders.policy.removed(self.tree.nodes[dead.index()].key.get());
+                return Some(dead);
+            }
+        }
+        None
+    }
+
+    fn next_page(&self, orders: &mut Orders, pool: usize) -> Option<(usize, u32)> {
+        self.catch_up(orders);
+        self.catch_up_pages(orders, pool);
+        while let Some((key, node)) = orders.pages[pool].pop() {
+            let index = node.index();
+            if !self.tree.is_live(node) || !self.is_idle(pool, index) {
+                continue;
+            }
+            let now = self.page_key(pool, index);
+            if now > key {
+                orders.pages[pool].push(now, node);
+            } else if let Some(slot) = self.tree.take_page(pool, index) {
+                return Some((index, slot));
+            }
+        }
+        None
+    }
+
+    // -- victims ----------------------------------------------------------------------------
+
+    /// Indices of all nodes, beginning somewhere else each time.
+    fn scan(&self) -> impl Iterator<Item = usize> {
+        let count = self.tree.nodes.len();
+        let from = self.keeper.cursor.next() as usize % count;
+        (from..count).chain(0..from)
+    }
+
+    /// Kills the next leaf in order, or any if another thread is inside. The caller buries it.
+    fn kill_leaf(&self) -> Option<Dead> {
+        if let Some(mut orders) = self.keeper.orders.enter() {
+            if let Some(dead) = self.next_leaf(&mut orders) {
+                return Some(dead);
+            }
+        }
+        self.scan().find_map(|index| self.tree.kill(index))
+    }
+
+    /// Evicts one leaf with its pages, keeping the slot of one pool for the caller, who has a promise there.
+    /// Returns the dead node, that slot, and how many pages went.
+    fn evict_leaf(&self, keep: Option<usize>) -> Option<(Dead, u32, u64)> {
+        let covered = self.cover(keep);
+        let Some(dead) = self.kill_leaf() else {
+            self.uncover(covered);
+            return None;
+        };
+        let (slot, pages) = self.strip(&dead, keep);
+        self.uncover(covered);
+        Some((dead, slot, pages))
+    }
+
+    /// Takes the pages that an eviction is going to carry to the free stacks off `available` meanwhile, so that nobody
+    /// is promised a slot that only a stopped thread could hand over. One bit per pool; best effort.
+    fn cover(&self, keep: Option<usize>) -> u64 {
+        (0..self.pools.len().min(64))
+            .filter(|&pool| !self.tree.windowed[pool] && keep != Some(pool))
+            .filter(|&pool| self.pools[pool].reserve(1))
+            .fold(0, |covered, pool| covered | 1 << pool)
+    }
+
+    fn uncover(&self, covered: u64) {
+        for (pool, slots) in self.pools.iter().enumerate().take(64) {
+            slots.unreserve((covered >> pool & 1) as u32);
+        }
+    }
+
+    /// Frees the pages of a killed node, keeps the slot of one pool for the caller, and buries it.
+    fn strip(&self, dead: &Dead, keep: Option<usize>) -> (u32, u64) {
+        let (mut kept, mut pages) = (0, 0);
+        for pool in 0..self.pools.len() {
+            // A page of a windowed pool can be taken from the dead node by others too; cover its way as well.
+            let covered = self.tree.windowed[pool] && self.pools[pool].reserve(1);
+            if let Some(slot) = self.tree.strip(pool, dead) {
+                pages += 1;
+                if keep == Some(pool) {
+                    kept = slot;
+                } else {
+                    self.pools[pool].give(slot);
+                }
+            }
+            self.pools[pool].unreserve(u32::from(covered));
+        }
+        self.counters.dropped.add(pages);
+        let parent = self.tree.bury(dead);
+        if !parent.is_nil() {
+            self.keeper.report_leaf(parent.index(), false);
+            self.remove_if_empty(parent);
+        }
+        (kept, pages)
+    }
+
+    /// Without a full-attention pool a node can lose its last page before it is a leaf.
+    fn remove_if_empty(&self, node: Link) {
+        let index = node.index();
+        if self.first_full.is_some() || !self.tree.is_leaf(index) || !self.tree.has_no_page(index) {
+            return;
+        }
+        if let Some(dead) = self.tree.kill(index) {
+            self.strip(&dead, None);
+            self.tree.recycle(dead);
+        }
+    }
+
+    fn evict_page(&self, pool: usize) -> Option<u32> {
+        let inside = match self.keeper.orders.enter() {
+            Some(mut orders) => self.next_page(&mut orders, pool),
+            None => None,
+        };
+        let any = |index| Some((index, self.tree.take_page(pool, index)?));
+        let (index, slot) = inside.or_else(|| self.scan().find_map(any))?;
+        self.counters.dropped.add(1);
+        self.remove_if_empty(self.tree.at(index));
+        Some(slot)
+    }
+
+    // -- what the rest of the core calls ------------------------------------------------------
+
+    /// A slot that was promised by `reserve`. `None`: see [`ROUNDS`]; the promise is still the caller's.
+    pub(crate) fn take_slot(&self, pool: usize) -> Option<u32> {
+        for _ in 0..ROUNDS {
+            if let Some(slot) = self.pools[pool].take() {
+                return Some(slot);
+            }
+            if self.tree.windowed[pool] {
+                if let Some(slot) = self.evict_page(pool) {
+                    self.counters.evicted.add(1);
+                    return Some(slot);
+                }
+            } else if let Some((dead, slot, pages)) = self.evict_leaf(Some(pool)) {
+                self.tree.recycle(dead);
+                self.counters.evicted.add(pages);
+                if slot != 0 {
+                    return Some(slot);
+                }
+            }
+        }
+        None
+    }
+
+    /// A node for a new block: a free one, else that of the next leaf. `None`: all are claimed.
+    pub(crate) fn take_node(&self) -> Option<Dead> {
+        if let Some(dead) = self.tree.take_node() {
+            return Some(dead);
+        }
+        let (dead, _, pages) = self.evict_leaf(None)?;
+        self.counters.evicted.add(pages);
+        Some(dead)
+    }
+
+    /// Up to `blocks` leaves in order leave the device. Returns how many did; fewer if the rest is promised to others.
+    pub fn evict(&self, blocks: u64) -> u64 {
+        let mut done = 0;
+        while done < blocks && self.drop_leaf(true) {
+            done += 1;
+        }
+        done
+    }
+
+    /// Drops all that is unclaimed, and not promised to others.
+    pub fn clear(&self) {
+        while self.drop_leaf(false) {}
+        for pool in (0..self.pools.len()).filter(|&pool| self.tree.windowed[pool]) {
+            while self.pools[pool].reserve(1) {
+                let slot = self.evict_page(pool);
+                if let Some(slot) = slot {
+                    self.pools[pool].give(slot);
+                }
+                self.pools[pool].unreserve(1);
+                if slot.is_none() {
+                    break;
+                }
+            }
+        }
+    }
+
+    /// Drops the next leaf. `evicted`: it counts as evicted.
+    fn drop_leaf(&self, evicted: bool) -> bool {
+        if let Some(pool) = self.first_full {
+            if self.pools[pool].available() == 0 {
+                return false; // every unclaimed page is promised
+            }
+        }
+        let Some((dead, _, pages)) = self.evict_leaf(None) else {
+            return false;
+        };
+        self.tree.recycle(dead);
+        if evicted {
+            self.counters.evicted.add(pages);
+        }
+        true
+    }
+}

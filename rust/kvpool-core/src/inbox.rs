@@ -1,0 +1,88 @@
+//! Indices that something happened to, on their way to the one thread that keeps an order.
+//!
+//! Many push, one takes all. An index is in the inbox at most once: its flags are 0 outside. The
+//! taker clears the flags *before* it looks at the node; so a pusher who finds the flags set knows that what
+//! it did before will still be looked at.
+//!
+//! push, take_all: lock-free, linearized at the swap of the flags and of the head.
+
+use crate::sync::{weak, AtomicU32, AtomicU8, Ordering, Weak};
+
+const NIL: u32 = u32::MAX;
+
+/// Became evictable, maybe.
+pub const IDLE: u8 = 1;
+/// Its place in the order fell: what the order knows is no lower bound.
+pub const LOWERED: u8 = 2;
+/// It rose to segment 1.
+pub const ROSE: u8 = 4;
+
+/// See the module.
+#[derive(Debug)]
+pub struct Inbox {
+    head: AtomicU32,
+    next: Vec<AtomicU32>,
+    flags: Vec<AtomicU8>,
+}
+
+impl Inbox {
+    /// For indices below `count`.
+    pub fn new(count: u32) -> Self {
+        Self {
+            head: AtomicU32::new(NIL),
+            next: (0..count).map(|_| AtomicU32::new(NIL)).collect(),
+            flags: (0..count).map(|_| AtomicU8::new(0)).collect(),
+        }
+    }
+
+    /// Reports an index; what the caller did to its node before will be seen by the taker.
+    pub fn push(&self, index: usize, flags: u8) {
+        // AcqRel: partner the swap in `take`: either it comes later and sees the node as the caller left it,
+        // or it came earlier and this push links the index anew.
+        if self.flags[index].fetch_or(flags, Ordering::AcqRel) != 0 {
+            return;
+        }
+        let mut head = self.head.load(Ordering::Relaxed); // Relaxed: only its value is used
+        loop {
+            self.next[index].store(head, Ordering::Relaxed); // Relaxed: published by the CAS below
+                                                             // Release: partner the swap in `take_all`. Relaxed on failure: only its value is used.
+            match self
+                .head
+                .compare_exchange_weak(head, index as u32, Ordering::Release, Ordering::Relaxed)
+            {
+                Ok(_) => return,
+                Err(now) => head = now,
+            }
+        }
+    }
+
+    /// Takes all indices, the first pushed first, into `into`. One thread at a time.
+    pub fn take_all(&self, into: &mut Vec<u32>) {
+        into.clear();
+        if self.head.load(Ordering::Relaxed) == NIL {
+            return; // Relaxed: a push that is not seen here is found by the next taker
+        }
+        let mut at = self.head.swap(NIL, Ordering::Acquire); // Acquire: partner the CAS in `push`
+        while at != NIL && into.len() < self.next.len() {
+            into.push(at);
+            at = self.next[at as usize].load(Ordering::Relaxed); // Relaxed: ordered by the swap above
+        }
+        into.reverse();
+    }
+
+    /// Clears the flags of a taken index and returns them. From here on it may be pushed again.
+    pub fn open(&self, index: u32) -> u8 {
+        if weak(Weak::InboxFlag) {
+            return self.flags[index as usize].load(Ordering::Relaxed); // Relaxed: the planted weakness
+        }
+        self.flags[index as usize].swap(0, Ordering::AcqRel) // AcqRel: partner the fetch_or in `push`
+    }
+
+    /// The planted weakness: clears the flags after the look.
+    #[cfg(kvpool_loom)]
+    pub fn clear_late(&self, index: u32) {
+        if weak(Weak::InboxFlag) {
+            self.flags[index as usize].store(0, Ordering::Release); // Release: the planted weakness
+        }
+    }
+}

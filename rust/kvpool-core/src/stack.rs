@@ -1,0 +1,112 @@
+//! A lock-free stack of indices below a fixed number: free nodes, free slots.
+//!
+//! Head = [tag 32 | index 32]. Every change of the head steps the tag, so a pop whose `next` was read
+//! before others popped and pushed the same index fails (2^32 steps during one pop are taken as
+//! impossible). An index is on the stack at most once: who pops it owns it until the push.
+//!
+//! push and pop: lock-free, linearized at the CAS of the head.
+
+use crate::sync::{weak, AtomicU32, AtomicU64, Ordering, Weak};
+
+const NIL: u32 = u32::MAX;
+
+/// See the module.
+#[derive(Debug)]
+pub struct Stack {
+    head: AtomicU64,
+    next: Vec<AtomicU32>,
+}
+
+fn step(head: u64, index: u32) -> u64 {
+    let tag = if weak(Weak::StackTag) {
+        0
+    } else {
+        (head >> 32).wrapping_add(1) & 0xFFFF_FFFF
+    };
+    tag << 32 | u64::from(index)
+}
+
+impl Stack {
+    /// All indices below `count` are on it, the lowest on top.
+    pub fn full(count: u32) -> Self {
+        let below = |i: u32| if i + 1 < count { i + 1 } else { NIL };
+        Self {
+            head: AtomicU64::new(u64::from(if count == 0 { NIL } else { 0 })),
+            next: (0..count).map(|i| AtomicU32::new(below(i))).collect(),
+        }
+    }
+
+    /// Takes the index on top.
+    pub fn pop(&self) -> Option<u32> {
+        let mut head = self.head.load(Ordering::Acquire); // Acquire: partner the CAS in `push_chain`
+        loop {
+            let index = head as u32;
+            if index == NIL {
+                return None;
+            }
+            let next = self.next[index as usize].load(Ordering::Relaxed); // Relaxed: a value of another turn fails the CAS by its tag
+            let success = if weak(Weak::StackOrder) {
+                Ordering::Relaxed // Relaxed: the planted weakness
+            } else {
+                Ordering::Acquire // Acquire: partner the CAS in `push_chain`
+            };
+            let (old, new) = (head, step(head, next));
+            // Acquire on failure: partner the CAS in `push_chain`.
+            match self
+                .head
+                .compare_exchange_weak(old, new, success, Ordering::Acquire)
+            {
+                Ok(_) => return Some(index),
+                Err(now) => head = now,
+            }
+        }
+    }
+
+    /// Gives an index that the caller owns back.
+    pub fn push(&self, index: u32) {
+        self.push_chain(index, index);
+    }
+
+    /// Gives several back at once, the last on top.
+    pub fn push_all(&self, indices: &[u32]) {
+        let (Some(&first), Some(&last)) = (indices.first(), indices.last()) else {
+            return;
+        };
+        for pair in indices.windows(2) {
+            self.next[pair[1] as usize].store(pair[0], Ordering::Relaxed); // Relaxed: published by the CAS in `push_chain`
+        }
+        self.push_chain(last, first);
+    }
+
+    fn push_chain(&self, top: u32, bottom: u32) {
+        let mut head = self.head.load(Ordering::Relaxed); // Relaxed: only its value is used
+        loop {
+            self.next[bottom as usize].store(head as u32, Ordering::Relaxed); // Relaxed: published by the CAS below
+            let success = if weak(Weak::StackOrder) {
+                Ordering::Relaxed // Relaxed: the planted weakness
+            } else {
+                Ordering::Release // Release: partner the loads and the CAS in `pop`
+            };
+            let (old, new) = (head, step(head, top));
+            // Relaxed on failure: only its value is used.
+            match self
+                .head
+                .compare_exchange_weak(old, new, success, Ordering::Relaxed)
+            {
+                Ok(_) => return,
+                Err(now) => head = now,
+            }
+        }
+    }
+
+    /// The indices from the top, for `check` of a core at rest.
+    pub fn indices(&self) -> Vec<u32> {
+        let mut found = Vec::new();
+        let mut at = self.head.load(Ordering::Acquire) as u32; // Acquire: partner the CAS in `push_chain`
+        while at != NIL && found.len() <= self.next.len() {
+            found.push(at);
+            at = self.next[at as usize].load(Ordering::Relaxed); // Relaxed: the stack is at rest
+        }
+        found
+    }
+}

@@ -1,0 +1,170 @@
+//! The only module that names atomics: std's, loom's under `cfg(kvpool_loom)`, shuttle's under
+//! `cfg(kvpool_shuttle)`.
+//!
+//! Words that carry a protocol are used as plain atomics, with an ordering and its partner named at
+//! each use. Three wrappers stand for the uses that need no thought per line: [`Field`] (written by
+//! the owner before a node is published), [`Counter`] (a statistic) and [`Sole`] (one thread inside,
+//! nobody waits).
+
+#[cfg(kvpool_loom)]
+mod explored;
+
+#[cfg(kvpool_loom)]
+pub use explored::{AtomicU32, AtomicU64, AtomicU8};
+#[cfg(kvpool_loom)]
+pub use loom::sync::atomic::{fence, Ordering};
+#[cfg(kvpool_shuttle)]
+pub use shuttle::sync::atomic::{fence, AtomicU32, AtomicU64, AtomicU8, Ordering};
+#[cfg(not(any(kvpool_loom, kvpool_shuttle)))]
+pub use std::sync::atomic::{fence, AtomicU32, AtomicU64, AtomicU8, Ordering};
+
+#[cfg(kvpool_loom)]
+use loom::sync::{Mutex, MutexGuard};
+#[cfg(kvpool_shuttle)]
+use shuttle::sync::{Mutex, MutexGuard};
+#[cfg(not(any(kvpool_loom, kvpool_shuttle)))]
+use std::sync::{Mutex, MutexGuard};
+
+/// The word below [`Field`] and [`Counter`]: no point at which a checker need switch threads.
+#[cfg(kvpool_loom)]
+type Plain = loom::sync::atomic::AtomicU64;
+#[cfg(not(kvpool_loom))]
+type Plain = AtomicU64;
+
+/// A value of a node: written by the node's owner before publication, read by anybody, and
+/// believed only after the reader has seen that the node is still the one it was linked as.
+#[derive(Debug)]
+pub struct Field(Plain);
+
+impl Field {
+    /// A field with a first value.
+    pub fn new(value: u64) -> Self {
+        Self(Plain::new(value))
+    }
+    /// The value, of whichever node lives here now.
+    pub fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed) // Relaxed: ordered by the fence in `Tree::is`, partner the fence in `Tree::write`
+    }
+    /// Sets it; owner only, or a hint that nobody relies on.
+    pub fn set(&self, value: u64) {
+        self.0.store(value, Ordering::Relaxed); // Relaxed: made visible by the publishing CAS in `Chains::publish`
+    }
+    /// Raises it to at least `value`; a hint for the order of eviction.
+    pub fn raise(&self, value: u64) {
+        if self.get() < value {
+            self.0.fetch_max(value, Ordering::Relaxed); // Relaxed: the order of eviction is a hint, nothing is read through it
+        }
+    }
+}
+
+/// A statistic: exact once all threads have stopped, never part of a decision about memory.
+#[derive(Debug)]
+pub struct Counter(Plain);
+
+impl Default for Counter {
+    fn default() -> Self {
+        Self(Plain::new(0))
+    }
+}
+
+impl Counter {
+    /// Adds.
+    pub fn add(&self, n: u64) {
+        self.0.fetch_add(n, Ordering::Relaxed); // Relaxed: a statistic, partner none
+    }
+    /// Takes off.
+    pub fn sub(&self, n: u64) {
+        self.0.fetch_sub(n, Ordering::Relaxed); // Relaxed: a statistic, partner none
+    }
+    /// The next number, unique: 1, 2, 3...
+    pub fn next(&self) -> u64 {
+        self.0.fetch_add(1, Ordering::Relaxed) + 1 // Relaxed: uniqueness comes from the RMW, partner none
+    }
+    /// The value now.
+    pub fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed) // Relaxed: a statistic, partner none
+    }
+}
+
+/// Something that one thread uses at a time. Entering is one CAS; who does not get in goes another
+/// way instead of waiting (`Mutex::lock` is never called).
+#[derive(Debug)]
+pub struct Sole<T>(Mutex<T>);
+
+impl<T> Sole<T> {
+    /// Nobody inside.
+    pub fn new(value: T) -> Self {
+        Self(Mutex::new(value))
+    }
+    /// Enters, unless another thread is inside (or panicked there).
+    pub fn enter(&self) -> Option<MutexGuard<'_, T>> {
+        self.0.try_lock().ok()
+    }
+}
+
+/// A number that no other call in this process gets.
+pub fn unique() -> u64 {
+    static LAST: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(0);
+    LAST.fetch_add(1, std::sync::atomic::Ordering::Relaxed) + 1 // Relaxed: uniqueness comes from the RMW, partner none
+}
+
+/// A planted weakness: each makes one loom model fail. Outside the models it is always `false`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[allow(dead_code)]
+#[repr(u8)]
+pub enum Weak {
+    /// No weakness.
+    None,
+    /// The head of a stack keeps its tag.
+    StackTag,
+    /// A popped index is not ordered after its push.
+    StackOrder,
+    /// A claim trusts the index alone, not the incarnation.
+    ClaimBorn,
+    /// A claim leaves the version as it is.
+    ClaimVersion,
+    /// Eviction looks at the references before it looks at the children, not in one word.
+    KillChildren,
+    /// A release is not ordered before an eviction.
+    ReleaseOrder,
+    /// A reader believes fields without looking at the incarnation again.
+    ReadAgain,
+    /// The writer of a new incarnation publishes its birth after its fields.
+    WriteBirth,
+    /// Publishing re-reads the head after the search.
+    PublishHead,
+    /// A published node's fields are not ordered before its link.
+    PublishOrder,
+    /// An unlinked node is not marked first.
+    UnlinkMark,
+    /// A child is believed without a look at its parent link.
+    ParentLink,
+    /// A claim takes its unit after the reference.
+    PayLater,
+    /// Reserving in several pools does not give back what it took when one is short.
+    ReserveRollback,
+    /// Eviction of a page ignores claims.
+    PageClaims,
+    /// The inbox's flag is cleared after the look at the node.
+    InboxFlag,
+}
+
+#[cfg(any(kvpool_loom, kvpool_shuttle))]
+static PLANTED: std::sync::atomic::AtomicU8 = std::sync::atomic::AtomicU8::new(0);
+
+/// Plants a weakness for the models that follow in this process.
+#[cfg(any(kvpool_loom, kvpool_shuttle))]
+pub fn plant(weak: Weak) {
+    PLANTED.store(weak as u8, std::sync::atomic::Ordering::SeqCst); // SeqCst: set before the model's threads start, partner `weak`
+}
+
+/// Whether this weakness is planted.
+#[inline(always)]
+pub fn weak(_which: Weak) -> bool {
+    #[cfg(any(kvpool_loom, kvpool_shuttle))]
+    {
+        PLANTED.load(std::sync::atomic::Ordering::SeqCst) == _which as u8 // SeqCst: partner `plant`
+    }
+    #[cfg(not(any(kvpool_loom, kvpool_shuttle)))]
+    false
+}

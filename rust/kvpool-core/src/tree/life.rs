@@ -1,0 +1,334 @@
+//! Birth, claim, release and death of nodes and pages.
+//!
+//! ```text
+//!            publish                claim (0 -> 1)
+//!   dead ───────────────> claimed <───────────────> unclaimed
+//!    ^  Dead owns it        refs >= 1  release (1 -> 0)  │ refs == 0
+//!    └──────────────────────── kill ─────────────────────┘ and no children
+//! ```
+//!
+//! A node with children is never killed, and a child appears only under a claimed node; so whoever
+//! claims a node holds its ancestors too.
+
+use super::lookup::pack;
+use super::{Root, Tree};
+use crate::sync::{fence, weak, Ordering, Weak};
+use crate::words::{Link, Page, State, MAX_REFS};
+
+/// A dead node in the hands of one owner, who publishes or recycles it.
+#[derive(Debug)]
+#[must_use = "a dead node that is dropped is lost: publish or recycle it"]
+pub struct Dead(u32);
+
+/// What came of a claim.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Claimed {
+    /// Nobody had it: it is no longer evictable, and the caller's hold on the parent is now its own.
+    First,
+    /// Others have it too: the caller's hold on the parent is one too many.
+    Joined,
+    /// It would be the first claim, and the caller has no unit for it.
+    Unpaid,
+    /// It is no longer there.
+    Gone,
+    /// It has as many references as can be counted.
+    Full,
+}
+
+impl Dead {
+    /// Its index.
+    pub fn index(&self) -> usize {
+        self.0 as usize
+    }
+}
+
+impl Tree {
+    // -- birth ------------------------------------------------------------------------------
+
+    /// A free node, if any.
+    pub fn take_node(&self) -> Option<Dead> {
+        self.free.pop().map(Dead)
+    }
+
+    /// Gives a dead node back.
+    pub fn recycle(&self, dead: Dead) {
+        self.free.push(dead.0);
+    }
+
+    /// Writes a node that nobody can see yet. Its pages are set by [`Tree::set_page`].
+    pub fn write(
+        &self,
+        dead: &Dead,
+        root: &Root,
+        parent: Link,
+        key: u64,
+        tokens: &[i32],
+        priority: u8,
+    ) -> Link {
+        let index = dead.index();
+        let n = &self.nodes[index];
+        let born = self.state(index).version();
+        if !weak(Weak::WriteBirth) {
+            n.born.store(born, Ordering::Release); // Release: partner the load in `Tree::born`
+            fence(Ordering::Release); // Release: partner the fence in `Tree::is`: who reads a field below and looks again sees the birth
+        }
+        n.key.set(key);
+        n.parent.set(parent.0);
+        let depth = if parent.is_nil() {
+            0
+        } else {
+            self.nodes[parent.index()].depth.get() + 1
+        };
+        n.depth.set(depth);
+        n.used.set(0);
+        n.priority.set(u64::from(priority));
+        n.segment.set(0);
+        n.seq.set(self.seq.next());
+        n.epoch.set(root.epoch);
+        for (field, value) in n.scope.iter().zip(root.digest) {
+            field.set(value);
+        }
+        let words = self.t.div_ceil(2);
+        for (field, pair) in self.tokens[index * words..].iter().zip(tokens.chunks(2)) {
+            field.set(pack(pair));
+        }
+        if weak(Weak::WriteBirth) {
+            n.born.store(born, Ordering::Release); // Release: the planted weakness
+        }
+        Link::new(born, dead.0)
+    }
+
+    /// Puts a written node into the tree with one claim, or finds the live one that has its place.
+    ///
+    /// The caller holds a claim on the parent, which is the new node's from here on. Lock-free;
+    /// linearized at the CAS of the bucket's head. `Err`: the other node, and the dead one back.
+    pub fn publish(
+        &self,
+        dead: Dead,
+        link: Link,
+        root: &Root,
+        parent: Link,
+        key: u64,
+        tokens: &[i32],
+    ) -> Result<(), (Dead, Link)> {
+        let bucket = self.by_key.bucket(key);
+        let n = &self.nodes[link.index()];
+        if !parent.is_nil() {
+            self.nodes[parent.index()]
+                .children
+                .fetch_add(1, Ordering::Relaxed); // Relaxed: the parent is claimed; the release of that claim orders it, see `Tree::kill`
+        }
+        n.state
+            .store(self.state(link.index()).born().0, Ordering::Release); // Release: partner the load in `Tree::claim`: who sees it live sees its birth
+        loop {
+            let head = self.by_key.head(bucket);
+            match self.search(head, root, parent, key, tokens) {
+                Ok(Some(other)) => {
+                    let state = self.state(link.index()).killed();
+                    n.state.store(state.0, Ordering::Release); // Release: partner the load in `Tree::write`: nobody else saw it alive
+                    if !parent.is_nil() {
+                        self.nodes[parent.index()]
+                            .children
+                            .fetch_sub(1, Ordering::Relaxed); // Relaxed: as the fetch_add above
+                    }
+                    return Err((dead, other));
+                }
+                Ok(None) if self.by_key.publish(bucket, head, link) => break,
+                _ => {}
+            }
+        }
+        let first = self
+            .by_first
+            .bucket(Self::first_hash(&root.digest, parent, tokens[0]));
+        while !self.by_first.publish(first, self.by_first.head(first), link) {}
+        Ok(())
+    }
+
+    // -- claims -----------------------------------------------------------------------------
+
+    /// One reference more on a node. `paid`: the caller has a unit of every full-attention pool for it.
+    ///
+    /// Lock-free; linearized at the CAS.
+    pub fn claim(&self, link: Link, paid: bool) -> Claimed {
+        let n = &self.nodes[link.index()];
+        loop {
+            let now = self.state(link.index());
+            let other = self.born(link.index()) != link.born() && !weak(Weak::ClaimBorn);
+            if !now.is_live() || other {
+                return Claimed::Gone;
+            }
+            if now.refs() >= MAX_REFS {
+                return Claimed::Full;
+            }
+            let first = now.refs() == 0;
+            if first && !paid {
+                return Claimed::Unpaid;
+            }
+            let next = now.claimed(weak(Weak::ClaimVersion));
+            // AcqRel: Acquire partner the CAS in `release` (what was done under the last claim is visible),
+            // Release partner the load in `kill` (the version tells that a claim came between).
+            // Relaxed on failure: the loop loads again.
+            let swapped = n
+                .state
+                .compare_exchange(now.0, next.0, Ordering::AcqRel, Ordering::Relaxed);
+            if swapped.is_ok() {
+                return if first { Claimed::First } else { Claimed::Joined };
+            }
+        }
+    }
+
+    /// One reference less. `last` runs before a release that will be the last one (it may run in vain).
+    /// Returns whether the node is unclaimed now. Lock-free; linearized at the CAS.
+    pub fn release(&self, index: usize, last: impl Fn(&super::Node)) -> bool {
+        let n = &self.nodes[index];
+        loop {
+            let now = self.state(index);
+            debug_assert!(now.is_live() && now.refs() > 0, "release of an unclaimed node");
+            if now.refs() == 1 {
+                last(n);
+            }
+            let success = if weak(Weak::ReleaseOrder) {
+                Ordering::Relaxed // Relaxed: the planted weakness
+            } else {
+                Ordering::Release // Release: partner the loads in `state`: a child inserted under this claim is counted before a kill looks
+            };
+            let next = now.released();
+            let swapped = n
+                .state
+                .compare_exchange(now.0, next.0, success, Ordering::Relaxed); // Relaxed on failure: the loop loads again
+            if swapped.is_ok() {
+                return now.refs() == 1;
+            }
+        }
+    }
+
+    // -- death ------------------------------------------------------------------------------
+
+    /// Takes an unclaimed node without children. Its pages are still on it; the caller strips them and
+    /// calls [`Tree::bury`]. Lock-free, without a loop; linearized at the CAS.
+    pub fn kill(&self, index: usize) -> Option<Dead> {
+        let now = self.state(index);
+        if !now.is_live() || now.refs() > 0 || self.children(index) > 0 {
+            return None;
+        }
+        let now = if weak(Weak::KillChildren) {
+            self.state(index)
+        } else {
+            now
+        };
+        if !now.is_live() || now.refs() > 0 {
+            return None;
+        }
+        let n = &self.nodes[index];
+        // AcqRel: Acquire partner the CAS in `release`; Release partner the load in `state` of who finds it dead.
+        // Relaxed on failure: it was claimed or killed, nothing is read.
+        n.state
+            .compare_exchange(now.0, now.killed().0, Ordering::AcqRel, Ordering::Relaxed)
+            .ok()?;
+        // At once, so that a thread that is stopped further on does not keep the parent from being evicted.
+        let parent = self.parent(index);
+        if !parent.is_nil() {
+            self.nodes[parent.index()]
+                .children
+                .fetch_sub(1, Ordering::Relaxed); // Relaxed: nothing of the parent is read or written after it
+        }
+        Some(Dead(index as u32))
+    }
+
+    /// Takes a killed node out of the tables. Returns its former parent, which may be gone by now.
+    pub fn bury(&self, dead: &Dead) -> Link {
+        let index = dead.index();
+        let n = &self.nodes[index];
+        let link = self.at(index);
+        let parent = self.parent(index);
+        let root = [n.scope[0].get(), n.scope[1].get()];
+        let first = self.tokens(index).next().unwrap_or(0);
+        self.by_key
+            .unlink(self.by_key.bucket(n.key.get()), link, |link| self.is(link));
+        let bucket = self.by_first.bucket(Self::first_hash(&root, parent, first));
+        self.by_first.unlink(bucket, link, |link| self.is(link));
+        parent
+    }
+
+    // -- pages ------------------------------------------------------------------------------
+
+    /// Gives a node that the caller owns, or holds and knows to be without, a page. `false`: it has one.
+    pub fn set_page(&self, pool: usize, index: usize, slot: u32, claims: u64) -> bool {
+        let word = &self.pages[pool].word[index];
+        let new = Page::new(slot, claims);
+        // AcqRel: partner the load in `page`: the slot's content was written before. Relaxed on failure: nothing is read.
+        word.compare_exchange(Page::NONE.0, new.0, Ordering::AcqRel, Ordering::Relaxed)
+            .is_ok()
+    }
+
+    /// Takes the page off a node that was written and not published.
+    pub fn unset_page(&self, pool: usize, dead: &Dead) {
+        self.pages[pool].word[dead.index()].store(Page::NONE.0, Ordering::Relaxed);
+        // Relaxed: nobody else sees the node
+    }
+
+    /// One claim more on the page of a claimed node in a windowed pool, as live.
+    pub fn claim_page(&self, pool: usize, index: usize, paid: bool) -> Claimed {
+        loop {
+            let now = self.page(pool, index);
+            if now.slot() == 0 {
+                return Claimed::Gone;
+            }
+            let first = now.claims() == 0;
+            if first && !paid {
+                return Claimed::Unpaid;
+            }
+            if self.change_page(pool, index, now, now.claimed()) {
+                return if first { Claimed::First } else { Claimed::Joined };
+            }
+        }
+    }
+
+    /// One claim less on a page. Returns whether it is idle now, and its slot.
+    pub fn release_page(&self, pool: usize, index: usize, stale: bool) -> (bool, u32) {
+        loop {
+            let now = self.page(pool, index);
+            debug_assert!(now.claims() > 0, "release of an unclaimed page");
+            if self.change_page(pool, index, now, now.released(stale)) {
+                return (now.claims() == 1, now.slot());
+            }
+        }
+    }
+
+    /// Takes the page of a node in a windowed pool if nobody claims it.
+    pub fn take_page(&self, pool: usize, index: usize) -> Option<u32> {
+        let now = self.page(pool, index);
+        let claimed = now.claims() > 0 && !weak(Weak::PageClaims);
+        if now.slot() == 0 || claimed || !self.change_page(pool, index, now, Page::NONE) {
+            return None;
+        }
+        Some(now.slot())
+    }
+
+    /// Takes the page of a dead node, if it has one.
+    pub fn strip(&self, pool: usize, dead: &Dead) -> Option<u32> {
+        let word = &self.pages[pool].word[dead.index()];
+        let page = Page(word.swap(Page::NONE.0, Ordering::AcqRel)); // AcqRel: partner the CAS in `change_page` of who takes the page alone
+        debug_assert_eq!(page.claims(), 0, "a claimed page of a dead node");
+        (page.slot() != 0).then(|| page.slot())
+    }
+
+    fn change_page(&self, pool: usize, index: usize, from: Page, to: Page) -> bool {
+        let word = &self.pages[pool].word[index];
+        // AcqRel: partner the load in `page`: what was done with the page before is visible to its next owner.
+        // Relaxed on failure: the caller loads again or gives up.
+        word.compare_exchange(from.0, to.0, Ordering::AcqRel, Ordering::Relaxed)
+            .is_ok()
+    }
+
+    /// The state of a node as a number, for messages.
+    pub fn describe(&self, index: usize) -> String {
+        let State(word) = self.state(index);
+        format!(
+            "node {index} (version {}, live {}, refs {})",
+            State(word).version(),
+            State(word).is_live(),
+            State(word).refs()
+        )
+    }
+}

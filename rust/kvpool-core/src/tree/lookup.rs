@@ -1,0 +1,123 @@
+//! Finding children. Readers write nothing: they read a node's fields, then look whether the node is
+//! still the one that was linked; if not, they start the bucket again.
+
+use super::{Root, Tree};
+use crate::chains::{Recycled, Visit};
+use crate::sync::{weak, Weak};
+use crate::words::Link;
+
+impl Tree {
+    /// The live child of `parent` with exactly these tokens. Lock-free; linearized at the read of the
+    /// state that showed it live, or at the read of the head from which it was missed.
+    pub fn child(&self, root: &Root, parent: Link, key: u64, tokens: &[i32]) -> Option<Link> {
+        let bucket = self.by_key.bucket(key);
+        loop {
+            if let Ok(found) = self.search(self.by_key.head(bucket), root, parent, key, tokens) {
+                return found;
+            }
+        }
+    }
+
+    /// Touches what look-ups of these keys will read, so that the misses of the cache overlap instead of queueing
+    /// (a look-up's own reads wait for each other). Reads only, and believes nothing.
+    pub fn warm(&self, keys: &[u64]) {
+        if cfg!(any(kvpool_loom, kvpool_shuttle)) {
+            return;
+        }
+        let words = self.t.div_ceil(2);
+        let mut touched = 0;
+        for &key in keys {
+            let head = self.by_key.head(self.by_key.bucket(key));
+            if !head.is_nil() {
+                touched ^= self.nodes[head.index()].key.get() ^ self.tokens[head.index() * words].get();
+            }
+        }
+        std::hint::black_box(touched);
+    }
+
+    /// One search from a head. `Err`: a node was recycled under it.
+    pub(super) fn search(
+        &self,
+        head: Link,
+        root: &Root,
+        parent: Link,
+        key: u64,
+        tokens: &[i32],
+    ) -> Result<Option<Link>, Recycled> {
+        let visit = |link: Link| {
+            let index = link.index();
+            let n = &self.nodes[index];
+            if n.key.get() != key || !self.is_child_of(index, root, parent) || !self.has_tokens(index, tokens)
+            {
+                return Visit::Next;
+            }
+            let live = self.state(index).is_live();
+            if !self.is(link) {
+                return Visit::Recycled;
+            }
+            if live {
+                Visit::Found
+            } else {
+                Visit::Next
+            }
+        };
+        self.by_key.walk(head, |link| self.is(link), visit)
+    }
+
+    fn is_child_of(&self, index: usize, root: &Root, parent: Link) -> bool {
+        if weak(Weak::ParentLink) {
+            return true;
+        }
+        let n = &self.nodes[index];
+        n.parent.get() == parent.0
+            && (!parent.is_nil() || n.scope.iter().zip(root.digest).all(|(a, b)| a.get() == b))
+    }
+
+    fn has_tokens(&self, index: usize, tokens: &[i32]) -> bool {
+        debug_assert_eq!(tokens.len(), self.t);
+        let words = self.t.div_ceil(2);
+        let stored = &self.tokens[index * words..(index + 1) * words];
+        tokens
+            .chunks(2)
+            .zip(stored)
+            .all(|(pair, word)| word.get() == pack(pair))
+    }
+
+    /// The child of `parent` that shares most leading tokens with `tokens` and has a page in every
+    /// pool; of several the one inserted first. Cost: the children that share the first token.
+    pub fn closest_child(&self, root: &Root, parent: Link, tokens: &[i32]) -> Option<(Link, usize)> {
+        let first = *tokens.first()?;
+        let bucket = self
+            .by_first
+            .bucket(Self::first_hash(&root.digest, parent, first));
+        loop {
+            let mut best: Option<(Link, usize, u64)> = None;
+            let visit = |link: Link| {
+                let index = link.index();
+                if !self.is_child_of(index, root, parent) {
+                    return Visit::Next;
+                }
+                let pairs = self.tokens(index).zip(tokens);
+                let common = pairs.take_while(|(a, b)| a == *b).count();
+                let seq = self.nodes[index].seq.get();
+                let better = best.map_or(common > 0, |(_, most, before)| {
+                    common > most || (common == most && seq < before)
+                });
+                if better && self.state(index).is_live() && self.has_all_pages(index) {
+                    best = Some((link, common, seq)); // believed only if `walk` finds the node unchanged behind us
+                }
+                Visit::Next
+            };
+            let head = self.by_first.head(bucket);
+            if self.by_first.walk(head, |link| self.is(link), visit).is_ok() {
+                return best.map(|(link, common, _)| (link, common));
+            }
+        }
+    }
+}
+
+/// Two tokens (or one) in a word.
+pub(super) fn pack(pair: &[i32]) -> u64 {
+    let high = pair.get(1).map_or(0, |&token| u64::from(token as u32));
+    high << 32 | u64::from(pair[0] as u32)
+}

@@ -1,0 +1,175 @@
+//! The words that carry the protocol, packed into 64 bits. Pure arithmetic; nothing here is shared.
+//!
+//! ```text
+//! State  [ version 36 | live 1 | refs 27 ]   of a node
+//! Link   [ born    36 | mark 1 | index 27 ]  to a node, at one incarnation
+//! Page   [ slot    32 | stale 1 | claims 31 ] of a node in one pool
+//! ```
+//!
+//! `version` grows whenever refs leave 0 and whenever the node dies, so a CAS on a word that was
+//! seen with refs 0 succeeds only if nobody claimed since. 2^36 such steps on one index while one
+//! thread is stopped between its look and its CAS are taken as impossible (at 10^6 per second: 19 hours).
+
+const INDEX_BITS: u32 = 27;
+const FLAG: u64 = 1 << INDEX_BITS;
+const LOW: u64 = FLAG - 1;
+const VERSION_SHIFT: u32 = INDEX_BITS + 1;
+const VERSION: u64 = (1 << 36) - 1;
+
+/// Nodes that a tree can have: the last index means "none".
+pub const MAX_NODES: u32 = LOW as u32;
+/// References that a node can have; one more is refused. Claims by state are counted in 21 bits each.
+pub const MAX_REFS: u64 = if cfg!(test) { 100 } else { (1 << 21) - 1 };
+
+/// A node at one incarnation, or none.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Link(pub u64);
+
+impl Link {
+    /// No node: the end of a chain, the parent of a first block.
+    pub const NIL: Self = Self(LOW);
+
+    /// Node `index`, born at `born`.
+    pub fn new(born: u64, index: u32) -> Self {
+        Self((born & VERSION) << VERSION_SHIFT | u64::from(index))
+    }
+    /// Index in the slab.
+    pub fn index(self) -> usize {
+        (self.0 & LOW) as usize
+    }
+    /// Version at which the node was born.
+    pub fn born(self) -> u64 {
+        self.0 >> VERSION_SHIFT
+    }
+    /// Whether the owner of this word is leaving its chain.
+    pub fn is_marked(self) -> bool {
+        self.0 & FLAG != 0
+    }
+    /// The word with the mark.
+    pub fn marked(self) -> Self {
+        Self(self.0 | FLAG)
+    }
+    /// The word without the mark.
+    pub fn unmarked(self) -> Self {
+        Self(self.0 & !FLAG)
+    }
+    /// Whether it is no node.
+    pub fn is_nil(self) -> bool {
+        self.index() == LOW as usize
+    }
+}
+
+/// The mark in a link word.
+pub const MARK: u64 = FLAG;
+
+/// Life of a node: `live` with refs 0 is evictable once it has no children; not `live` is owned by
+/// who killed or took it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct State(pub u64);
+
+impl State {
+    /// Dead, never lived.
+    pub const NEW: Self = Self(0);
+
+    /// Steps of life so far.
+    pub fn version(self) -> u64 {
+        self.0 >> VERSION_SHIFT
+    }
+    /// Whether it is in the tree.
+    pub fn is_live(self) -> bool {
+        self.0 & FLAG != 0
+    }
+    /// Claims on it, and children of it that have refs.
+    pub fn refs(self) -> u64 {
+        self.0 & LOW
+    }
+    /// dead → live with one reference.
+    pub fn born(self) -> Self {
+        Self((self.0 & !LOW) | FLAG | 1)
+    }
+    /// One reference more. The version grows when it is the first.
+    pub fn claimed(self, keep_version: bool) -> Self {
+        if self.refs() == 0 && !keep_version {
+            Self(self.stepped() | FLAG | 1)
+        } else {
+            Self(self.0 + 1)
+        }
+    }
+    /// One reference less.
+    pub fn released(self) -> Self {
+        Self(self.0 - 1)
+    }
+    /// live → dead.
+    pub fn killed(self) -> Self {
+        Self(self.stepped())
+    }
+    fn stepped(self) -> u64 {
+        ((self.version() + 1) & VERSION) << VERSION_SHIFT
+    }
+}
+
+/// A page of a node in one pool. Claims are counted in windowed pools only.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Page(pub u64);
+
+const STALE: u64 = 1 << 31;
+
+impl Page {
+    /// No page.
+    pub const NONE: Self = Self(0);
+
+    /// A page with so many claims.
+    pub fn new(slot: u32, claims: u64) -> Self {
+        Self(u64::from(slot) << 32 | claims)
+    }
+    /// Its slot, 0 for no page.
+    pub fn slot(self) -> u32 {
+        (self.0 >> 32) as u32
+    }
+    /// Claims on the page itself.
+    pub fn claims(self) -> u64 {
+        self.0 & (STALE - 1)
+    }
+    /// Whether it went stale under a cache and was not claimed as live since.
+    pub fn is_stale(self) -> bool {
+        self.0 & STALE != 0
+    }
+    /// One claim more, as live.
+    pub fn claimed(self) -> Self {
+        Self((self.0 & !STALE) + 1)
+    }
+    /// One claim less.
+    pub fn released(self, stale: bool) -> Self {
+        Self((self.0 - 1) | if stale { STALE } else { 0 })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fields_of_a_word_do_not_touch_each_other() {
+        let link = Link::new(VERSION, MAX_NODES - 1);
+        assert_eq!((link.born(), link.index()), (VERSION, MAX_NODES as usize - 1));
+        assert_eq!(link.marked().unmarked(), link);
+        assert_eq!(link.marked().born(), VERSION);
+        assert!(Link::NIL.is_nil() && !link.is_nil());
+        let state = State::NEW.born();
+        assert_eq!((state.version(), state.is_live(), state.refs()), (0, true, 1));
+        let free = state.released();
+        assert_eq!(free.claimed(false).version(), 1);
+        assert_eq!(free.claimed(false).refs(), 1);
+        assert_eq!(free.killed(), State(1 << VERSION_SHIFT));
+        let page = Page::new(7, 1).released(true);
+        assert_eq!((page.slot(), page.claims(), page.is_stale()), (7, 0, true));
+        assert!(!page.claimed().is_stale());
+    }
+
+    #[test]
+    fn the_version_wraps_without_touching_the_flag() {
+        let last = State(VERSION << VERSION_SHIFT | FLAG);
+        assert_eq!(last.killed(), State(0));
+        assert_eq!(last.claimed(false), State(FLAG | 1));
+    }
+}

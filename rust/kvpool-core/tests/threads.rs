@@ -1,0 +1,271 @@
+//! Threads that do everything at once: no wrong byte, no lost page, and the books balance when they stop.
+//!
+//! A page is an array of one number per position: the hash of scope and tokens up to there. Whoever
+//! "computes" a block writes it, whoever reuses one verifies it.
+
+use kvpool_core::sync::{AtomicU64, Ordering};
+use kvpool_core::types::{CoreConfig, PolicyKind, PoolSpec, RetentionSpec};
+use kvpool_core::{Cache, Core};
+use std::hash::{DefaultHasher, Hash, Hasher};
+
+const T: usize = 2;
+
+struct Rng(u64);
+
+impl Rng {
+    fn below(&mut self, n: usize) -> usize {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 >> 16) as usize % n
+    }
+}
+
+/// `pages[pool][slot][position in block]`
+type Pages = Vec<Vec<[AtomicU64; T]>>;
+
+fn value(scope: usize, epoch: u64, prefix: &[i32]) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    (scope, epoch, prefix).hash(&mut hasher);
+    hasher.finish()
+}
+
+struct Run<'a> {
+    core: &'a Core,
+    pages: &'a Pages,
+}
+
+struct Open {
+    cache: Cache,
+    scope: usize,
+    epoch: u64,
+    tokens: Vec<i32>,
+    in_flight: bool,
+}
+
+impl Run<'_> {
+    fn verify(&self, open: &Open) -> usize {
+        let info = self.core.info(&open.cache).unwrap();
+        let mut verified = 0;
+        for (pool, pages) in self.pages.iter().enumerate() {
+            let table = self.core.table(&open.cache, pool).unwrap();
+            for at in 0..info.committed as usize {
+                let slot = table[at / T] as usize;
+                if slot != 0 {
+                    let found = pages[slot][at % T].load(Ordering::Acquire); // Acquire: partner the store in `compute`
+                    let right = value(open.scope, open.epoch, &open.tokens[..=at]);
+                    assert_eq!(
+                        found, right,
+                        "pool {pool} slot {slot}: wrong byte at position {at}"
+                    );
+                    verified += 1;
+                }
+            }
+        }
+        verified
+    }
+
+    fn compute(&self, open: &Open, from: usize, to: usize) {
+        for (pool, pages) in self.pages.iter().enumerate() {
+            let table = self.core.table(&open.cache, pool).unwrap();
+            for at in from..to {
+                let slot = table[at / T] as usize;
+                if slot != 0 {
+                    let right = value(open.scope, open.epoch, &open.tokens[..=at]);
+                    pages[slot][at % T].store(right, Ordering::Release); // Release: partner the load in `verify`
+                }
+            }
+        }
+    }
+
+    /// One request from create to ACTIVE with its prompt committed. Returns the positions verified.
+    fn serve(&self, rng: &mut Rng, open: &mut Vec<Open>) -> usize {
+        let scope = rng.below(2);
+        let tokens: Vec<i32> = (0..2 + rng.below(12)).map(|_| rng.below(2) as i32).collect();
+        // An explicit epoch, so that the content is known; it may be an old one by the time of the call.
+        let epoch = self.core.epoch();
+        let retention = (rng.below(4) == 0).then(|| RetentionSpec {
+            ranges: vec![],
+            decode_priority: rng.below(100) as u8,
+        });
+        let name = [b"a".as_slice(), b"b"][scope];
+        let mut one = Open {
+            cache: self.core.create(&tokens, name, Some(epoch), retention).unwrap(),
+            scope,
+            epoch,
+            tokens,
+            in_flight: false,
+        };
+        let mut copies = Vec::new();
+        assert!(self.core.resume(&mut one.cache, &mut copies).unwrap());
+        for copy in &copies {
+            let pages = &self.pages[copy.pool as usize];
+            for (from, to) in pages[copy.src as usize].iter().zip(&pages[copy.dst as usize]) {
+                let byte = from.load(Ordering::Acquire); // Acquire: partner the store in `compute`
+                to.store(byte, Ordering::Release); // Release: partner the load in `verify`
+            }
+        }
+        if !copies.is_empty() && rng.below(8) == 0 {
+            self.core.copies_failed(&mut one.cache);
+            assert!(self.core.close(&mut one.cache).unwrap());
+            return 0;
+        }
+        self.core.copies_done(&mut one.cache);
+        let verified = self.verify(&one);
+        let have = self.core.info(&one.cache).unwrap().committed as usize;
+        if self
+            .core
+            .resize(&mut one.cache, one.tokens.len() as u64, None)
+            .unwrap()
+        {
+            self.compute(&one, have, one.tokens.len());
+            self.core.commit(&mut one.cache, &one.tokens[have..]).unwrap();
+            self.verify(&one);
+        }
+        open.push(one);
+        verified
+    }
+
+    /// Closes, in flight or not.
+    fn end(&self, one: &mut Open) {
+        let over = self.core.close(&mut one.cache).unwrap();
+        assert_eq!(over, !one.in_flight);
+        if one.in_flight {
+            assert!(self.core.step_end(&mut one.cache, 1).unwrap());
+        }
+    }
+
+    fn thread(&self, seed: u64, steps: usize) -> usize {
+        let mut rng = Rng(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1);
+        let (mut open, mut verified) = (Vec::new(), 0);
+        for _ in 0..steps {
+            match rng.below(12) {
+                0..=5 if open.len() < 3 => verified += self.serve(&mut rng, &mut open),
+                6 => {
+                    self.core.evict(1 + rng.below(2) as u64);
+                }
+                7 => {
+                    self.core.probe(&[0, 1, 0, 1, 1], b"a", None).unwrap();
+                }
+                8 if rng.below(40) == 0 => {
+                    let _ = self.core.set_epoch(self.core.epoch() + 1); // another thread may have been faster
+                }
+                11 if !open.is_empty() => {
+                    let at = rng.below(open.len());
+                    let one: &mut Open = &mut open[at];
+                    if one.in_flight {
+                        assert!(!self.core.step_end(&mut one.cache, 1).unwrap());
+                        one.in_flight = false;
+                    } else {
+                        self.core.suspend(&mut one.cache).unwrap();
+                        self.core.resume(&mut one.cache, &mut Vec::new()).unwrap();
+                        self.core.step_begin(&mut one.cache, 1).unwrap();
+                        one.in_flight = true;
+                    }
+                }
+                9 if rng.below(20) == 0 => self.core.clear(),
+                10 => {
+                    for books in self.core.books() {
+                        let sum = books.free + books.active + books.held + books.cached + books.fenced;
+                        assert_eq!(sum, books.slots);
+                    }
+                }
+                _ if !open.is_empty() => {
+                    let at = rng.below(open.len());
+                    let mut one: Open = open.swap_remove(at);
+                    self.verify(&one);
+                    self.end(&mut one);
+                }
+                _ => {}
+            }
+        }
+        for one in &mut open {
+            self.end(one);
+        }
+        verified
+    }
+}
+
+fn pool(name: &str, num_slots: u32, window: Option<u64>) -> PoolSpec {
+    PoolSpec {
+        name: name.into(),
+        num_slots,
+        window,
+        sink_tokens: 0,
+    }
+}
+
+fn run(seed: u64, pools: &[PoolSpec], policy: PolicyKind, threads: u64, steps: usize) -> usize {
+    let core = Core::new(CoreConfig {
+        tokens_per_block: T as u32,
+        pools: pools.to_vec(),
+        max_blocks: 3 + seed as u32 % 20,
+        max_seq_len: Some(16),
+        partial_reuse: true,
+        hash_seed: seed,
+        policy,
+        collide: seed % 3 == 0,
+    })
+    .unwrap();
+    let pages: Pages = pools
+        .iter()
+        .map(|pool| {
+            (0..=pool.num_slots)
+                .map(|_| std::array::from_fn(|_| AtomicU64::new(0)))
+                .collect()
+        })
+        .collect();
+    let run = Run {
+        core: &core,
+        pages: &pages,
+    };
+    let verified = std::thread::scope(|scope| {
+        let run = &run;
+        let all: Vec<_> = (0..threads)
+            .map(|i| scope.spawn(move || run.thread(seed * 8 + i, steps)))
+            .collect();
+        all.into_iter()
+            .map(|thread| thread.join().unwrap_or_else(|_| panic!("seed {seed}")))
+            .sum()
+    });
+    core.check(&[])
+        .unwrap_or_else(|error| panic!("seed {seed}: {error}"));
+    core.clear();
+    core.check(&[])
+        .unwrap_or_else(|error| panic!("seed {seed}: {error}"));
+    for books in core.books() {
+        assert_eq!(books.free, books.slots, "seed {seed}: a page was lost");
+    }
+    assert_eq!(
+        core.available_tokens(),
+        16.min(T as u64 * pools.iter().map(|p| u64::from(p.num_slots)).min().unwrap())
+    );
+    verified
+}
+
+#[test]
+fn threads_lose_no_page_and_serve_no_wrong_byte() {
+    let seeds = match std::env::var("KVPOOL_SEED") {
+        Ok(seed) => vec![seed.parse().unwrap()],
+        Err(_) => (0..200).collect::<Vec<u64>>(),
+    };
+    let mut verified = 0;
+    for seed in seeds {
+        let full = 4 + seed as u32 % 9;
+        let pools = match seed % 4 {
+            0 | 1 => vec![pool("full", full, None)],
+            2 => vec![pool("full", full, None), pool("window", full, Some(3))],
+            _ => vec![pool("near", full, Some(3)), pool("far", full + 2, Some(7))],
+        };
+        let policy = if seed % 5 == 0 {
+            PolicyKind::Slru
+        } else {
+            PolicyKind::Lru
+        };
+        verified += run(seed, &pools, policy, 2 + seed % 3, 1000);
+    }
+    assert!(
+        verified > 1000 || std::env::var("KVPOOL_SEED").is_ok(),
+        "only {verified} positions were reused"
+    );
+}

@@ -1,0 +1,75 @@
+"""What the random tests draw from: shapes of a manager, the operations and their values, the events to be met."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+from kvpool import Scope
+
+SCOPES = (Scope(), Scope(lora_id=1), Scope(salt="1"), Scope(lora_id=1, salt=b"1"))
+MIXES: tuple[tuple[tuple[int | None, int], ...], ...] = (
+    ((None, 0),),
+    ((3, 0), (8, 1)),
+    ((None, 0), (3, 0)),
+    ((5, 2), (None, 0)),
+    ((None, 0), (None, 0)),
+    ((None, 0), (4, 3), (1, 0)),
+)  # (window, sink tokens) of each pool
+MOST_OPEN = 5
+MOST_STEPS = 4
+
+Domain = range | tuple[Any, ...]  # one of these, the simplest first; some are there twice to come more often
+
+_LEVELS = (0, 20, 35, 60, 100)
+_PAIRS = (*((at,) for at in range(MOST_OPEN)), *itertools.product(range(MOST_OPEN), repeat=2))
+_RUNS = (((0,) * a + (1,) * b + (2,) * c) for a, b, c in itertools.product(range(8), range(4), range(2)))
+_THEN: dict[str, Domain] = {"then": tuple(sorted(_RUNS, key=lambda run: (len(run), run)))}
+_LIKE: dict[str, Domain] = {"like": range(24)}
+_TOKENS: dict[str, Domain] = {
+    **_LIKE,  # a sequence that was seen before,
+    "keep": (0,) * 8 + tuple(range(1, 13)),  # so many of its tokens,
+    **_THEN,  # and these after them
+}
+_SCOPED: dict[str, Domain] = {"scope": (0,) * 9 + (1, 2, 3), "age": (0,) * 12 + (1, 2)}
+_KEPT: dict[str, Domain] = {
+    # (split, tokens up to the end, priority before the split, priority up to the end, priority of decoded blocks)
+    "retention": (None,) * 600 + tuple(itertools.product((1, 2, 4, 6), (None, 4), _LEVELS, _LEVELS, (0, 35, 100))),
+}
+_SERVED: dict[str, Domain] = {"spare": range(6), "stay": (False, True)}
+_AT: dict[str, Domain] = {"at": range(MOST_OPEN)}
+
+SETUP: dict[str, Domain] = {
+    "t": (1, 2, 4),
+    "mix": range(len(MIXES)),
+    "slots": range(1, 15),  # of the first pool,
+    "second": range(1, 15),  # of the second one, if there is one
+    "third": range(1, 15),
+    "max_blocks": (0, 0, 0, *range(1, 10)),  # 0: more than the slots need
+    "short": (False, True),
+    "partial": (True, True, True, True, False),
+}
+# Name: (weight, domains of the values). A value is one draw, so that an operation is dropped by dropping few.
+OPERATIONS: dict[str, tuple[int, dict[str, Domain]]] = {
+    "create": (15, _TOKENS | _SCOPED | _KEPT),
+    "serve": (6, _TOKENS | _SCOPED | _KEPT | _SERVED),
+    "again": (6, _LIKE | {"cut": (0, 0, 1, 2, 3)} | _THEN | _SCOPED | _KEPT | _SERVED),
+    "probe": (2, _TOKENS | _SCOPED),
+    "resume": (18, _AT),
+    "suspend": (3, _AT),
+    "resize": (24, _AT | {"grow": (*range(10), -1, -2, -3, -4), "slide": (0, 0, 1, 3)}),
+    "commit": (27, _AT | _TOKENS | {"count": (None, *range(1, 9))}),
+    "close": (15, _AT),
+    "step_begin": (6, {"ats": _PAIRS}),
+    "step_end": (9, {"ats": _PAIRS}),
+    "evict": (3, {"count": range(1, 4)}),
+    "clear": (1, {}),
+    "set_epoch": (1, {}),
+    "misuse": (2, _AT),
+}
+# What a run must have met to have shown anything.
+EVENTS = {
+    "reused", "partial copy", "shortened", "refused", "evicted", "gap in the tree", "old block evicted", "stale page",
+    "switched", "shared", "fenced", "closed in flight", "old epoch", "detached", "step verified", "verified",
+    "tree probed",
+}  # fmt: skip

@@ -1,0 +1,428 @@
+"""A manager and the reference model, driven together: the operations of all random tests, once.
+
+Every operation takes plain values, calls both, and everything that can be seen is compared. domains.py
+says which values there are, so that a driver only needs to know how to draw one: from a seeded generator
+in bulk, or from hypothesis, which shrinks a failure to few operations.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from domains import MIXES, MOST_OPEN, MOST_STEPS, SCOPES
+from kvpool import CacheConfig, KVCache, KVCacheManager, LogicError, PoolConfig, PoolPlan, Retention, Scope, TokenRange
+from model import Model, ModelCache, Node, Page
+
+IntArray = npt.NDArray[Any]
+
+
+class Step:
+    """A launched step over one cache, with what it may still read."""
+
+    def __init__(self, pair: Pair, real: KVCache, model: ModelCache) -> None:
+        self.caches = real, model
+        due = pair.contents(model, model.committed)
+        self.seen = [pair.places(pool, real.block_table(name), due) for pool, name in enumerate(pair.names)]
+
+
+class Pair:
+    """One manager and one model. `tell` hears of every call, in the manager's words."""
+
+    def __init__(
+        self,
+        *,
+        t: int,
+        mix: int,
+        slots: int,
+        second: int,
+        third: int,
+        max_blocks: int,
+        short: bool,
+        partial: bool,
+        tell: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        pools, counts = MIXES[mix], [slots, second, third][: len(MIXES[mix])]
+        max_blocks = max_blocks or 4 * max(counts)
+        self.t, self.tell = t, tell
+        self.max_seq_len = 9 * t if short else None
+        self.names = [f"p{i}" for i in range(len(pools))]
+        config = CacheConfig(
+            t,
+            [PoolConfig(name, 8 * t, window, sinks) for name, (window, sinks) in zip(self.names, pools, strict=True)],
+            1 << 20,
+            max_blocks=max_blocks,
+            max_seq_len=self.max_seq_len,
+            partial_reuse=partial,
+            hash_seed=1,
+        )
+        zero = dict.fromkeys(self.names, 0)
+        num_slots = dict(zip(self.names, counts, strict=True))
+        plan = PoolPlan(dict.fromkeys(self.names, 1), num_slots, zero, 8 * t * (sum(counts) + len(counts)))
+        self.real = KVCacheManager(config, "cpu", plan=plan)
+        self.values = [self.real.pages(name).view(np.int64) for name in self.names]
+        specs = [(n, window, sinks) for n, (window, sinks) in zip(counts, pools, strict=True)]
+        self.model = Model(t, specs, max_blocks, partial, self.max_seq_len)
+        tell(f"{max_blocks} blocks of {t} tokens, pools (slots, window, sinks): {specs}, at most {self.max_seq_len}")
+        self.open: list[tuple[KVCache, ModelCache]] = []
+        self.closed: KVCache | None = None
+        self.steps: list[Step] = []
+        self.created: list[ModelCache] = []
+        self.numbers: dict[tuple[object, int], int] = {}
+        self.did: Counter[str] = Counter()
+        self.operations = 0
+        self.evicted = self.dropped = 0
+        self.sound = True
+
+    # -- what a driver needs --------------------------------------------------------------------
+
+    def ready(self, name: str) -> bool:
+        """Whether an operation has something to work on; idle ones would only lengthen an example."""
+        match name:
+            case "create" | "serve" | "again":
+                return len(self.open) < MOST_OPEN
+            case "resume" | "suspend" | "close" | "misuse":
+                return bool(self.open)
+            case "resize" | "commit":
+                return any(model.state == "ACTIVE" for _, model in self.open)
+            case "step_begin":
+                return len(self.steps) < MOST_STEPS and self.ready("commit")
+            case "step_end":
+                return bool(self.steps)
+        return bool(self.model.nodes)  # probe, evict, clear, set_epoch
+
+    def do(self, name: str, **values: Any) -> None:
+        """One operation, then everything is compared."""
+        self.sound = False
+        getattr(self, name)(**values)
+        if name not in ("serve", "again"):  # these consist of operations, each counted and compared
+            self.operations += 1
+            self.compare()
+        self.sound = True
+
+    def finish(self) -> None:
+        """All is closed and dropped: every slot must be free again. Not after a failure, which it would hide."""
+        if not self.sound:
+            return
+        while self.steps:
+            self.do("step_end", ats=(0,))
+        while self.open:
+            self.do("close", at=0)
+        self.do("clear")
+        for books in self.real.stats().pools.values():
+            assert books["device"]["free"] == books["device"]["slots"]
+
+    # -- turning plain values into arguments ----------------------------------------------------
+
+    def count(self, what: str, happened: object = True) -> None:
+        if happened:
+            self.did[what] += int(happened) if isinstance(happened, int) else 1
+
+    def pick(self, at: int, state: str | None = None) -> tuple[KVCache, ModelCache]:
+        choice = [pair for pair in self.open if state is None or pair[1].state == state]
+        return choice[at % len(choice)]
+
+    def sequence(self, node: Node) -> list[int]:
+        return [token for own in node.path() for token in own.tokens]
+
+    def like(self, at: int) -> list[int]:
+        """A sequence of an open cache or of the tree."""
+        if not (known := len(self.open) + len(self.model.nodes)):
+            return []
+        at %= known
+        if at >= len(self.open):
+            return self.sequence(self.model.nodes[at - len(self.open)])
+        model = self.open[at][1]
+        return model.committed + model.prompt[len(model.committed) :]
+
+    def tokens(self, like: int, keep: int, then: tuple[int, ...]) -> list[int]:
+        return (self.like(like)[:keep] + list(then))[: self.max_seq_len]
+
+    def scope(self, scope: int, age: int) -> tuple[Scope, tuple[object, ...]]:
+        """The scope as the manager and as the model know it; `age`: so many epochs ago."""
+        given = SCOPES[scope]
+        epoch = max(0, self.model.epoch - age) if age else None
+        return Scope(given.lora_id, given.salt, epoch), (given.lora_id, type(given.salt), given.salt)
+
+    # -- operations -----------------------------------------------------------------------------
+
+    def probe(self, like: int, keep: int, then: tuple[int, ...], scope: int, age: int) -> None:
+        tokens, (asked, key) = self.tokens(like, keep, then), self.scope(scope, age)
+        self.tell(f"manager.probe({tokens}, {asked})")
+        assert self.real.probe(tokens, asked) == self.model.probe(tokens, key, asked.epoch)
+
+    def create(
+        self,
+        like: int,
+        keep: int,
+        then: tuple[int, ...],
+        scope: int,
+        age: int,
+        retention: tuple[int, int | None, int, int, int] | None,
+    ) -> None:
+        tokens, (asked, key) = self.tokens(like, keep, then), self.scope(scope, age)
+        rules, ranges, decode = None, None, 35
+        if retention is not None:
+            split, rest, low, high, decode = retention
+            end = None if rest is None else split + rest
+            rules = Retention([TokenRange(0, split, low), TokenRange(split, end, high)], decode)
+            ranges = [(0, split, low), (split, end, high)]
+        name = len(self.created)
+        self.tell(f"r{name} = manager.create({name}, {tokens}, scope={asked}, retention={rules})")
+        found = self.real.probe(tokens, asked)
+        real = self.real.create(name, tokens, scope=asked, retention=rules)
+        model = self.model.create(tokens, key, asked.epoch, ranges, decode)
+        assert found == real.num_reused_tokens
+        assert self.real.cache(name) is real
+        self.count("partial copy" if model.source else "reused", model.reused)
+        self.count("old epoch", model.root[1] < self.model.epoch)
+        self.open.append((real, model))
+        self.created.append(model)
+
+    def serve(self, spare: int, stay: bool, **values: Any) -> None:
+        """A whole request: created, given room, its prompt committed; closed unless it stays."""
+        self.do("create", **values)
+        pair = self.open[-1]
+        at = len(self.open) - 1
+        self.do("resume", at=at)
+        active = sum(model.state == "ACTIVE" for _, model in self.open) - 1
+        self.do("resize", at=active, grow=len(pair[1].prompt) - pair[1].capacity + spare, slide=0)
+        if pair[1].capacity:
+            self.do("commit", at=active, like=0, keep=0, then=(), count=None)
+        if not stay:
+            self.do("close", at=at)
+
+    def again(self, like: int, cut: int, **values: Any) -> None:
+        """A whole request that goes on from a known sequence, or from shortly before its end."""
+        keep = max(0, len(self.like(like)) - cut)
+        self.serve(like=like, keep=keep, **values)
+
+    def resume(self, at: int) -> None:
+        real, model = self.pick(at)
+        self.tell(f"r{real.request_id}.resume()")
+        before = model.capacity
+        assert real.resume() is True
+        self.model.resume(model)
+        self.count("shortened", model.capacity < before)
+
+    def suspend(self, at: int) -> None:
+        real, model = self.pick(at)
+        self.tell(f"r{real.request_id}.suspend()")
+        real.suspend()
+        model.state = "SUSPENDED"
+
+    def resize(self, at: int, grow: int, slide: int) -> None:
+        real, model = self.pick(at, "ACTIVE")
+        capacity = max(model.history, model.capacity + grow)
+        history = min(capacity, model.history + slide)
+        self.tell(f"r{real.request_id}.resize({capacity}, {history})")
+        if self.max_seq_len is not None and capacity > self.max_seq_len:
+            with pytest.raises(ValueError, match="capacity"):
+                real.resize(capacity, history)
+            return
+        before = self.entries(model)
+        done = self.model.resize(model, capacity, history)
+        assert real.resize(capacity, history if slide else None) is done
+        self.count("refused", not done)
+        self.count("stale page", slide and grow >= 0 and self.entries(model) < before)
+
+    def commit(self, at: int, like: int, keep: int, then: tuple[int, ...], count: int | None) -> None:
+        """The rest of the prompt, then as a known sequence goes on, then `then`; as far as there is room."""
+        real, model = self.pick(at, "ACTIVE")
+        done = len(model.committed)
+        tokens = model.prompt[done:]
+        tokens += self.like(like)[done + len(tokens) :][:keep] + list(then)
+        tokens = tokens[: model.capacity - done][:count]
+        self.tell(f"r{real.request_id}.commit({tokens})")
+        before, old = self.entries(model), model.root[1] < self.model.epoch
+        self.write(real, model, tokens)
+        held = [set(filter(None, row)) for row in model.table]
+        changed = self.model.commit(model, tokens)
+        given = np.array(tokens, np.int32) if len(tokens) % 2 else tokens
+        assert real.commit(given) is changed
+        self.count("switched", any({*filter(None, row)} - own for own, row in zip(held, model.table, strict=True)))
+        self.count("stale page", self.entries(model) < before)
+        self.count("old epoch", old and tokens)
+        self.count("detached", model.detached and not old)
+
+    def close(self, at: int) -> None:
+        real, model = pair = self.pick(at)
+        self.tell(f"r{real.request_id}.close()")
+        self.open.remove(pair)
+        self.closed = real
+        real.close()
+        self.model.close(model)
+        seen = (real.num_reused_tokens, real.capacity, real.history_length, real.num_committed_tokens)
+        assert seen == (model.reused, model.capacity, model.history, len(model.committed))
+
+    def step_begin(self, ats: tuple[int, ...]) -> None:
+        pairs = [self.pick(at, "ACTIVE") for at in ats]
+        self.tell(f"manager.step_begin([{', '.join(f'r{real.request_id}' for real, _ in pairs)}])")
+        self.real.step_begin([real for real, _ in pairs])
+        for real, model in pairs:
+            self.model.step_begin(model)
+            self.steps.append(Step(self, real, model))
+
+    def step_end(self, ats: tuple[int, ...]) -> None:
+        steps = [self.steps.pop(at % len(self.steps)) for at in ats if self.steps]
+        self.tell(f"manager.step_end([{', '.join(f'r{step.caches[0].request_id}' for step in steps)}])")
+        self.real.step_end([step.caches[0] for step in steps])
+        for step in steps:
+            self.count("closed in flight", step.caches[1].state == "CLOSED")
+            self.model.step_end(step.caches[1])
+
+    def evict(self, count: int) -> None:
+        self.tell(f"manager.evict({count})")
+        first = self.model.leaf()
+        self.count("old block evicted", count and first is not None and self.model.rank(first) < 0)
+        assert self.real.evict(count) == self.model.evict(count)
+
+    def clear(self) -> None:
+        self.tell("manager.clear()")
+        self.real.clear()
+        self.model.clear()
+
+    def set_epoch(self) -> None:
+        epoch = self.model.epoch + 1
+        self.tell(f"manager.set_epoch({epoch})")
+        self.real.set_epoch(epoch)
+        self.model.set_epoch(epoch)
+
+    def misuse(self, at: int) -> None:
+        """Every refused call; the comparison afterwards shows that none changed anything."""
+        real, model = self.pick(at)
+        self.tell(f"# what r{real.request_id} and closed caches must refuse")
+        if model.state == "ACTIVE":
+            with pytest.raises(ValueError, match="capacity"):
+                real.commit([0] * (model.capacity - len(model.committed) + 1))
+            with pytest.raises(ValueError, match="history_length"):
+                real.resize(model.capacity, model.capacity + 1)
+            if (done := len(model.committed)) < min(len(model.prompt), model.capacity):
+                with pytest.raises(LogicError, match="prompt"):
+                    real.commit([model.prompt[done] + 1])
+        else:
+            self.refuses(real, "SUSPENDED", lambda: real.resize(1), lambda: real.commit([]))
+        with pytest.raises(LogicError, match="already"):
+            self.real.create(real.request_id, [])
+        with pytest.raises(ValueError, match="epoch"):
+            self.real.create("later", [], scope=Scope(epoch=self.model.epoch + 1))
+        if self.model.epoch:
+            with pytest.raises(ValueError, match="only grows"):
+                self.real.set_epoch(self.model.epoch - 1)
+        if not model.in_flight:
+            with pytest.raises(LogicError, match="without step_begin"):
+                self.real.step_end([real])
+        if (gone := self.closed) is not None:
+            gone.close()
+            assert gone.state == "CLOSED"
+            self.refuses(gone, "CLOSED", gone.resume, gone.suspend, lambda: gone.resize(1), lambda: gone.commit([]))
+
+    def refuses(self, real: KVCache, state: str, *calls: Callable[[], object]) -> None:
+        for call in (*calls, lambda: real.block_table("p0"), lambda: self.real.step_begin([real])):
+            with pytest.raises(LogicError, match=state):
+                call()
+
+    # -- contents of pages ----------------------------------------------------------------------
+
+    def contents(self, model: ModelCache, tokens: Sequence[int]) -> list[int]:
+        """What each position of a sequence must hold: a number of its scope and whole prefix, never 0."""
+        numbers, at, values = self.numbers, 0, []
+        for token in tokens:
+            at = numbers.setdefault((at or model.root, token), len(numbers) + 1)
+            values.append(at)
+        return values
+
+    def write(self, real: KVCache, model: ModelCache, tokens: list[int]) -> None:
+        """ "Compute" the pages of the next tokens."""
+        done = len(model.committed)
+        due = self.contents(model, model.committed + tokens)
+        for pool, name in enumerate(self.names):
+            at, slots, values = self.places(pool, real.block_table(name), due)
+            new = at >= done
+            self.values[pool][slots[new], at[new] % self.t] = values[new]
+
+    def places(self, pool: int, table: IntArray, contents: list[int]) -> tuple[IntArray, IntArray, IntArray]:
+        """All positions of a sequence that have a page; the page's slot and the due contents of each."""
+        slots = np.repeat(table, self.t)[: len(contents)]
+        (at,) = slots.nonzero()
+        return at, slots[at], np.array(contents, np.int64)[at] * 8 + pool
+
+    # -- comparison -----------------------------------------------------------------------------
+
+    def entries(self, model: ModelCache) -> int:
+        return sum(page is not None for row in model.table for page in row)
+
+    def compare(self) -> None:
+        """Everything that can be seen is as the model has it, and no page holds a wrong byte."""
+        model = self.model
+        self.real.check()
+        stats = self.real.stats()
+        for pool, name in enumerate(self.names):
+            books = {what: n for what, n in stats.pools[name]["device"].items() if what != "peak"}
+            assert books == model.books(pool), name
+            self.count("fenced", books["fenced"])
+        assert (stats.evicted, stats.dropped) == (model.evicted, model.dropped)
+        assert self.real.available_tokens() == model.available_tokens()
+        prompts = [len(c.prompt) for c in self.created]
+        blocks = sum(-(-prompt // self.t) for prompt in prompts)
+        assert (stats.requests, stats.prompt_tokens, stats.prompt_blocks) == (len(prompts), sum(prompts), blocks)
+        reused = [c.reused for c in self.created]
+        blocks = sum(tokens // self.t for tokens in reused)
+        assert (stats.reused_tokens, stats.reused_blocks) == (sum(reused), blocks)
+        self.compare_caches()
+        self.compare_steps()
+        self.count("evicted", model.evicted - self.evicted)
+        if model.dropped > self.dropped:
+            self.compare_tree()
+        self.evicted, self.dropped = model.evicted, model.dropped
+
+    def compare_caches(self) -> None:
+        slot_of: list[dict[Page, int]] = [{} for _ in self.names]
+        for real, model in self.open:
+            seen = (real.state, real.num_reused_tokens, real.capacity, real.history_length, real.num_committed_tokens)
+            assert seen == (model.state, model.reused, model.capacity, model.history, len(model.committed))
+            if model.state != "ACTIVE":
+                continue
+            contents = self.contents(model, model.committed)
+            for pool, name in enumerate(self.names):
+                table = real.block_table(name)
+                assert [slot != 0 for slot in table] == [page is not None for page in model.table[pool]], name
+                for slot, page in zip(table.tolist(), model.table[pool], strict=True):
+                    if page is not None:
+                        self.count("shared", page in slot_of[pool])
+                        assert slot_of[pool].setdefault(page, slot) == slot, "two slots for one shared page"
+                at, slots, due = self.places(pool, table, contents)
+                assert (self.values[pool][slots, at % self.t] == due).all(), f"wrong byte: {name} of r{real.request_id}"
+                self.count("verified", len(due))
+        for pages in slot_of:
+            assert len(set(pages.values())) == len(pages), "two pages in one slot"
+
+    def compare_steps(self) -> None:
+        """What a launched step reads stays as it was until the step ends.
+
+        Not so pages of the tree that the cache's history has left behind since: those have no fence.
+        """
+        for step in self.steps:
+            real, model = step.caches
+            for pool, (at, slots, due) in enumerate(step.seen):
+                changed = at[self.values[pool][slots, at % self.t] != due]
+                row = model.table[pool][: len(model.nodes)]
+                kept = [i for i in (changed // self.t).tolist() if i >= len(row) or row[i] is not None]
+                assert not kept, f"{self.names[pool]} of r{real.request_id} changed in flight"
+                self.count("step verified", len(due) - len(changed))
+
+    def compare_tree(self) -> None:
+        """After pages were dropped: the same leaves are left."""
+        for node in self.model.nodes:
+            if not self.model.children(node, node.root):
+                (lora, _, salt), epoch = node.root
+                tokens = [*self.sequence(node), 0]
+                found = self.model.match(tokens, node.root)[0]
+                assert self.real.probe(tokens, Scope(lora, salt, epoch)) == found, tokens
+                self.count("tree probed")
+                self.count("gap in the tree", None in node.pages)

@@ -1,0 +1,54 @@
+"""Rules of the core's source that a reader relies on: where atomics are named, and why each ordering is enough."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parent.parent / "rust" / "kvpool-core" / "src"
+FILES = sorted(SOURCE.rglob("*.rs"))
+ORDERING = re.compile(r"Ordering::(Relaxed|Acquire|Release|AcqRel|SeqCst)\b")
+
+
+def _reasons(lines: list[str], at: int) -> str:
+    """The comment at the end of a line, and the whole comment lines within the five above it."""
+    above = [line.strip() for line in lines[max(0, at - 5) : at]]
+    comments = [line for line in above if line.startswith("//") and not line.startswith("///")]
+    trailing = [line.partition("//")[2] for line in lines[at : at + 2]]
+    return " ".join([*comments, *trailing])
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(SOURCE)))
+def test_every_ordering_has_a_reason_that_names_its_partner(file: Path) -> None:
+    if file.name == "explored.rs":  # hands the caller's orderings on
+        return
+    lines = file.read_text().splitlines()
+    for at, line in enumerate(lines):
+        for ordering in ORDERING.findall(line.partition("//")[0]):
+            reasons = _reasons(lines, at)
+            assert re.search(rf"\b{ordering}\b", reasons), f"{file.name}:{at + 1}: {ordering} without a reason"
+            if ordering != "Relaxed":
+                assert "artner" in reasons or "model's own" in reasons or "planted" in reasons, f"{file.name}:{at + 1}"
+
+
+def test_atomics_are_named_in_one_module() -> None:
+    for file in FILES:
+        code = "\n".join(line.partition("//")[0] for line in file.read_text().splitlines())
+        if file.parent.name != "sync":
+            assert "sync::atomic" not in code, f"{file}: atomics come from crate::sync"
+            assert "UnsafeCell" not in code
+            assert not re.search(r"\b(Mutex|RwLock|Condvar)\b", code) or file.name == "models.rs", f"{file} names a lock"
+
+
+def test_nobody_waits_for_a_lock() -> None:
+    sync = (SOURCE / "sync" / "mod.rs").read_text()
+    assert ".try_lock()" in sync
+    assert ".lock()" not in sync
+    assert not any("spin_loop" in file.read_text() or "yield_now" in file.read_text() for file in FILES)
+
+
+def test_files_stay_short() -> None:
+    for file in FILES:
+        assert len(file.read_text().splitlines()) <= 500, f"{file} wants to be two"
