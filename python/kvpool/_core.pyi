@@ -1,6 +1,7 @@
 """Bookkeeping core (Rust). Private: `kvpool.manager` is the only caller.
 
-A cache is entered by one thread at a time: the second one gets a `LogicError`. Slots are 1..num_slots of their pool, 0 means none.
+A cache is entered by one thread at a time: the second one gets a `LogicError`.
+Slots are 1..num_slots of their pool, 0 means none.
 Every call raises `LogicError` for a cache that is CLOSED and `ValueError` for arguments out of range.
 """
 

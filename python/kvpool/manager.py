@@ -141,8 +141,8 @@ def _retention(retention: Retention | None) -> tuple[list[tuple[int, int | None,
 class KVCache:
     """KVCache of one request; made by `KVCacheManager.create`. A context manager that closes.
 
-    One thread at a time: a second one in the same cache gets a `LogicError`. Raises `LogicError` where the state forbids a
-    call, ValueError for arguments out of range; both leave everything as it was.
+    One thread at a time: a second one in the same cache gets a `LogicError`. Raises `LogicError` where the state
+    forbids a call, ValueError for arguments out of range; both leave everything as it was.
     """
 
     __slots__ = ("__weakref__", "_handle", "_last", "_manager", "_state", "request_id")
