@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 import threading
@@ -293,6 +294,24 @@ def test_step_fences_what_is_given_up(manager: KVCacheManager) -> None:
     manager.create(1, []).close()
     with pytest.raises(LogicError, match="step_begin"):
         manager.step_end([cache])
+
+
+def test_step_end_releases_closed_caches_in_the_order_listed() -> None:
+    """Not in that of their addresses: what is evicted first must not depend on where the allocator put them."""
+    for order in itertools.permutations(range(4)):
+        with make(slots=4) as manager:
+            caches = [manager.create(i, [i] * T) for i in range(4)]
+            for i, cache in enumerate(caches):
+                assert cache.resume()
+                assert cache.resize(T)
+                cache.commit([i] * T)
+            manager.step_begin(caches)
+            for cache in caches:
+                cache.close()
+            manager.step_end([caches[i] for i in order])
+            for gone in range(1, 4):
+                assert manager.evict(1) == 1
+                assert [i for i in order if manager.probe([i] * (T + 1)) == T] == list(order[gone:])
 
 
 def test_closed_cache_refuses_and_its_successor_is_untouched(manager: KVCacheManager) -> None:

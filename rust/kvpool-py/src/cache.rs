@@ -2,6 +2,7 @@
 
 use kvpool_core::{Cache as CoreCache, CoreError, Result};
 use pyo3::prelude::*;
+use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, TryLockError};
 
 /// What one request holds; only its core can do something with it.
@@ -26,16 +27,15 @@ impl Cache {
     }
 }
 
-/// Every cache once, with the times it is listed.
+/// Every cache once, in the order in which they are listed first, with the times it is listed.
 pub fn distinct<'a>(caches: &'a [Py<Cache>]) -> Vec<(&'a Cache, u32)> {
-    let mut found: Vec<(&'a Cache, u32)> = Vec::with_capacity(caches.len());
-    let mut listed: Vec<&'a Cache> = caches.iter().map(Py::get).collect();
-    listed.sort_by_key(|cache| std::ptr::from_ref::<Cache>(cache));
-    for cache in listed {
-        match found.last_mut() {
-            Some((last, times)) if std::ptr::eq(*last, cache) => *times += 1,
-            _ => found.push((cache, 1)),
-        }
+    let mut times: HashMap<*const Cache, u32> = HashMap::with_capacity(caches.len());
+    for cache in caches {
+        *times.entry(std::ptr::from_ref(cache.get())).or_default() += 1;
     }
-    found
+    caches
+        .iter()
+        .map(Py::get)
+        .filter_map(|cache| Some((cache, times.remove(&std::ptr::from_ref(cache))?)))
+        .collect()
 }

@@ -11,6 +11,7 @@ use pyo3::buffer::PyBuffer;
 use pyo3::exceptions::{PyMemoryError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyByteArray, PyDict};
+use std::collections::HashSet;
 use std::sync::MutexGuard;
 
 fn raise(py: Python<'_>, error: CoreError) -> PyErr {
@@ -328,10 +329,10 @@ impl Core {
         for (cache, times) in &entered {
             outcome(py, self.0.can_end(cache, *times))?;
         }
-        let mut released = Vec::new();
+        let mut released = HashSet::new();
         for ((cache, times), (this, _)) in entered.iter_mut().zip(distinct(&caches)) {
             if outcome(py, self.0.step_end(cache, *times))? {
-                released.push(std::ptr::from_ref(this));
+                released.insert(std::ptr::from_ref(this));
             }
         }
         Ok(caches
