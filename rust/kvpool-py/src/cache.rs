@@ -28,7 +28,7 @@ impl Cache {
 }
 
 /// Every cache once, in the order in which they are listed first, with the times it is listed.
-pub fn distinct<'a>(caches: &'a [Py<Cache>]) -> Vec<(&'a Cache, u32)> {
+pub fn distinct(caches: &[Py<Cache>]) -> Vec<(&Cache, u32)> {
     let mut times: HashMap<*const Cache, u32> = HashMap::with_capacity(caches.len());
     for cache in caches {
         *times.entry(std::ptr::from_ref(cache.get())).or_default() += 1;
