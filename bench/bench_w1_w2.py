@@ -9,6 +9,8 @@ manager written in Python pays: one dict look-up per block with precomputed keys
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ import pytest
 from kvpool import CacheConfig, KVCacheManager, PoolConfig, PoolPlan
 
 T, BLOCKS, SEQUENCES, SLOTS = 16, 64, 1000, 65_536
+CALLS = 200  # of each of two threads per round
 
 
 def build(windowed: bool) -> KVCacheManager:
@@ -44,6 +47,18 @@ def prompts(count: int, length: int) -> list[np.ndarray[Any, np.dtype[np.int32]]
     return [rng.integers(0, 2**31 - 1, length, np.int32) for _ in range(count)]
 
 
+def by_two_threads(benchmark: Any, work: Callable[[int], None]) -> None:
+    """Rounds of 2 * CALLS calls in two threads of one interpreter; divide a round's time by 2 * CALLS for one call."""
+    with ThreadPoolExecutor(2) as threads:
+
+        def once() -> None:
+            for result in [threads.submit(work, i) for i in range(2)]:
+                result.result()
+
+        benchmark.group = f"2 threads, rounds of {2 * CALLS} calls of 64 blocks"
+        benchmark.pedantic(once, rounds=50, warmup_rounds=1)
+
+
 @pytest.mark.parametrize("windowed", [False, True], ids=["one pool", "windowed pool besides"])
 def test_w1_hot_claim_and_release(benchmark: Any, windowed: bool) -> None:
     """create (hash, compare, claim), resume, block_table, close, of a full match nobody else holds."""
@@ -64,6 +79,26 @@ def test_w1_hot_claim_and_release(benchmark: Any, windowed: bool) -> None:
     assert (out > 0).all()
     benchmark.group = "W1, 64 blocks"
     benchmark(once)
+    manager.check()
+
+
+def test_w1_two_threads(benchmark: Any) -> None:
+    """As W1, two threads on disjoint halves of the sequences; with CPython's lock they take turns."""
+    manager = build(False)
+    given = prompts(SEQUENCES, BLOCKS * T + 1)
+    for i, tokens in enumerate(given):
+        serve(manager, i, tokens)
+
+    def work(thread: int) -> None:
+        rng = random.Random(thread)
+        out = np.zeros((1, BLOCKS), np.int32)
+        for _ in range(CALLS):
+            cache = manager.create(thread, given[2 * rng.randrange(SEQUENCES // 2) + thread])
+            cache.resume()
+            manager.block_tables([cache], "kv", out=out)
+            cache.close()
+
+    by_two_threads(benchmark, work)
     manager.check()
 
 
@@ -105,4 +140,19 @@ def test_w2_churn(benchmark: Any) -> None:
 
     benchmark.group = "W2, 64 blocks"
     benchmark.pedantic(once, setup=setup, rounds=2000)
+    manager.check()
+
+
+def test_w2_two_threads(benchmark: Any) -> None:
+    """As W2, two threads, the making of the tokens included; with CPython's lock they take turns."""
+    manager = build(False)
+    for i, tokens in enumerate(prompts(SLOTS // BLOCKS, BLOCKS * T)):
+        serve(manager, i, tokens)
+    generators = [np.random.default_rng(i + 1) for i in range(2)]
+
+    def work(thread: int) -> None:
+        for _ in range(CALLS):
+            serve(manager, thread, generators[thread].integers(0, 2**31 - 1, BLOCKS * T, np.int32))
+
+    by_two_threads(benchmark, work)
     manager.check()
