@@ -35,6 +35,8 @@ _SCOPED: dict[str, Domain] = {"scope": (0,) * 9 + (1, 2, 3), "age": (0,) * 12 + 
 _KEPT: dict[str, Domain] = {
     # (split, tokens up to the end, priority before the split, priority up to the end, priority of decoded blocks)
     "retention": (None,) * 600 + tuple(itertools.product((1, 2, 4, 6), (None, 4), _LEVELS, _LEVELS, (0, 35, 100))),
+    # seconds for each of the three priorities
+    "lasting": (None, *itertools.product((None, 1, 3), (None, 2, 9), (None, 4))),
 }
 _SERVED: dict[str, Domain] = {"spare": range(6), "stay": (False, True)}
 _AT: dict[str, Domain] = {"at": range(MOST_OPEN)}
@@ -65,11 +67,12 @@ OPERATIONS: dict[str, tuple[int, dict[str, Domain]]] = {
     "evict": (3, {"count": range(1, 4)}),
     "clear": (1, {}),
     "set_epoch": (1, {}),
+    "wait": (4, {"seconds": (1, 2, 4, 8)}),
     "misuse": (2, _AT),
 }
 # What a run must have met to have shown anything.
 EVENTS = {
     "reused", "partial copy", "shortened", "refused", "evicted", "gap in the tree", "old block evicted", "stale page",
-    "switched", "shared", "fenced", "closed in flight", "old epoch", "detached", "step verified", "verified",
+    "switched", "shared", "fenced", "closed in flight", "old epoch", "detached", "expired", "step verified", "verified",
     "tree probed",
 }  # fmt: skip

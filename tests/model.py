@@ -1,21 +1,28 @@
 """Reference model of tree, pools, eviction and caches on the device tier: slow, by scanning, obviously correct.
 
 Nothing is counted incrementally and nothing is indexed: every question is answered by looking at all
-nodes and caches. A page is an object with an identity; which slot it lies in is nobody's business here.
+nodes and caches. A page is an object with an identity; the slot it lies in is told from outside.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass, field
 
 DEFAULT_PRIORITY = 35
+FOREVER = math.inf
+NEVER = (-math.inf, 0)
+
+Use = tuple[float, int]  # the clock, then the number of the release (0: an expiry)
+Retain = tuple[int, float]  # priority, duration
 
 
 @dataclass(eq=False)
 class Page:
     stale: bool = False
-    used: int = 0
+    used: Use = NEVER
+    slot: int = 0  # as told; decides among equals only
 
 
 @dataclass(eq=False)
@@ -25,9 +32,11 @@ class Node:
     tokens: tuple[int, ...]
     seq: int
     priority: int
+    duration: float
     depth: int
     pages: list[Page | None]
-    used: int = 0
+    used: Use = NEVER
+    expiry: float | None = None
 
     def path(self) -> list[Node]:
         return ([] if self.parent is None else self.parent.path()) + [self]
@@ -37,8 +46,8 @@ class Node:
 class ModelCache:
     root: tuple[object, int]
     prompt: list[int]
-    ranges: list[tuple[int, int | None, int]] | None
-    decode_priority: int
+    ranges: list[tuple[int, int | None, Retain]] | None
+    decode: Retain
     reused: int
     nodes: list[Node]
     source: Node | None
@@ -51,15 +60,15 @@ class ModelCache:
     in_flight: int = 0
     fenced: list[list[Page]] = field(default_factory=list)
 
-    def priority(self, first: int) -> int:
+    def retain(self, first: int) -> Retain:
         if self.ranges is None:
-            return DEFAULT_PRIORITY
+            return DEFAULT_PRIORITY, FOREVER
         if first >= len(self.prompt):
-            return self.decode_priority
-        for start, end, priority in self.ranges:
+            return self.decode
+        for start, end, retain in self.ranges:
             if start <= first and (end is None or first < end):
-                return priority
-        return DEFAULT_PRIORITY
+                return retain
+        return DEFAULT_PRIORITY, FOREVER
 
 
 class Model:
@@ -80,6 +89,7 @@ class Model:
         self.seq = itertools.count()
         self.epoch = 0
         self.stamp = 0
+        self.now = 0.0
         self.evicted = self.dropped = 0
 
     # -- windows ------------------------------------------------------------------------------
@@ -133,13 +143,19 @@ class Model:
 
     def leaf(self) -> Node | None:
         leaves = [n for n in self.nodes if not self.children(n, n.root) and not self.claimed(n)]
-        return min(leaves, key=lambda n: (self.rank(n), n.used, -n.depth), default=None)
+        return min(leaves, key=lambda n: (self.rank(n), n.used, -n.depth, self.slot(n)), default=None)
 
-    def page_key(self, pool: int, node: Node) -> tuple[int, bool, int, int]:
+    def slot(self, node: Node) -> int:
+        """Of its page in the first full-attention pool, else in the first."""
+        full = [pool for pool in range(len(self.pools)) if self.is_full(pool)]
+        page = node.pages[(full or [0])[0]]
+        return 0 if page is None else page.slot
+
+    def page_key(self, pool: int, node: Node) -> tuple[int, bool, Use, int, int]:
         page = node.pages[pool]
         assert page is not None
         used = page.used if page.stale else max(page.used, node.used)
-        return self.rank(node), not page.stale, used, -node.depth
+        return self.rank(node), not page.stale, used, -node.depth, page.slot
 
     def remove(self, node: Node) -> None:
         self.dropped += sum(p is not None for p in node.pages)
@@ -224,20 +240,35 @@ class Model:
 
     # -- release ------------------------------------------------------------------------------
 
-    def released(self, before: list[Node], stamp: int) -> None:
+    def released(self, before: list[Node], stamp: Use) -> None:
         """Blocks that were claimed before and are not any more."""
         for node in before:
             if not self.claimed(node):
                 node.used = stamp
+                node.expiry = None if node.duration == FOREVER else stamp[0] + node.duration
+
+    def wait(self, seconds: float) -> None:
+        """Time passes: priorities end, in their order."""
+        self.now += seconds
+        due = [n for n in self.nodes if not self.claimed(n) and n.expiry is not None and n.expiry <= self.now]
+        for node in sorted(due, key=lambda n: n.expiry or 0):
+            assert node.expiry is not None
+            node.priority = min(node.priority, DEFAULT_PRIORITY)
+            node.used, node.expiry = (node.expiry, 0), None
+
+    def keep(self, node: Node, retain: Retain) -> None:
+        """Reuse with retention: the maximum of each."""
+        node.priority = max(node.priority, retain[0])
+        node.duration = max(node.duration, retain[1])
 
     def claimed_nodes(self) -> list[Node]:
         return [n for n in self.nodes if self.claimed(n)]
 
-    def tick(self) -> int:
+    def tick(self) -> Use:
         self.stamp += 1
-        return self.stamp
+        return self.now, self.stamp
 
-    def stamp_pages(self, pages: list[tuple[int, Node]], stamp: int) -> None:
+    def stamp_pages(self, pages: list[tuple[int, Node]], stamp: Use) -> None:
         """Live claims on these pages ended."""
         for pool, node in pages:
             page = node.pages[pool]
@@ -251,8 +282,8 @@ class Model:
         tokens: list[int],
         scope: object,
         epoch: int | None,
-        ranges: list[tuple[int, int | None, int]] | None,
-        decode_priority: int,
+        ranges: list[tuple[int, int | None, Retain]] | None,
+        decode: Retain,
     ) -> ModelCache:
         root = (scope, self.epoch if epoch is None else epoch)
         m, path, source = self.match(tokens, root)
@@ -264,18 +295,18 @@ class Model:
                 if page is not None:
                     page.stale = False
         fenced: list[list[Page]] = [[] for _ in self.pools]
-        c = ModelCache(root, tokens, ranges, decode_priority, m, path, source, table, tokens[:m], m, m, fenced=fenced)
+        c = ModelCache(root, tokens, ranges, decode, m, path, source, table, tokens[:m], m, m, fenced=fenced)
         if ranges is not None:
             for i, node in enumerate(path):
-                node.priority = max(node.priority, c.priority(i * self.t))
+                self.keep(node, c.retain(i * self.t))
         self.caches.append(c)
         return c
 
     def resume(self, c: ModelCache) -> None:
         if c.state == "SUSPENDED" and c.source is not None:
             source = c.source
-            stamp = self.tick() if all(self.available(p) for p in range(len(self.pools))) else 0
-            if stamp:
+            stamp = self.tick() if all(self.available(p) for p in range(len(self.pools))) else None
+            if stamp is not None:
                 for pool in range(len(self.pools)):
                     c.table[pool].append(self.take(pool))
             else:
@@ -287,7 +318,7 @@ class Model:
             self.released(before, stamp)
         c.state = "ACTIVE"
 
-    def shorten(self, c: ModelCache, stamp: int) -> None:
+    def shorten(self, c: ModelCache, stamp: Use) -> None:
         before, path = self.claimed_nodes(), c.nodes
         keep = next(k for k in range(len(path), -1, -1) if k == 0 or self.valid(k * self.t, path[:k]))
         m = keep * self.t
@@ -315,14 +346,13 @@ class Model:
             for i in self.stale(p, c.history)
             if i < len(c.table[p]) and c.table[p][i] is not None
         ]
-        if any(i < len(c.nodes) for _, i in gone):
-            self.tick()
+        stamp = self.tick() if any(i < len(c.nodes) for _, i in gone) else NEVER
         for pool, i in gone:
             page = c.table[pool][i]
             assert page is not None
             c.table[pool][i] = None
             if i < len(c.nodes):
-                page.stale, page.used = True, self.stamp
+                page.stale, page.used = True, stamp
             else:
                 self.give(c, pool, page)
         return bool(gone)
@@ -373,17 +403,17 @@ class Model:
         i = len(c.nodes)
         block = tuple(c.committed[-self.t :])
         parent = c.nodes[-1] if c.nodes else None
-        priority = c.priority(i * self.t)
+        retain = c.retain(i * self.t)
         found = [n for n in self.children(parent, c.root) if n.tokens == block]
         if found:
             node = found[0]
             if c.ranges is not None:
-                node.priority = max(node.priority, priority)
+                self.keep(node, retain)
         else:
             if len(self.nodes) == self.max_blocks and not self.evict_leaf():
                 c.detached = True
                 return False
-            node = Node(c.root, parent, block, next(self.seq), priority, i, [None] * len(self.pools))
+            node = Node(c.root, parent, block, next(self.seq), *retain, i, [None] * len(self.pools))
             self.nodes.append(node)
         changed = False
         for pool in range(len(self.pools)):

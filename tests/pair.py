@@ -17,7 +17,7 @@ import pytest
 
 from domains import MIXES, MOST_OPEN, MOST_STEPS, SCOPES
 from kvpool import CacheConfig, KVCache, KVCacheManager, LogicError, PoolConfig, PoolPlan, Retention, Scope, TokenRange
-from model import Model, ModelCache, Node, Page
+from model import FOREVER, Model, ModelCache, Node, Page
 
 IntArray = npt.NDArray[Any]
 
@@ -60,6 +60,7 @@ class Pair:
             max_seq_len=self.max_seq_len,
             partial_reuse=partial,
             hash_seed=1,
+            clock=lambda: self.model.now,
         )
         zero = dict.fromkeys(self.names, 0)
         num_slots = dict(zip(self.names, counts, strict=True))
@@ -164,14 +165,19 @@ class Pair:
         scope: int,
         age: int,
         retention: tuple[int, int | None, int, int, int] | None,
+        lasting: tuple[int | None, int | None, int | None] | None,
     ) -> None:
         tokens, (asked, key) = self.tokens(like, keep, then), self.scope(scope, age)
-        rules, ranges, decode = None, None, 35
+        rules, ranges, decode = None, None, (35, FOREVER)
         if retention is not None:
-            split, rest, low, high, decode = retention
+            split, rest, low, high, late = retention
             end = None if rest is None else split + rest
-            rules = Retention([TokenRange(0, split, low), TokenRange(split, end, high)], decode)
-            ranges = [(0, split, low), (split, end, high)]
+            times = lasting or (None, None, None)
+            rules = Retention(
+                [TokenRange(0, split, low, times[0]), TokenRange(split, end, high, times[1])], late, times[2]
+            )
+            first, second, third = (seconds or FOREVER for seconds in times)
+            ranges, decode = [(0, split, (low, first)), (split, end, (high, second))], (late, third)
         name = len(self.created)
         self.tell(f"r{name} = manager.create({name}, {tokens}, scope={asked}, retention={rules})")
         found = self.real.probe(tokens, asked)
@@ -209,6 +215,12 @@ class Pair:
         assert real.resume() is True
         self.model.resume(model)
         self.count("shortened", model.capacity < before)
+
+    def wait(self, seconds: int) -> None:
+        self.tell(f"clock += {seconds}")
+        before = sum(node.priority for node in self.model.nodes)
+        self.model.wait(seconds)
+        self.count("expired", sum(node.priority for node in self.model.nodes) < before)
 
     def suspend(self, at: int) -> None:
         real, model = self.pick(at)
@@ -395,6 +407,7 @@ class Pair:
                 for slot, page in zip(table.tolist(), model.table[pool], strict=True):
                     if page is not None:
                         self.count("shared", page in slot_of[pool])
+                        page.slot = slot
                         assert slot_of[pool].setdefault(page, slot) == slot, "two slots for one shared page"
                 at, slots, due = self.places(pool, table, contents)
                 assert (self.values[pool][slots, at % self.t] == due).all(), f"wrong byte: {name} of r{real.request_id}"

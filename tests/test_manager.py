@@ -168,6 +168,133 @@ def test_set_epoch_makes_old_content_unreachable_and_reclaims_it_first() -> None
             manager.create(4, [1], scope=Scope(epoch=3))
 
 
+class Clock:
+    """Seconds that pass when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def kept(priority: int, seconds: float | None = None) -> Retention:
+    return Retention([TokenRange(0, None, priority, seconds)], priority, seconds)
+
+
+def victims(manager: KVCacheManager, prompts: dict[str, list[int]]) -> list[str]:
+    """The order in which these one-block prompts are evicted."""
+    order = []
+    for _ in prompts:
+        before = {name for name, tokens in prompts.items() if manager.probe([*tokens, 0])}
+        manager.evict(1)
+        (gone,) = before - {name for name, tokens in prompts.items() if manager.probe([*tokens, 0])}
+        order.append(gone)
+    return order
+
+
+A, B, C = [1] * T, [2] * T, [3] * T
+
+
+def test_duration_over_means_priority_35_and_the_expiry_counts_as_use() -> None:
+    clock = Clock()
+    with make(clock=clock) as manager:
+        run(manager, "a", A, retention=kept(90, 10.0))
+        run(manager, "b", B)
+        clock.now += 11
+        run(manager, "c", C)  # a's expiry lies between b's use and c's
+        assert victims(manager, {"a": A, "b": B, "c": C}) == ["b", "a", "c"]
+
+
+def test_duration_not_over_keeps_the_priority() -> None:
+    clock = Clock()
+    with make(clock=clock) as manager:
+        run(manager, "a", A, retention=kept(90, 10.0))
+        run(manager, "b", B)
+        clock.now += 9
+        run(manager, "c", C)
+        assert victims(manager, {"a": A, "b": B, "c": C}) == ["b", "c", "a"]
+
+
+def test_duration_below_35_rises_with_no_expiry() -> None:
+    clock = Clock()
+    with make(clock=clock) as manager:
+        run(manager, "b", B)
+        run(manager, "a", A, retention=kept(10, 1.0))
+        clock.now += 5
+        assert victims(manager, {"a": A, "b": B}) == ["a", "b"]
+
+
+def test_every_release_of_the_last_claim_restarts_the_clock() -> None:
+    clock = Clock()
+    with make(clock=clock) as manager:
+        run(manager, "a", A, retention=kept(90, 10.0))
+        first, second = (manager.create(i, [*A, 9]) for i in range(2))
+        clock.now += 20  # claimed: the clock does not run
+        first.close()
+        clock.now += 20
+        second.close()
+        clock.now += 9
+        run(manager, "b", B)
+        assert victims(manager, {"a": A, "b": B}) == ["b", "a"]
+
+
+def test_reuse_with_retention_takes_the_maximum_of_each_and_reuse_without_changes_neither() -> None:
+    clock = Clock()
+    with make(clock=clock) as manager:
+        run(manager, "a", A, retention=kept(90, 5.0))
+        run(manager, 1, [*A, 9], retention=kept(50, 20.0))  # now 90 for 20 s
+        run(manager, 2, [*A, 9])
+        clock.now += 19
+        run(manager, "b", B, retention=kept(80))
+        assert victims(manager, {"a": A, "b": B}) == ["b", "a"]
+
+
+def test_expired_priority_is_not_the_one_that_a_later_reuse_raises() -> None:
+    clock = Clock()
+    with make(clock=clock) as manager:
+        run(manager, "a", A, retention=kept(90, 5.0))
+        clock.now += 6
+        run(manager, 1, [*A, 9], retention=kept(50, 5.0))
+        run(manager, "b", B, retention=kept(60))
+        assert victims(manager, {"a": A, "b": B}) == ["a", "b"]
+
+
+def test_clock_that_fails_leaves_everything_as_it_was() -> None:
+    clock = Clock()
+    with make(clock=lambda: clock()) as manager:
+        cache = manager.create("a", [*A, 5], retention=kept(90, 5.0))
+        before = manager.stats()
+        clock.now = float("nan")
+        for call in (
+            cache.resume,
+            cache.close,
+            manager.clear,
+            lambda: manager.evict(1),
+            lambda: manager.create("b", A),
+        ):
+            with pytest.raises(ValueError, match="clock"):
+                call()
+        assert manager.stats() == before
+        assert cache.state == "SUSPENDED"
+        clock.now = 1.0
+        cache.close()
+        assert cache.state == "CLOSED"
+        manager.check()
+
+
+def test_clock_is_not_asked_before_a_duration_is_given() -> None:
+    def never() -> float:
+        raise AssertionError("asked")
+
+    with make(clock=never) as manager:
+        run(manager, "a", A, retention=kept(90))
+        manager.evict(1)
+        with pytest.raises(AssertionError, match="asked"):
+            manager.create("b", B, retention=kept(90, 1.0))
+        manager.check()
+
+
 def test_priority_decides_who_goes_first() -> None:
     with make(slots=4) as manager:
         run(manager, 1, [1] * 4, retention=Retention([TokenRange(0, None, 90)]))
@@ -384,8 +511,6 @@ def test_bad_arguments_name_the_field(manager: KVCacheManager) -> None:
         ("request_id", lambda: manager.create(1.5, [])),  # type: ignore[arg-type]
         ("scope", lambda: manager.create(1, [], scope="a")),  # type: ignore[arg-type]
         ("retention", lambda: manager.create(1, [], retention=5)),  # type: ignore[arg-type]
-        ("decode_duration_s", lambda: manager.create(1, [], retention=Retention(decode_duration_s=1.0))),
-        ("duration_s", lambda: manager.create(1, [], retention=Retention([TokenRange(0, 1, 1, 2.0)]))),
         ("caches", lambda: manager.block_tables(["ok"], "kv")),  # type: ignore[list-item]
         ("caches", lambda: manager.step_begin(cache)),  # type: ignore[arg-type]
         ("fill", lambda: cache.block_table("kv", fill=2**31)),

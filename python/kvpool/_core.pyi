@@ -5,7 +5,7 @@ Slots are 1..num_slots of their pool, 0 means none.
 Every call raises `LogicError` for a cache that is CLOSED and `ValueError` for arguments out of range.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, final
 
 __all__ = ["Cache", "Core", "kernel_names", "kernel_source"]
@@ -29,13 +29,14 @@ class Core:
         hash_seed: int = 0,
         policy: str = "lru",
         collide: bool = False,
+        clock: Callable[[], float] | None = None,
     ) -> Core: ...
     def create(
         self,
         tokens: Any,
         scope: bytes,
         epoch: int | None = None,
-        retention: tuple[list[tuple[int, int | None, int]], int] | None = None,
+        retention: tuple[list[tuple[int, int | None, int, float | None]], int, float | None] | None = None,
     ) -> Cache: ...
     def probe(self, tokens: Any, scope: bytes, epoch: int | None = None) -> int: ...
     def resume(self, cache: Cache) -> tuple[bool, list[tuple[int, int, int]]]: ...

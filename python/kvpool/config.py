@@ -231,7 +231,11 @@ def _duration(name: str, value: object) -> None:
 
 @dataclass(frozen=True, slots=True)
 class TokenRange:
-    """Prompt tokens [start, end) with a priority 0..100 (lower goes first) and an optional duration in seconds."""
+    """Prompt tokens [start, end) with a priority 0..100 (lower goes first) and an optional duration in seconds.
+
+    The clock starts with every release of a block's last claim. When the duration is over the priority falls to 35 if
+    it is above, and the expiry counts as the block's last use. None: for ever.
+    """
 
     start: int
     end: int | None
@@ -248,7 +252,11 @@ class TokenRange:
 
 @dataclass(frozen=True, slots=True)
 class Retention:
-    """Priorities of one request's blocks: by prompt range, and for decoded tokens."""
+    """Priorities of one request's blocks: by prompt range, and for decoded tokens.
+
+    The range with a block's first token decides. A block that others made gets the maximum of each value; a request
+    without retention changes none.
+    """
 
     ranges: Sequence[TokenRange] = ()
     decode_priority: int = 35

@@ -121,21 +121,17 @@ def _scope(scope: Scope | None) -> tuple[bytes, int | None]:
     return ascii((scope.lora_id, scope.salt)).encode("ascii"), scope.epoch
 
 
-def _retention(retention: Retention | None) -> tuple[list[tuple[int, int | None, int]], int] | None:
+_Retention = tuple[list[tuple[int, int | None, int, float | None]], int, float | None]
+
+
+def _retention(retention: Retention | None) -> _Retention | None:
+    """Retention in the core's form."""
     if retention is None:
         return None
     if not isinstance(retention, Retention):
         raise ValueError(f"retention: {retention!r} is not a kvpool.Retention")
-    if retention.decode_duration_s is not None:
-        raise ConfigError(
-            f"retention.decode_duration_s: {retention.decode_duration_s} - durations are not available yet; use None"
-        )
-    for r in retention.ranges:
-        if r.duration_s is not None:
-            raise ConfigError(
-                f"retention.ranges.duration_s: {r.duration_s} - durations are not available yet; use None"
-            )
-    return [(r.start, r.end, r.priority) for r in retention.ranges], retention.decode_priority
+    ranges = [(r.start, r.end, r.priority, r.duration_s) for r in retention.ranges]
+    return ranges, retention.decode_priority, retention.decode_duration_s
 
 
 class KVCache:
@@ -230,8 +226,12 @@ class KVCache:
         if self._state is CacheState.CLOSED:
             return
         self._last = self._info()
-        self._state = CacheState.CLOSED
-        self._manager._close(self)
+        before, self._state = self._state, CacheState.CLOSED
+        try:
+            self._manager._close(self)
+        except BaseException:
+            self._state = before
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -288,6 +288,7 @@ class KVCacheManager:
             partial_reuse=config.partial_reuse,
             hash_seed=secrets.randbits(64) if config.hash_seed is None else config.hash_seed,
             policy=policy,
+            clock=config.clock,
         )
         self._caches: dict[int | str, KVCache] = {}
         self._closed = False

@@ -13,7 +13,7 @@
 use crate::core::Core;
 use crate::pool::Owner;
 use crate::tree::{Holder, Root};
-use crate::types::{CacheState, RetentionSpec};
+use crate::types::{CacheState, Retain, RetentionSpec};
 use crate::words::Link;
 
 /// State of one request's cache. To be given to `Core::close` in the end: dropping it loses its pages.
@@ -122,18 +122,18 @@ impl Cache {
         }
     }
 
-    /// Priority of the block that begins at token `first`.
-    pub(crate) fn priority(&self, first: u64) -> u8 {
+    /// Retention of the block that begins at token `first`.
+    pub(crate) fn retain(&self, first: u64) -> Retain {
         let Some(retention) = &self.retention else {
-            return crate::types::DEFAULT_PRIORITY;
+            return Retain::DEFAULT;
         };
         if first >= self.prompt.len() as u64 {
-            return retention.decode_priority;
+            return retention.decode;
         }
         retention
             .ranges
             .iter()
             .find(|range| range.start <= first && first < range.end)
-            .map_or(crate::types::DEFAULT_PRIORITY, |range| range.priority)
+            .map_or(Retain::DEFAULT, |range| range.retain)
     }
 }

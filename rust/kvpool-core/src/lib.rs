@@ -20,6 +20,7 @@ pub mod inbox;
 #[cfg(all(test, kvpool_loom))]
 mod models;
 pub mod pool;
+mod retention;
 pub mod stack;
 pub mod sync;
 pub mod tree;

@@ -65,15 +65,32 @@ pub struct CoreConfig {
     pub collide: bool,
 }
 
-/// Priority of one token range of a prompt.
+/// How long a block is worth keeping.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Retain {
+    /// 0..=100, lower goes first.
+    pub priority: u8,
+    /// Seconds after the last release for which the priority holds; infinite is for ever.
+    pub duration: f64,
+}
+
+impl Retain {
+    /// What a block has for which nothing was said.
+    pub const DEFAULT: Self = Self {
+        priority: DEFAULT_PRIORITY,
+        duration: f64::INFINITY,
+    };
+}
+
+/// Retention of one token range of a prompt.
 #[derive(Debug, Clone, Copy)]
 pub struct RangeSpec {
     /// First token.
     pub start: u64,
     /// One past the last token; `u64::MAX` is open.
     pub end: u64,
-    /// 0..=100, lower goes first.
-    pub priority: u8,
+    /// For blocks that begin in it.
+    pub retain: Retain,
 }
 
 /// Retention of one request.
@@ -81,8 +98,18 @@ pub struct RangeSpec {
 pub struct RetentionSpec {
     /// Disjoint ranges of the prompt.
     pub ranges: Vec<RangeSpec>,
-    /// Priority of blocks that begin past the prompt.
-    pub decode_priority: u8,
+    /// For blocks that begin past the prompt.
+    pub decode: Retain,
+}
+
+impl RetentionSpec {
+    /// Whether anything in it ends.
+    pub fn is_timed(&self) -> bool {
+        let retains = self.ranges.iter().map(|range| range.retain);
+        retains
+            .chain([self.decode])
+            .any(|retain| retain.duration.is_finite())
+    }
 }
 
 /// Life of a cache.

@@ -144,6 +144,35 @@ impl Page {
     }
 }
 
+/// When a block was used: the clock, then a number of its own. Ordered; the default is "never".
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Stamp {
+    /// [`clock_word`] of the moment, 0 while no block has a duration.
+    pub time: u64,
+    /// Number of the release, 0 for an expiry.
+    pub count: u64,
+}
+
+impl Stamp {
+    /// No use: nothing is recorded.
+    pub const NONE: Self = Self { time: 0, count: 0 };
+}
+
+/// Seconds as a word with the same order; never 0 (that is before all times).
+pub fn clock_word(seconds: f64) -> u64 {
+    let bits = seconds.to_bits();
+    if bits >> 63 == 1 {
+        !bits
+    } else {
+        bits | 1 << 63
+    }
+}
+
+/// The seconds of a [`clock_word`].
+pub fn seconds(word: u64) -> f64 {
+    f64::from_bits(if word >> 63 == 1 { word & !(1 << 63) } else { !word })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -164,6 +193,26 @@ mod tests {
         let page = Page::new(7, 1).released(true);
         assert_eq!((page.slot(), page.claims(), page.is_stale()), (7, 0, true));
         assert!(!page.claimed().is_stale());
+    }
+
+    #[test]
+    fn words_of_the_clock_have_the_order_of_the_seconds() {
+        let times = [
+            f64::NEG_INFINITY,
+            -2.5,
+            -0.0,
+            0.0,
+            1e-9,
+            3.0,
+            f64::MAX,
+            f64::INFINITY,
+        ];
+        for pair in times.windows(2) {
+            assert!(clock_word(pair[0]) < clock_word(pair[1]));
+        }
+        for time in times {
+            assert!(clock_word(time) > 0 && seconds(clock_word(time)) == time);
+        }
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! The comparison with the reference model runs from Python (tests/test_model_random.py); here the
 //! content of every page is tracked, under both policies and with every hash forced to collide.
 
-use kvpool_core::types::{CacheState, CoreConfig, PolicyKind, PoolSpec, RangeSpec, RetentionSpec};
+use kvpool_core::types::{CacheState, CoreConfig, PolicyKind, PoolSpec, RangeSpec, Retain, RetentionSpec};
 use kvpool_core::{Cache, Core};
 use proptest::prelude::*;
 use std::collections::HashMap;
@@ -89,9 +89,15 @@ fn run(pools: Vec<PoolSpec>, policy: PolicyKind, collide: bool, max_blocks: u32,
                     ranges: vec![RangeSpec {
                         start: 0,
                         end: 4,
-                        priority,
+                        retain: Retain {
+                            priority,
+                            ..Retain::DEFAULT
+                        },
                     }],
-                    decode_priority: 50,
+                    decode: Retain {
+                        priority: 50,
+                        ..Retain::DEFAULT
+                    },
                 });
                 let probed = core.probe(&tokens, SCOPES[scope], None).unwrap();
                 let cache = core.create(&tokens, SCOPES[scope], None, retention).unwrap();

@@ -4,7 +4,7 @@
 //! "computes" a block writes it, whoever reuses one verifies it.
 
 use kvpool_core::sync::{AtomicU64, Ordering};
-use kvpool_core::types::{CoreConfig, PolicyKind, PoolSpec, RetentionSpec};
+use kvpool_core::types::{CoreConfig, PolicyKind, PoolSpec, Retain, RetentionSpec};
 use kvpool_core::{Cache, Core};
 use std::hash::{DefaultHasher, Hash, Hasher};
 
@@ -82,11 +82,15 @@ impl Run<'_> {
     fn serve(&self, rng: &mut Rng, open: &mut Vec<Open>) -> usize {
         let scope = rng.below(2);
         let tokens: Vec<i32> = (0..2 + rng.below(12)).map(|_| rng.below(2) as i32).collect();
+        self.core.advance(self.core.counters().requests as f64);
         // An explicit epoch, so that the content is known; it may be an old one by the time of the call.
         let epoch = self.core.epoch();
         let retention = (rng.below(4) == 0).then(|| RetentionSpec {
             ranges: vec![],
-            decode_priority: rng.below(100) as u8,
+            decode: Retain {
+                priority: rng.below(100) as u8,
+                duration: [2.0, f64::INFINITY][rng.below(2)],
+            },
         });
         let name = [b"a".as_slice(), b"b"][scope];
         let mut one = Open {

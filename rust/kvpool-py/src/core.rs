@@ -5,7 +5,7 @@
 //! than it gives); those that walk all blocks let it go.
 
 use crate::cache::{distinct, Cache};
-use kvpool_core::types::{CoreConfig, PageCopy, PolicyKind, PoolSpec, RangeSpec, RetentionSpec};
+use kvpool_core::types::{CoreConfig, PageCopy, PolicyKind, PoolSpec, RangeSpec, Retain, RetentionSpec};
 use kvpool_core::CoreError;
 use pyo3::buffer::PyBuffer;
 use pyo3::exceptions::{PyMemoryError, PyValueError};
@@ -53,11 +53,46 @@ fn bytes_of(values: &[i32]) -> Vec<u8> {
 
 type Entered<'a> = MutexGuard<'a, kvpool_core::Cache>;
 type Copies = Vec<(u32, u32, u32)>;
-type Ranges = (Vec<(u64, Option<u64>, u8)>, u8);
+/// ([(start, end, priority, seconds)], decode priority, decode seconds)
+type Ranges = (Vec<(u64, Option<u64>, u8, Option<f64>)>, u8, Option<f64>);
 
-/// Tree, pools and their books.
+/// Tree, pools and their books. `core()` before a call in which the time counts.
 #[pyclass(frozen, module = "kvpool._core")]
-pub struct Core(kvpool_core::Core);
+pub struct Core {
+    core: kvpool_core::Core,
+    clock: Option<Py<PyAny>>,
+}
+
+impl Core {
+    /// The core, with the clock read if a block has a duration.
+    fn core(&self, py: Python<'_>) -> PyResult<&kvpool_core::Core> {
+        if self.core.is_timed() {
+            self.read_clock(py)?;
+        }
+        Ok(&self.core)
+    }
+
+    fn read_clock(&self, py: Python<'_>) -> PyResult<()> {
+        let Some(clock) = &self.clock else {
+            return Ok(());
+        };
+        let now: f64 = clock.call0(py)?.extract(py)?;
+        if now.is_nan() {
+            return Err(PyValueError::new_err(
+                "clock() returned nan: it must return seconds",
+            ));
+        }
+        self.core.advance(now);
+        Ok(())
+    }
+}
+
+fn retain(priority: u8, duration: Option<f64>) -> Retain {
+    Retain {
+        priority,
+        duration: duration.unwrap_or(f64::INFINITY),
+    }
+}
 
 /// Runs a call of one cache.
 fn with<T>(
@@ -83,7 +118,7 @@ fn outcome<T>(py: Python<'_>, result: kvpool_core::Result<T>) -> PyResult<T> {
 impl Core {
     /// Pools: (name, num_slots, window or None, sink_tokens).
     #[new]
-    #[pyo3(signature = (*, tokens_per_block, pools, max_blocks, max_seq_len=None, partial_reuse=true, hash_seed=0, policy="lru", collide=false))]
+    #[pyo3(signature = (*, tokens_per_block, pools, max_blocks, max_seq_len=None, partial_reuse=true, hash_seed=0, policy="lru", collide=false, clock=None))]
     #[allow(clippy::too_many_arguments)]
     fn new(
         py: Python<'_>,
@@ -95,6 +130,7 @@ impl Core {
         hash_seed: u64,
         policy: &str,
         collide: bool,
+        clock: Option<Py<PyAny>>,
     ) -> PyResult<Self> {
         let policy = match policy {
             "lru" => PolicyKind::Lru,
@@ -125,7 +161,7 @@ impl Core {
             collide,
         };
         let core = kvpool_core::Core::new(config).map_err(|error| raise(py, error))?;
-        Ok(Self(core))
+        Ok(Self { core, clock })
     }
 
     /// The cache claims the longest match of `tokens`.
@@ -139,18 +175,21 @@ impl Core {
         retention: Option<Ranges>,
     ) -> PyResult<Cache> {
         let tokens = int32s(py, &tokens)?;
-        let retention = retention.map(|(ranges, decode_priority)| RetentionSpec {
+        let retention = retention.map(|(ranges, priority, duration)| RetentionSpec {
             ranges: ranges
                 .into_iter()
-                .map(|(start, end, priority)| RangeSpec {
+                .map(|(start, end, priority, duration)| RangeSpec {
                     start,
                     end: end.unwrap_or(u64::MAX),
-                    priority,
+                    retain: retain(priority, duration),
                 })
                 .collect(),
-            decode_priority,
+            decode: retain(priority, duration),
         });
-        let cache = self.0.create(&tokens, scope, epoch, retention);
+        if self.core.is_timed() || retention.as_ref().is_some_and(RetentionSpec::is_timed) {
+            self.read_clock(py)?;
+        }
+        let cache = self.core.create(&tokens, scope, epoch, retention);
         outcome(py, cache).map(Cache::new)
     }
 
@@ -164,20 +203,22 @@ impl Core {
         epoch: Option<u64>,
     ) -> PyResult<u64> {
         let tokens = int32s(py, &tokens)?;
-        outcome(py, self.0.probe(&tokens, scope, epoch))
+        outcome(py, self.core.probe(&tokens, scope, epoch))
     }
 
     /// -> (resumed, [(pool, source slot, destination slot)]); report the copies by `copies_done`.
     fn resume(&self, py: Python<'_>, cache: &Bound<'_, Cache>) -> PyResult<(bool, Copies)> {
         let mut copies: Vec<PageCopy> = Vec::new();
-        let resumed = with(py, cache, |cache| self.0.resume(cache, &mut copies))?;
+        let core = self.core(py)?;
+        let resumed = with(py, cache, |cache| core.resume(cache, &mut copies))?;
         Ok((resumed, copies.iter().map(|c| (c.pool, c.src, c.dst)).collect()))
     }
 
     /// The copies of the last `resume` are made.
     fn copies_done(&self, py: Python<'_>, cache: &Bound<'_, Cache>) -> PyResult<()> {
+        let core = self.core(py)?;
         with(py, cache, |cache| {
-            self.0.copies_done(cache);
+            core.copies_done(cache);
             Ok(())
         })
     }
@@ -185,13 +226,13 @@ impl Core {
     /// The copies of the last `resume` could not be made: the cache is as it was before it.
     fn copies_failed(&self, py: Python<'_>, cache: &Bound<'_, Cache>) -> PyResult<()> {
         with(py, cache, |cache| {
-            self.0.copies_failed(cache);
+            self.core.copies_failed(cache);
             Ok(())
         })
     }
 
     fn suspend(&self, py: Python<'_>, cache: &Bound<'_, Cache>) -> PyResult<()> {
-        with(py, cache, |cache| self.0.suspend(cache))
+        with(py, cache, |cache| self.core.suspend(cache))
     }
 
     #[pyo3(signature = (cache, capacity, history_length=None))]
@@ -202,23 +243,26 @@ impl Core {
         capacity: u64,
         history_length: Option<u64>,
     ) -> PyResult<bool> {
-        with(py, cache, |cache| self.0.resize(cache, capacity, history_length))
+        let core = self.core(py)?;
+        with(py, cache, |cache| core.resize(cache, capacity, history_length))
     }
 
     /// -> whether a block table entry changed
     fn commit(&self, py: Python<'_>, cache: &Bound<'_, Cache>, tokens: PyBuffer<i32>) -> PyResult<bool> {
         let tokens = int32s(py, &tokens)?;
-        with(py, cache, |cache| self.0.commit(cache, &tokens))
+        let core = self.core(py)?;
+        with(py, cache, |cache| core.commit(cache, &tokens))
     }
 
     /// -> whether its id is free again (not so while a step is in flight)
     fn close(&self, py: Python<'_>, cache: &Bound<'_, Cache>) -> PyResult<bool> {
-        with(py, cache, |cache| self.0.close(cache))
+        let core = self.core(py)?;
+        with(py, cache, |cache| core.close(cache))
     }
 
     /// -> (state, reused, capacity, history_length, committed)
     fn info(&self, py: Python<'_>, cache: &Bound<'_, Cache>) -> PyResult<(&'static str, u64, u64, u64, u64)> {
-        let info = with(py, cache, |cache| self.0.info(cache))?;
+        let info = with(py, cache, |cache| self.core.info(cache))?;
         Ok((
             info.state.name(),
             info.reused,
@@ -232,7 +276,9 @@ impl Core {
     fn widest(&self, py: Python<'_>, caches: Vec<Py<Cache>>, pool: usize) -> PyResult<usize> {
         let mut widest = 0;
         for cache in &caches {
-            let length = with(py, cache.bind(py), |cache| Ok(self.0.table(cache, pool)?.len()))?;
+            let length = with(py, cache.bind(py), |cache| {
+                Ok(self.core.table(cache, pool)?.len())
+            })?;
             widest = widest.max(length);
         }
         Ok(widest)
@@ -264,7 +310,7 @@ impl Core {
         let mut cells = vec![fill; out.item_count()];
         for (cache, row) in caches.iter().zip(cells.chunks_mut(columns.max(1))) {
             with(py, cache.bind(py), |cache| {
-                let table = self.0.table(cache, pool)?;
+                let table = self.core.table(cache, pool)?;
                 if table.len() > columns {
                     return Err(CoreError::Value(format!(
                         "out: {columns} columns are narrower than a table of {} entries",
@@ -297,9 +343,9 @@ impl Core {
         let (mut indptr, mut indices, mut last) = (vec![0i32], Vec::new(), Vec::new());
         for cache in &caches {
             with(py, cache.bind(py), |cache| {
-                indices.extend(self.0.table(cache, pool)?.iter().map(|&slot| slot as i32));
+                indices.extend(self.core.table(cache, pool)?.iter().map(|&slot| slot as i32));
                 indptr.push(indices.len() as i32);
-                let capacity = self.0.info(cache)?.capacity;
+                let capacity = self.core.info(cache)?.capacity;
                 last.push(match capacity {
                     0 => 0,
                     _ => ((capacity - 1) % tokens_per_block + 1) as i32,
@@ -315,10 +361,10 @@ impl Core {
     fn step_begin(&self, py: Python<'_>, caches: Vec<Py<Cache>>) -> PyResult<()> {
         let mut entered = enter_all(py, &caches)?;
         for (cache, _) in &mut entered {
-            outcome(py, self.0.step_begin(cache, 0))?;
+            outcome(py, self.core.step_begin(cache, 0))?;
         }
         for (cache, times) in &mut entered {
-            outcome(py, self.0.step_begin(cache, *times))?;
+            outcome(py, self.core.step_begin(cache, *times))?;
         }
         Ok(())
     }
@@ -327,11 +373,12 @@ impl Core {
     fn step_end(&self, py: Python<'_>, caches: Vec<Py<Cache>>) -> PyResult<Vec<bool>> {
         let mut entered = enter_all(py, &caches)?;
         for (cache, times) in &entered {
-            outcome(py, self.0.can_end(cache, *times))?;
+            outcome(py, self.core.can_end(cache, *times))?;
         }
+        let core = self.core(py)?;
         let mut released = HashSet::new();
         for ((cache, times), (this, _)) in entered.iter_mut().zip(distinct(&caches)) {
-            if outcome(py, self.0.step_end(cache, *times))? {
+            if outcome(py, core.step_end(cache, *times))? {
                 released.insert(std::ptr::from_ref(this));
             }
         }
@@ -342,27 +389,30 @@ impl Core {
     }
 
     /// -> leaves that left the device
-    fn evict(&self, py: Python<'_>, num_blocks: u64) -> u64 {
-        py.detach(|| self.0.evict(num_blocks))
+    fn evict(&self, py: Python<'_>, num_blocks: u64) -> PyResult<u64> {
+        let core = self.core(py)?;
+        Ok(py.detach(|| core.evict(num_blocks)))
     }
 
-    fn clear(&self, py: Python<'_>) {
-        py.detach(|| self.0.clear());
+    fn clear(&self, py: Python<'_>) -> PyResult<()> {
+        let core = self.core(py)?;
+        py.detach(|| core.clear());
+        Ok(())
     }
 
     fn set_epoch(&self, py: Python<'_>, epoch: u64) -> PyResult<()> {
-        outcome(py, self.0.set_epoch(epoch))
+        outcome(py, self.core.set_epoch(epoch))
     }
 
     fn available_tokens(&self) -> u64 {
-        self.0.available_tokens()
+        self.core.available_tokens()
     }
 
     /// `caches`: all that are open or in flight.
     fn check(&self, py: Python<'_>, caches: Vec<Py<Cache>>) -> PyResult<()> {
         let entered = enter_all(py, &caches)?;
         let caches: Vec<&kvpool_core::Cache> = entered.iter().map(|(cache, _)| &**cache).collect();
-        outcome(py, self.0.check(&caches))
+        outcome(py, self.core.check(&caches))
     }
 
     /// -> ({counter: value}, [(slots, free, active, held, cached, fenced, peak) per pool])
@@ -371,7 +421,7 @@ impl Core {
         &self,
         py: Python<'py>,
     ) -> PyResult<(Bound<'py, PyDict>, Vec<(u32, u32, u32, u32, u32, u32, u32)>)> {
-        let (counters, books) = py.detach(|| (self.0.counters(), self.0.books()));
+        let (counters, books) = py.detach(|| (self.core.counters(), self.core.books()));
         let dict = PyDict::new(py);
         dict.set_item("requests", counters.requests)?;
         dict.set_item("prompt_tokens", counters.prompt_tokens)?;

@@ -5,7 +5,8 @@ use crate::cache::Cache;
 use crate::error::{CoreError, Result};
 use crate::pool::Owner;
 use crate::tree::Claimed;
-use crate::words::Link;
+use crate::types::Retain;
+use crate::words::{Link, Stamp};
 
 /// Why a block did not enter the tree.
 enum Refused {
@@ -69,11 +70,11 @@ impl Core {
         let parent = cache.deepest();
         let key = self.tree.extend_key(cache.key, &cache.tail);
         let first = (cache.nodes.len() * self.config.tokens_per_block as usize) as u64;
-        let priority = cache.priority(first);
+        let retain = cache.retain(first);
         let changed = loop {
             let done = match self.tree.child(&cache.root, parent, key, &cache.tail) {
-                Some(node) => self.join(cache, parent, node, priority),
-                None => self.enter(cache, parent, key, priority),
+                Some(node) => self.join(cache, parent, node, retain),
+                None => self.enter(cache, parent, key, retain),
             };
             match done {
                 Ok(changed) => break changed,
@@ -99,14 +100,15 @@ impl Core {
         cache: &mut Cache,
         parent: Link,
         key: u64,
-        priority: u8,
+        retain: Retain,
     ) -> std::result::Result<bool, Refused> {
         let i = cache.nodes.len();
         let dead = self.take_node().ok_or(Refused::Full)?;
         let index = dead.index();
         let link = self
             .tree
-            .write(&dead, &cache.root, parent, key, &cache.tail, priority);
+            .write(&dead, &cache.root, parent, key, &cache.tail, retain.priority);
+        self.first_retain(index, retain);
         for pool in 0..self.pools.len() {
             let own = cache.tables[pool][i];
             if own != 0 {
@@ -143,7 +145,7 @@ impl Core {
         cache: &mut Cache,
         parent: Link,
         node: Link,
-        priority: u8,
+        retain: Retain,
     ) -> std::result::Result<bool, Refused> {
         let (i, index) = (cache.nodes.len(), node.index());
         let mut unpaid = false;
@@ -151,7 +153,7 @@ impl Core {
             Claimed::First => true, // our reference on the parent is the child's now
             Claimed::Joined => {
                 if !parent.is_nil() {
-                    self.release_path(parent, 0, 0); // never the last reference: the child has one
+                    self.release_path(parent, Stamp::NONE, 0); // never the last reference: the child has one
                 }
                 false
             }
@@ -159,7 +161,7 @@ impl Core {
             Claimed::Gone | Claimed::Unpaid => return Err(Refused::Changed),
         };
         if cache.retention.is_some() {
-            self.tree.nodes[index].priority.raise(u64::from(priority));
+            self.raise_retain(index, retain);
         }
         let mut changed = false;
         for pool in 0..self.pools.len() {
@@ -199,7 +201,9 @@ impl Core {
         }
         *unpaid = !self.reserve_nodes(1);
         let claimed = self.tree.claim(node, true);
-        if claimed != Claimed::First && !*unpaid {
+        if claimed == Claimed::First {
+            self.expire(node.index());
+        } else if !*unpaid {
             self.unreserve_nodes(1);
         }
         claimed

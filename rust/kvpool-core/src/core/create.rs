@@ -5,7 +5,7 @@ use crate::cache::Cache;
 use crate::error::{CoreError, Result};
 use crate::tree::{Claimed, Holder, Root};
 use crate::types::{CacheState, RetentionSpec};
-use crate::words::Link;
+use crate::words::{Link, Stamp};
 use std::cell::Cell;
 
 /// The longest valid match of a prompt.
@@ -176,6 +176,9 @@ impl Core {
                 )));
             }
         }
+        if retention.as_ref().is_some_and(RetentionSpec::is_timed) {
+            self.timed.set(1);
+        }
         let root = self.root(scope, epoch);
         let mut cache = Cache::new(self, root, tokens, retention);
         if epoch < self.epoch() {
@@ -232,8 +235,7 @@ impl Core {
         (cache.reused, cache.committed, cache.history, cache.capacity) = (m, m, m, m);
         if cache.retention.is_some() {
             for (i, node) in cache.nodes.iter().enumerate() {
-                let priority = cache.priority((i * t) as u64);
-                self.tree.nodes[node.index()].priority.raise(u64::from(priority));
+                self.raise_retain(node.index(), cache.retain((i * t) as u64));
             }
         }
         if let Some(deepest) = cache.nodes.last() {
@@ -312,14 +314,15 @@ impl Core {
         for pool in 0..self.pools.len() {
             for (i, slot) in cache.tables[pool].drain(..).enumerate() {
                 if slot != 0 && self.tree.windowed[pool] {
-                    let idle = self.release_page(Holder::Held, pool, cache.nodes[i].index(), 0, false);
+                    let idle =
+                        self.release_page(Holder::Held, pool, cache.nodes[i].index(), Stamp::NONE, false);
                     self.pools[pool].unreserve(u32::from(idle));
                 }
             }
         }
-        self.release_source(cache, 0);
+        self.release_source(cache, Stamp::NONE);
         if let Some(&deepest) = cache.nodes.last() {
-            self.release_path(deepest, 0, 0);
+            self.release_path(deepest, Stamp::NONE, 0);
         }
         cache.nodes.clear();
         debug_assert_eq!(cache.state, CacheState::Suspended);

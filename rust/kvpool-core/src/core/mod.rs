@@ -18,10 +18,11 @@ use crate::cache::Cache;
 use crate::error::{CoreError, Result};
 use crate::evict::{Keeper, Order};
 use crate::pool::SlotPool;
-use crate::sync::{unique, weak, AtomicU64, Counter, Ordering, Weak};
+use crate::retention::Timing;
+use crate::sync::{unique, weak, AtomicU64, Counter, Field, Ordering, Weak};
 use crate::tree::{Claimed, Root, Tree};
 use crate::types::{CacheState, CoreConfig, Counters, PoolBooks};
-use crate::words::{Link, MAX_NODES};
+use crate::words::{Link, Stamp, MAX_NODES};
 
 /// What a cache tells of itself.
 #[derive(Debug, Clone, Copy)]
@@ -62,8 +63,15 @@ pub struct Core {
     pub(crate) first_full: Option<usize>,
     /// Tells its caches from those of another core.
     pub(crate) id: u64,
+    /// By node: durations.
+    pub(crate) timing: Vec<Timing>,
+    /// 1 once a duration was given.
+    pub(crate) timed: Field,
+    /// What the clock showed last, as a word.
+    pub(crate) clock: Field,
+    /// Number of the last release.
+    pub(crate) stamp: Counter,
     epoch: AtomicU64,
-    stamp: Counter,
 }
 
 /// Asks for the largest tables before they are made: a failed `vec!` would end the process.
@@ -72,7 +80,8 @@ fn check_memory(config: &CoreConfig) -> Result<()> {
     let slots: usize = config.pools.iter().map(|pool| pool.num_slots as usize).sum();
     let pools = config.pools.len();
     let per_node = Tree::bytes_per_node(config.tokens_per_block as usize, pools)
-        + (1 + pools) * (Order::bytes_per_node() + 16);
+        + (1 + pools) * (Order::bytes_per_node() + 16)
+        + std::mem::size_of::<Timing>();
     let bytes = nodes.saturating_mul(per_node).saturating_add(16 * slots);
     Vec::<u8>::new().try_reserve_exact(bytes).map_err(|_| {
         CoreError::Memory(format!(
@@ -111,8 +120,11 @@ impl Core {
             ),
             counters: Tallies::default(),
             id: unique(),
-            epoch: AtomicU64::new(0),
+            timing: (0..config.max_blocks).map(|_| Timing::new()).collect(),
+            timed: Field::new(0),
+            clock: Field::new(0),
             stamp: Counter::default(),
+            epoch: AtomicU64::new(0),
             config,
         })
     }
@@ -124,10 +136,6 @@ impl Core {
     /// The weights epoch.
     pub fn epoch(&self) -> u64 {
         self.epoch.load(Ordering::Acquire) // Acquire: partner the fetch_max in `set_epoch`
-    }
-
-    fn tick(&self) -> u64 {
-        self.stamp.next()
     }
 
     // -- promises ---------------------------------------------------------------------------
@@ -210,8 +218,11 @@ impl Core {
         let mut short = None;
         while at < path.len() {
             match self.tree.claim(path[at], units > 0) {
-                Claimed::First => units -= 1, // our reference on the parent is the child's now
-                Claimed::Joined if at > 0 => self.release_path(path[at - 1], 0, 0),
+                Claimed::First => {
+                    units -= 1; // our reference on the parent is the child's now
+                    self.expire(path[at].index());
+                }
+                Claimed::Joined if at > 0 => self.release_path(path[at - 1], Stamp::NONE, 0),
                 Claimed::Joined => {}
                 Claimed::Unpaid if self.reserve_nodes(1) => {
                     units += 1;
@@ -230,7 +241,7 @@ impl Core {
             return Ok(());
         }
         if at > 0 {
-            self.release_path(path[at - 1], 0, 0);
+            self.release_path(path[at - 1], Stamp::NONE, 0);
         }
         Err(short)
     }
@@ -248,25 +259,26 @@ impl Core {
             }
         };
         if claimed == Claimed::First {
+            self.expire(child.index());
             return claimed;
         }
         self.unreserve_nodes(units);
         if !parent.is_nil() {
-            self.release_path(parent, 0, 0);
+            self.release_path(parent, Stamp::NONE, 0);
         }
         claimed
     }
 
     /// One claim less on a node; the blocks whose last claim it was get `stamp` and `segment`, and become
     /// available again. Lock-free; linearized at the first CAS.
-    fn release_path(&self, deepest: Link, stamp: u64, segment: u8) {
+    fn release_path(&self, deepest: Link, stamp: Stamp, segment: u8) {
         let mut freed = 0;
         let mut index = deepest.index();
         loop {
             let parent = self.tree.parent(index); // read before the release: afterwards the node may go
             let rose = std::cell::Cell::new(false);
             let unclaimed = self.tree.release(index, |n| {
-                n.used.raise(stamp);
+                self.record_use(index, stamp);
                 if n.segment.get() < u64::from(segment) {
                     n.segment.set(u64::from(segment));
                     rose.set(true);
@@ -276,7 +288,7 @@ impl Core {
                 break;
             }
             freed += 1;
-            if rose.get() || self.tree.children(index) == 0 {
+            if rose.get() || self.tree.children(index) == 0 || self.expiry(index) != 0 {
                 self.keeper.report_leaf(index, rose.get());
             }
             if parent.is_nil() {

@@ -152,7 +152,7 @@ fn path_against_reinsertion() {
     let mut cache = other.join().unwrap();
     core.close(&mut cache).unwrap();
     if let (true, Some(&deepest)) = (claimed, found.last()) {
-        core.release_path(deepest, 1, 0);
+        core.release_path(deepest, core.tick(), 0);
     }
     core.check(&[]).unwrap();
 }
@@ -183,7 +183,7 @@ fn claim_release_and_claim() {
         let claim = |core: &Core, found: &[Link]| {
             if core.claim_path(found).is_ok() {
                 assert!(found.iter().all(|node| core.tree.state(node.index()).refs() > 0));
-                core.release_path(found[found.len() - 1], 1, 0);
+                core.release_path(found[found.len() - 1], core.tick(), 0);
             }
         };
         let other = {

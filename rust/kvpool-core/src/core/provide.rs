@@ -7,6 +7,7 @@ use crate::error::{CoreError, Result};
 use crate::pool::Owner;
 use crate::tree::Holder;
 use crate::types::{CacheState, PageCopy};
+use crate::words::Stamp;
 
 impl Core {
     pub(super) fn own(&self, cache: &Cache) -> Result<()> {
@@ -192,7 +193,7 @@ impl Core {
     }
 
     /// The claim goes up to block `keep - 1`.
-    fn move_claim(&self, cache: &mut Cache, keep: usize, stamp: u64) {
+    fn move_claim(&self, cache: &mut Cache, keep: usize, stamp: Stamp) {
         let blocks = cache.nodes.len();
         if keep == blocks {
             return;

@@ -7,7 +7,7 @@ use crate::pool::Owner;
 use crate::sync::Counter;
 use crate::tree::Holder;
 use crate::types::CacheState;
-use crate::words::Link;
+use crate::words::{Link, Stamp};
 
 impl Core {
     /// One claim less on a page of a windowed pool. `stale`: because it fell out of the window. Returns
@@ -17,15 +17,18 @@ impl Core {
         holder: Holder,
         pool: usize,
         index: usize,
-        stamp: u64,
+        stamp: Stamp,
         stale: bool,
     ) -> bool {
         let pages = &self.tree.pages[pool];
         pages.holders[index].sub(holder as u64);
         let page = self.tree.page(pool, index);
         let last = page.claims() == 1 && !page.is_stale();
-        if stale || (last && stamp > 0) {
-            pages.used[index].set(stamp);
+        if stale || (last && stamp != Stamp::NONE) {
+            pages.used[index].set(stamp.count);
+            if self.is_timed() {
+                pages.time[index].set(stamp.time);
+            }
         }
         let lowered = stale || page.is_stale();
         let (idle, _) = self.tree.release_page(pool, index, stale);
@@ -56,7 +59,7 @@ impl Core {
 
     /// Gives back what the history has left behind; units go into the purse. Returns whether a table entry changed.
     pub(super) fn make_stale(&self, cache: &mut Cache) -> bool {
-        let mut stamp = 0;
+        let mut stamp = Stamp::NONE;
         let mut changed = false;
         for pool in 0..self.pools.len() {
             if !self.tree.windowed[pool] {
@@ -71,7 +74,7 @@ impl Core {
                 }
                 changed = true;
                 if let Some(&node) = cache.nodes.get(i) {
-                    if stamp == 0 {
+                    if stamp == Stamp::NONE {
                         stamp = self.tick();
                     }
                     let idle = self.release_page(cache.holder(), pool, node.index(), stamp, true);
@@ -90,8 +93,8 @@ impl Core {
         self.config.pools[pool].sink_tokens.div_ceil(self.t()) as usize
     }
 
-    /// Releases the block that a partial match was to be copied from. `stamp` 0: it was not used.
-    pub(super) fn release_source(&self, cache: &mut Cache, stamp: u64) {
+    /// Releases the block that a partial match was to be copied from. `Stamp::NONE`: it was not used.
+    pub(super) fn release_source(&self, cache: &mut Cache, stamp: Stamp) {
         let source = std::mem::replace(&mut cache.source, Link::NIL);
         cache.copying = false;
         if source.is_nil() {

@@ -4,7 +4,7 @@
 //! the exact victim: an entry whose page has a higher key by now goes back with that key; an entry of
 //! a page that is claimed or gone is dropped. Whoever lowers a key pushes a fresh entry.
 
-use crate::words::Link;
+use crate::words::{Link, Stamp};
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
@@ -17,8 +17,8 @@ pub struct Key {
     pub in_window: bool,
     /// Segment that the policy gave.
     pub segment: u8,
-    /// Stamp of the last release.
-    pub used: u64,
+    /// Last release or expiry.
+    pub used: Stamp,
     /// Deepest first.
     pub depth: Reverse<u32>,
     /// Lowest slot first.

@@ -49,6 +49,13 @@ impl Field {
     pub fn set(&self, value: u64) {
         self.0.store(value, Ordering::Relaxed); // Relaxed: made visible by the publishing CAS in `Chains::publish`
     }
+    /// Sets it to `value` if it is still `seen`; a hint for the order of eviction.
+    pub fn replace(&self, seen: u64, value: u64) {
+        let _ = self
+            .0
+            .compare_exchange(seen, value, Ordering::Relaxed, Ordering::Relaxed);
+        // Relaxed: a hint, nothing is read through it
+    }
     /// Raises it to at least `value`; a hint for the order of eviction.
     pub fn raise(&self, value: u64) {
         if self.get() < value {

@@ -84,6 +84,8 @@ pub struct Pages {
     word: Vec<AtomicU64>,
     /// When it went stale if it is stale, else its last release (windowed pools only).
     pub used: Vec<Field>,
+    /// The time of it.
+    pub time: Vec<Field>,
     /// Claims by [`Holder`] (windowed pools only).
     pub holders: Vec<Counter>,
 }
@@ -150,6 +152,7 @@ impl Tree {
             Pages {
                 word: (0..n).map(|_| AtomicU64::new(Page::NONE.0)).collect(),
                 used: (0..extra).map(|_| Field::new(0)).collect(),
+                time: (0..extra).map(|_| Field::new(0)).collect(),
                 holders: (0..extra).map(|_| Counter::default()).collect(),
             }
         };
@@ -170,7 +173,7 @@ impl Tree {
 
     /// Bytes of all tables for a node, for the question whether they can be had.
     pub fn bytes_per_node(t: usize, pools: usize) -> usize {
-        let words = 8 * (t.div_ceil(2) + 3 * pools + 6) + 4;
+        let words = 8 * (t.div_ceil(2) + 4 * pools + 6) + 4;
         std::mem::size_of::<Node>() + words
     }
 
