@@ -1,5 +1,7 @@
 """kvpool: the KV-cache block manager for LLM inference engines, as a library."""
 
+from kvpool.batches import AddRequest
+from kvpool.cache import CacheState, KVCache
 from kvpool.config import (
     BatchDesc,
     CacheConfig,
@@ -17,12 +19,13 @@ from kvpool.errors import (
     RequestTooLargeError,
     StalledError,
 )
-from kvpool.manager import CacheState, KVCache, KVCacheManager, Stats
+from kvpool.manager import KVCacheManager, Stats
 from kvpool.sizing import PoolPlan, peak_slots, plan_pools, slots_for
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AddRequest",
     "BatchDesc",
     "CacheConfig",
     "CacheState",

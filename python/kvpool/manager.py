@@ -1,11 +1,8 @@
-"""Life of each request's cache: claim at creation, pages at resume and resize, reuse after commit.
-
-    create ──> SUSPENDED ──resume──> ACTIVE ──resize/commit──> ACTIVE
-                   ^ └──────suspend────┘ │
-                   └── close ──> CLOSED <┘
+"""Pools, tree and caches of one device: configuration, memory, block tables, steps, books.
 
 The manager holds no state of a page: it converts arguments, calls the core once per operation and
 makes the copies that the core asks for. On the device tier alone suspended pages stay where they are.
+`cache.py` has what one request's cache can do, `batches.py` the calls by batch.
 """
 
 from __future__ import annotations
@@ -13,33 +10,29 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from types import TracebackType
-from typing import Any, Self, SupportsIndex
+from typing import Any, Self
 
 import numpy as np
-import numpy.typing as npt
 
 from kvpool import _core
+from kvpool.arguments import (
+    ByteArray,
+    Int32Array,
+    Tokens,
+    as_pages,
+    count,
+    retention_spec,
+    scope_key,
+    token_array,
+)
+from kvpool.batches import Batches
+from kvpool.cache import CacheState, KVCache
 from kvpool.config import CacheConfig, Retention, Scope
 from kvpool.errors import ConfigError, InvariantError, LogicError
 from kvpool.sizing import PoolPlan, plan_pools
 
-Int32Array = npt.NDArray[np.int32]
-ByteArray = npt.NDArray[np.uint8]
-Tokens = Sequence[int] | Int32Array
-
-_TOKEN_END = 2**31
 _BOOKS = ("slots", "free", "active", "held", "cached", "fenced", "peak")
-
-
-class CacheState(StrEnum):
-    """Public state of a cache."""
-
-    SUSPENDED = "SUSPENDED"
-    ACTIVE = "ACTIVE"
-    CLOSED = "CLOSED"
-    LOST = "LOST"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,180 +65,7 @@ class Stats:
         return self.reused_blocks / self.prompt_blocks if self.prompt_blocks else 0.0
 
 
-def _tokens(tokens: Tokens, name: str = "tokens") -> Int32Array:
-    """Token ids as a C-contiguous int32 array; ValueError names what is wrong."""
-    if isinstance(tokens, np.ndarray):
-        if tokens.dtype != np.int32:
-            raise ValueError(f"{name}: dtype {tokens.dtype} is not int32: use {name}.astype(numpy.int32)")
-        array = tokens
-    else:
-        try:
-            given = list(tokens) if not isinstance(tokens, str | bytes | bytearray) else None
-        except TypeError:
-            given = None
-        if given is None:
-            raise ValueError(f"{name}: {tokens!r} is neither a list of ints nor an int32 array")
-        if not given:
-            return np.empty(0, np.int32)
-        try:
-            wide = np.array(given)
-        except (ValueError, OverflowError) as error:
-            raise ValueError(f"{name}: not a list of ints: {error}") from None
-        if wide.dtype.kind not in "iu" or any(isinstance(token, bool) for token in given):
-            raise ValueError(f"{name}: must be ints 0..2**31-1, got {wide.dtype} from {given[:4]!r}...")
-        if wide.ndim == 1 and (int(wide.min()) < 0 or int(wide.max()) >= _TOKEN_END):
-            bad = next(token for token in given if not 0 <= token < _TOKEN_END)
-            raise ValueError(f"{name}: {bad} is not in 0..2**31-1")
-        array = wide.astype(np.int32)
-    if array.ndim != 1:
-        raise ValueError(f"{name}: shape {array.shape} is not one-dimensional")
-    return np.ascontiguousarray(array)
-
-
-def _count(value: SupportsIndex, name: str) -> int:
-    """A non-negative int; ValueError names the field and its value."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise ValueError(f"{name}: {value!r} is not an int")
-    number = value.__index__()
-    if not 0 <= number < 2**63:
-        raise ValueError(f"{name}: {number} is not in 0..2**63-1")
-    return number
-
-
-def _scope(scope: Scope | None) -> tuple[bytes, int | None]:
-    """The core's key of a scope: equal only for equal ids of equal type."""
-    if scope is None:
-        return b"(None, None)", None
-    if not isinstance(scope, Scope):
-        raise ValueError(f"scope: {scope!r} is not a kvpool.Scope")
-    return ascii((scope.lora_id, scope.salt)).encode("ascii"), scope.epoch
-
-
-_Retention = tuple[list[tuple[int, int | None, int, float | None]], int, float | None]
-
-
-def _retention(retention: Retention | None) -> _Retention | None:
-    """Retention in the core's form."""
-    if retention is None:
-        return None
-    if not isinstance(retention, Retention):
-        raise ValueError(f"retention: {retention!r} is not a kvpool.Retention")
-    ranges = [(r.start, r.end, r.priority, r.duration_s) for r in retention.ranges]
-    return ranges, retention.decode_priority, retention.decode_duration_s
-
-
-class KVCache:
-    """KVCache of one request; made by `KVCacheManager.create`. A context manager that closes.
-
-    One thread at a time: a second one in the same cache gets a `LogicError`. Raises `LogicError` where the state
-    forbids a call, ValueError for arguments out of range; both leave everything as it was.
-    """
-
-    __slots__ = ("__weakref__", "_handle", "_last", "_manager", "_state", "request_id")
-
-    request_id: int | str
-
-    def __init__(self, manager: KVCacheManager, request_id: int | str, handle: _core.Cache) -> None:
-        self._manager = manager
-        self._handle = handle
-        self._state: CacheState | None = None
-        self._last = (0, 0, 0, 0)
-        self.request_id = request_id
-
-    def _info(self) -> tuple[int, int, int, int]:
-        if self._state is CacheState.CLOSED:
-            return self._last
-        return self._manager._core.info(self._handle)[1:]
-
-    @property
-    def state(self) -> CacheState:
-        """SUSPENDED, ACTIVE or CLOSED."""
-        if self._state is CacheState.CLOSED:
-            return CacheState.CLOSED
-        return CacheState(self._manager._core.info(self._handle)[0])
-
-    @property
-    def num_reused_tokens(self) -> int:
-        """Prompt tokens found in the tree at creation (less after a resume without room for the partial block)."""
-        return self._info()[0]
-
-    @property
-    def capacity(self) -> int:
-        """Tokens with storage."""
-        return self._info()[1]
-
-    @property
-    def history_length(self) -> int:
-        """Tokens before the next step's input."""
-        return self._info()[2]
-
-    @property
-    def num_committed_tokens(self) -> int:
-        """Final tokens."""
-        return self._info()[3]
-
-    def resume(self) -> bool:
-        """All live pages on the device, the partial block copied; ACTIVE. True if it already was."""
-        core = self._manager._core
-        resumed, copies = core.resume(self._handle)
-        if copies:
-            try:
-                self._manager._copy(copies)
-            except BaseException:
-                core.copies_failed(self._handle)
-                raise
-            core.copies_done(self._handle)
-        return resumed
-
-    def suspend(self) -> None:
-        """Give up the place: SUSPENDED. On the device tier alone the pages stay."""
-        self._manager._core.suspend(self._handle)
-
-    def resize(self, capacity: int, history_length: int | None = None) -> bool:
-        """Set capacity and history (tokens) in all pools; False: not enough room, nothing changed."""
-        capacity = _count(capacity, "capacity")
-        if history_length is not None:
-            history_length = _count(history_length, "history_length")
-        return self._manager._core.resize(self._handle, capacity, history_length)
-
-    def commit(self, tokens: Tokens) -> bool:
-        """Declare the next tokens final; full blocks enter the tree. True if a block table entry changed.
-
-        Only tokens whose keys and values are written. ValueError past the capacity; LogicError for
-        prompt tokens other than those given at creation.
-        """
-        return self._manager._core.commit(self._handle, _tokens(tokens))
-
-    def block_table(self, pool: str, fill: int = 0) -> Int32Array:
-        """Slots of this cache in `pool`: int32, ceil(capacity / tokens_per_block) entries, stale ones `fill`."""
-        out: Int32Array = self._manager.block_tables([self], pool, fill=fill)[0]
-        return out
-
-    def close(self) -> None:
-        """Give everything back; full committed blocks stay cached. Twice is a no-op."""
-        if self._state is CacheState.CLOSED:
-            return
-        self._last = self._info()
-        before, self._state = self._state, CacheState.CLOSED
-        try:
-            self._manager._close(self)
-        except BaseException:
-            self._state = before
-            raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def __repr__(self) -> str:
-        return f"<kvpool cache of request {self.request_id!r}: {self.state.value}>"
-
-
-class KVCacheManager:
+class KVCacheManager(Batches):
     """Pools, tree and caches of one device.
 
     device: "cpu" (pages in host memory) or None (books only). plan: slots per pool instead of
@@ -318,7 +138,7 @@ class KVCacheManager:
         for pool in self.config.pools:
             shape = (self.plan.num_slots[pool.name] + 1, pool.page_bytes)
             if pool.name in given:
-                pages[pool.name] = _as_pages(given[pool.name], pool.name, shape)
+                pages[pool.name] = as_pages(given[pool.name], pool.name, shape)
             else:
                 try:
                     pages[pool.name] = np.zeros(shape, np.uint8)
@@ -330,21 +150,11 @@ class KVCacheManager:
             pages[pool.name][0] = 0
         return pages
 
-    def _open(self) -> None:
-        if self._closed:
-            raise LogicError("the manager is closed")
-
     def _pool(self, pool: str) -> int:
         try:
             return self._pool_index[pool]
         except (KeyError, TypeError):
             raise ValueError(f"pool: {pool!r} is unknown; there are {sorted(self._pool_index)}") from None
-
-    def _copy(self, copies: Sequence[tuple[int, int, int]]) -> None:
-        if self._pages:
-            for pool, source, destination in copies:
-                pages = self._pages[self.config.pools[pool].name]
-                pages[destination] = pages[source]
 
     def create(
         self,
@@ -359,16 +169,11 @@ class KVCacheManager:
         LogicError: the id has a cache. ValueError: more than max_seq_len tokens, tokens out of range.
         """
         self._open()
-        if isinstance(request_id, bool) or not isinstance(request_id, int | str):
-            raise ValueError(f"request_id: {request_id!r} is neither int nor str")
-        if request_id in self._caches:
-            raise LogicError(f"request_id: {request_id!r} has a cache already; close it first")
-        key, epoch = _scope(scope)
-        handle = self._core.create(_tokens(tokens), key, epoch, _retention(retention))
-        cache = KVCache(self, request_id, handle)
-        if self._caches.setdefault(request_id, cache) is not cache:  # another thread was faster
-            self._core.close(handle)
-            raise LogicError(f"request_id: {request_id!r} has a cache already; close it first")
+        self._check_new([request_id])
+        key, epoch = scope_key(scope)
+        handle = self._core.create(token_array(tokens), key, epoch, retention_spec(retention))
+        (cache,) = self._enter([request_id], [handle])
+        assert cache is not None
         return cache
 
     def cache(self, request_id: int | str) -> KVCache:
@@ -378,24 +183,16 @@ class KVCacheManager:
             raise KeyError(request_id)
         return cache
 
-    def _close(self, cache: KVCache) -> None:
-        if self._core.close(cache._handle):
-            self._forget(cache)
-
-    def _forget(self, cache: KVCache) -> None:
-        if self._caches.get(cache.request_id) is cache:
-            del self._caches[cache.request_id]
-
     def probe(self, tokens: Tokens, scope: Scope | None = None) -> int:
         """Tokens that `create` would reuse now. Claims and changes nothing."""
         self._open()
-        key, epoch = _scope(scope)
-        return self._core.probe(_tokens(tokens), key, epoch)
+        key, epoch = scope_key(scope)
+        return self._core.probe(token_array(tokens), key, epoch)
 
     def evict(self, num_blocks: int) -> int:
         """Up to `num_blocks` leaves leave the device, in the order of eviction; returns how many did."""
         self._open()
-        return self._core.evict(_count(num_blocks, "num_blocks"))
+        return self._core.evict(count(num_blocks, "num_blocks"))
 
     def clear(self) -> None:
         """Drop all that is unclaimed."""
@@ -405,7 +202,7 @@ class KVCacheManager:
     def set_epoch(self, n: int) -> None:
         """Weights changed: older content matches no longer and goes first. ValueError if lower than now."""
         self._open()
-        self._core.set_epoch(_count(n, "epoch"))
+        self._core.set_epoch(count(n, "epoch"))
 
     def available_tokens(self) -> int:
         """Largest capacity (tokens) that one new unmatched cache could get now."""
@@ -496,8 +293,7 @@ class KVCacheManager:
         """Close all caches. Twice is a no-op; other calls raise `LogicError` afterwards."""
         if self._closed:
             return
-        for cache in list(self._caches.values()):
-            cache.close()
+        self._close([cache for cache in self._caches.values() if cache._state is not CacheState.CLOSED])
         self._closed = True
 
     def __enter__(self) -> Self:
@@ -507,20 +303,3 @@ class KVCacheManager:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _as_pages(buffer: Any, pool: str, shape: tuple[int, int]) -> ByteArray:
-    """The engine's memory as (num_slots + 1, page_bytes) bytes, without a copy."""
-    try:
-        array = buffer if isinstance(buffer, np.ndarray) else np.from_dlpack(buffer)
-    except (AttributeError, TypeError, RuntimeError, BufferError) as error:
-        raise ConfigError(f"buffers[{pool!r}]: not an array in CPU memory: {error}") from None
-    if not array.flags.c_contiguous or not array.flags.writeable:
-        raise ConfigError(f"buffers[{pool!r}]: must be writable and C-contiguous")
-    if array.nbytes != shape[0] * shape[1]:
-        raise ConfigError(
-            f"buffers[{pool!r}]: {array.nbytes} bytes, but {shape[0]} pages (num_slots + 1) of "
-            f"{shape[1]} bytes need {shape[0] * shape[1]}"
-        )
-    pages: ByteArray = array.reshape(-1).view(np.uint8).reshape(shape)
-    return pages

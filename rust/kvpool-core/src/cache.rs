@@ -53,6 +53,14 @@ pub struct Cache {
     pub(crate) stale_end: Vec<usize>,
     /// Per pool: units in the hands of the running operation.
     pub(crate) purse: Vec<u32>,
+    /// Per pool: units promised to a claim of a batch, from call to call.
+    pub(crate) promise: Vec<u32>,
+    /// Per pool: the promise that the running operation has taken into the purse.
+    pub(crate) promise_before: Vec<u32>,
+    /// Claimed by a batch in work: it counts as active, and its claim leaves no trace until it is settled.
+    pub(crate) in_work: bool,
+    /// What the running batch would have to restore.
+    pub(crate) undo: Option<Undo>,
     /// Per pool: pages whose price is the unit of a fenced slot.
     pub(crate) debt: Vec<u32>,
     /// Launched steps that may still touch its slots.
@@ -63,6 +71,16 @@ pub struct Cache {
     pub(crate) retention: Option<RetentionSpec>,
     /// Segment that its blocks get at release.
     pub(crate) segment: u8,
+}
+
+/// How a cache was before a batch gave it slots.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Undo {
+    pub state: CacheState,
+    pub capacity: u64,
+    /// Blocks of its tables; those behind have come since.
+    pub blocks: usize,
+    pub copying: bool,
 }
 
 impl Cache {
@@ -91,6 +109,10 @@ impl Cache {
             tables: (0..pools).map(|_| Vec::with_capacity(room)).collect(),
             stale_end: vec![0; pools],
             purse: vec![0; pools],
+            promise: vec![0; pools],
+            promise_before: vec![0; pools],
+            in_work: false,
+            undo: None,
             debt: vec![0; pools],
             in_flight: 0,
             fenced: Vec::with_capacity(room * pools),
@@ -108,6 +130,7 @@ impl Cache {
     pub(crate) fn holder(&self) -> Holder {
         match self.state {
             CacheState::Active => Holder::Active,
+            CacheState::Suspended if self.in_work => Holder::Active,
             CacheState::Suspended => Holder::Held,
             CacheState::Closed => Holder::Fenced,
         }

@@ -237,10 +237,11 @@ fn check_available(core: &Core, caches: &[&Cache], pool: usize) -> Result<()> {
     });
     let evictable = evictable.count();
     let debt: u32 = caches.iter().map(|cache| cache.debt[pool]).sum();
+    let promised: u32 = caches.iter().map(|cache| cache.promise[pool]).sum();
     let available = core.pools[pool].available();
     ensure!(
-        available as usize == free + evictable + debt as usize,
-        "pool {pool}: available {available} != free {free} + evictable {evictable}"
+        available as usize + promised as usize == free + evictable + debt as usize,
+        "pool {pool}: available {available} + promised {promised} != free {free} + evictable {evictable}"
     );
     let purses: u32 = caches.iter().map(|cache| cache.purse[pool]).sum();
     ensure!(purses == 0, "pool {pool}: {purses} units outside of any call");

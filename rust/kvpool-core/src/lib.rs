@@ -27,6 +27,6 @@ pub mod tree;
 pub mod types;
 pub mod words;
 
-pub use crate::core::{CacheInfo, Core};
+pub use crate::core::{CacheInfo, Claim, Core};
 pub use cache::Cache;
 pub use error::{CoreError, Result};

@@ -134,9 +134,13 @@ impl Page {
     pub fn is_stale(self) -> bool {
         self.0 & STALE != 0
     }
-    /// One claim more, as live.
+    /// One claim more.
     pub fn claimed(self) -> Self {
-        Self((self.0 & !STALE) + 1)
+        Self(self.0 + 1)
+    }
+    /// Held as live: no longer stale.
+    pub fn fresh(self) -> Self {
+        Self(self.0 & !STALE)
     }
     /// One claim less.
     pub fn released(self, stale: bool) -> Self {
@@ -192,7 +196,7 @@ mod tests {
         assert_eq!(free.killed(), State(1 << VERSION_SHIFT));
         let page = Page::new(7, 1).released(true);
         assert_eq!((page.slot(), page.claims(), page.is_stale()), (7, 0, true));
-        assert!(!page.claimed().is_stale());
+        assert!(page.claimed().is_stale() && !page.claimed().fresh().is_stale());
     }
 
     #[test]

@@ -6,10 +6,11 @@
 
 use crate::cache::{distinct, Cache};
 use kvpool_core::types::{CoreConfig, PageCopy, PolicyKind, PoolSpec, RangeSpec, Retain, RetentionSpec};
-use kvpool_core::CoreError;
+use kvpool_core::{Claim, CoreError};
 use pyo3::buffer::PyBuffer;
 use pyo3::exceptions::{PyMemoryError, PyValueError};
 use pyo3::prelude::*;
+use pyo3::pybacked::PyBackedBytes;
 use pyo3::types::{PyByteArray, PyDict};
 use std::collections::HashSet;
 use std::sync::MutexGuard;
@@ -87,6 +88,20 @@ impl Core {
     }
 }
 
+fn retention((ranges, priority, duration): Ranges) -> RetentionSpec {
+    RetentionSpec {
+        ranges: ranges
+            .into_iter()
+            .map(|(start, end, priority, duration)| RangeSpec {
+                start,
+                end: end.unwrap_or(u64::MAX),
+                retain: retain(priority, duration),
+            })
+            .collect(),
+        decode: retain(priority, duration),
+    }
+}
+
 fn retain(priority: u8, duration: Option<f64>) -> Retain {
     Retain {
         priority,
@@ -108,6 +123,12 @@ fn with<T>(
 fn enter_all<'a>(py: Python<'_>, caches: &'a [Py<Cache>]) -> PyResult<Vec<(Entered<'a>, u32)>> {
     let enter = |(cache, times): (&'a Cache, u32)| Ok((outcome(py, cache.enter())?, times));
     distinct(caches).into_iter().map(enter).collect()
+}
+
+/// Per cache of a list: whether it is in a set.
+fn listed(caches: &[Py<Cache>], set: &HashSet<*const Cache>) -> Vec<bool> {
+    let cache = |cache: &Py<Cache>| set.contains(&std::ptr::from_ref(cache.get()));
+    caches.iter().map(cache).collect()
 }
 
 fn outcome<T>(py: Python<'_>, result: kvpool_core::Result<T>) -> PyResult<T> {
@@ -165,27 +186,17 @@ impl Core {
     }
 
     /// The cache claims the longest match of `tokens`.
-    #[pyo3(signature = (tokens, scope, epoch=None, retention=None))]
+    #[pyo3(signature = (tokens, scope, epoch=None, ranges=None))]
     fn create(
         &self,
         py: Python<'_>,
         tokens: PyBuffer<i32>,
         scope: &[u8],
         epoch: Option<u64>,
-        retention: Option<Ranges>,
+        ranges: Option<Ranges>,
     ) -> PyResult<Cache> {
         let tokens = int32s(py, &tokens)?;
-        let retention = retention.map(|(ranges, priority, duration)| RetentionSpec {
-            ranges: ranges
-                .into_iter()
-                .map(|(start, end, priority, duration)| RangeSpec {
-                    start,
-                    end: end.unwrap_or(u64::MAX),
-                    retain: retain(priority, duration),
-                })
-                .collect(),
-            decode: retain(priority, duration),
-        });
+        let retention = ranges.map(retention);
         if self.core.is_timed() || retention.as_ref().is_some_and(RetentionSpec::is_timed) {
             self.read_clock(py)?;
         }
@@ -214,25 +225,114 @@ impl Core {
         Ok((resumed, copies.iter().map(|c| (c.pool, c.src, c.dst)).collect()))
     }
 
-    /// The copies of the last `resume` are made.
-    fn copies_done(&self, py: Python<'_>, cache: &Bound<'_, Cache>) -> PyResult<()> {
+    /// Claims of a batch, in order: (tokens, scope, epoch, retention, fewest new tokens or None). `promised`: a claim is
+    /// kept only with its need, and all before it; None for those that are not.
+    #[allow(clippy::type_complexity)]
+    fn claim(
+        &self,
+        py: Python<'_>,
+        requests: Vec<(
+            PyBuffer<i32>,
+            PyBackedBytes,
+            Option<u64>,
+            Option<Ranges>,
+            Option<u64>,
+        )>,
+        promised: bool,
+    ) -> PyResult<Vec<Option<Cache>>> {
+        let mut tokens = Vec::with_capacity(requests.len());
+        let mut timed = self.core.is_timed();
+        for (given, ..) in &requests {
+            tokens.push(int32s(py, given)?);
+        }
+        let mut claims = Vec::with_capacity(requests.len());
+        for ((_, scope, epoch, ranges, least), tokens) in requests.iter().zip(&tokens) {
+            let retention = ranges.clone().map(retention);
+            timed |= retention.as_ref().is_some_and(RetentionSpec::is_timed);
+            claims.push(Claim {
+                tokens,
+                scope,
+                epoch: *epoch,
+                retention,
+                least: *least,
+            });
+        }
+        if timed {
+            self.read_clock(py)?;
+        }
+        let caches = outcome(py, self.core.claim_all(claims, promised))?;
+        Ok(caches.into_iter().map(|cache| cache.map(Cache::new)).collect())
+    }
+
+    /// Room for (cache, tokens behind its history, most tokens in all) in order -> (per cache: whether it has it, None if
+    /// it was claimed by the batch and is closed now; copies to make). `stop`: at the first one without room.
+    fn provide(
+        &self,
+        py: Python<'_>,
+        caches: Vec<(Py<Cache>, u64, u64)>,
+        stop: bool,
+    ) -> PyResult<(Vec<Option<bool>>, Copies)> {
         let core = self.core(py)?;
-        with(py, cache, |cache| {
-            core.copies_done(cache);
-            Ok(())
-        })
+        let (mut provided, mut copies) = (Vec::with_capacity(caches.len()), Vec::new());
+        for (cache, tokens, most) in &caches {
+            let result = with(py, cache.bind(py), |cache| {
+                let capacity = core.info(cache)?.history.saturating_add(*tokens).min(*most);
+                let done = core.provide(cache, capacity, &mut copies)?;
+                if !done && core.is_in_work(cache) {
+                    core.close(cache)?;
+                    return Ok(None);
+                }
+                Ok(Some(done))
+            });
+            match result {
+                Ok(done) => provided.push(done),
+                Err(error) => {
+                    for ((cache, ..), done) in caches.iter().zip(provided) {
+                        if done == Some(true) {
+                            with(py, cache.bind(py), |cache| {
+                                core.copies_failed(cache);
+                                Ok(())
+                            })?;
+                        }
+                    }
+                    return Err(error);
+                }
+            }
+            if stop && provided.last() != Some(&Some(true)) {
+                break;
+            }
+        }
+        Ok((provided, copies.iter().map(|c| (c.pool, c.src, c.dst)).collect()))
     }
 
-    /// The copies of the last `resume` could not be made: the cache is as it was before it.
-    fn copies_failed(&self, py: Python<'_>, cache: &Bound<'_, Cache>) -> PyResult<()> {
-        with(py, cache, |cache| {
-            self.core.copies_failed(cache);
-            Ok(())
-        })
+    /// The copies of the last `resume` or `provide` are made.
+    fn copies_done(&self, py: Python<'_>, caches: Vec<Py<Cache>>) -> PyResult<()> {
+        let core = self.core(py)?;
+        for cache in &caches {
+            with(py, cache.bind(py), |cache| {
+                core.copies_done(cache);
+                Ok(())
+            })?;
+        }
+        Ok(())
     }
 
-    fn suspend(&self, py: Python<'_>, cache: &Bound<'_, Cache>) -> PyResult<()> {
-        with(py, cache, |cache| self.core.suspend(cache))
+    /// The copies of the last `resume` or `provide` could not be made: the caches are as they were before it.
+    fn copies_failed(&self, py: Python<'_>, caches: Vec<Py<Cache>>) -> PyResult<()> {
+        for cache in caches.iter().rev() {
+            with(py, cache.bind(py), |cache| {
+                self.core.copies_failed(cache);
+                Ok(())
+            })?;
+        }
+        Ok(())
+    }
+
+    fn suspend(&self, py: Python<'_>, caches: Vec<Py<Cache>>) -> PyResult<()> {
+        for (cache, _) in &mut enter_all(py, &caches)? {
+            outcome(py, self.core.suspend(cache))?;
+        }
+        Ok(())
     }
 
     #[pyo3(signature = (cache, capacity, history_length=None))]
@@ -254,10 +354,17 @@ impl Core {
         with(py, cache, |cache| core.commit(cache, &tokens))
     }
 
-    /// -> whether its id is free again (not so while a step is in flight)
-    fn close(&self, py: Python<'_>, cache: &Bound<'_, Cache>) -> PyResult<bool> {
+    /// -> per cache: whether its id is free again (not so while a step is in flight, nor if it was closed before)
+    fn close(&self, py: Python<'_>, caches: Vec<Py<Cache>>) -> PyResult<Vec<bool>> {
         let core = self.core(py)?;
-        with(py, cache, |cache| core.close(cache))
+        let mut entered = enter_all(py, &caches)?;
+        let mut free = HashSet::new();
+        for ((cache, _), (this, _)) in entered.iter_mut().zip(distinct(&caches)) {
+            if outcome(py, core.close(cache))? {
+                free.insert(std::ptr::from_ref(this));
+            }
+        }
+        Ok(listed(&caches, &free))
     }
 
     /// -> (state, reused, capacity, history_length, committed)
@@ -382,10 +489,7 @@ impl Core {
                 released.insert(std::ptr::from_ref(this));
             }
         }
-        Ok(caches
-            .iter()
-            .map(|cache| released.contains(&std::ptr::from_ref(cache.get())))
-            .collect())
+        Ok(listed(&caches, &released))
     }
 
     /// -> leaves that left the device

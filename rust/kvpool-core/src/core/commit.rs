@@ -177,6 +177,7 @@ impl Core {
             };
             let theirs = self.tree.page(pool, index).slot();
             if windowed {
+                self.tree.freshen(pool, index);
                 self.tree.pages[pool].holders[index].add(cache.holder() as u64);
             }
             if theirs != own {

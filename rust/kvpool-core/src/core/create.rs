@@ -167,6 +167,20 @@ impl Core {
         epoch: Option<u64>,
         retention: Option<RetentionSpec>,
     ) -> Result<Cache> {
+        let mut cache = self.claim(tokens, scope, epoch, retention, false)?;
+        self.settle(&mut cache);
+        Ok(cache)
+    }
+
+    /// As `create`, but nothing of it lasts until [`Core::settle`].
+    pub(super) fn claim(
+        &self,
+        tokens: &[i32],
+        scope: &[u8],
+        epoch: Option<u64>,
+        retention: Option<RetentionSpec>,
+        in_work: bool,
+    ) -> Result<Cache> {
         let epoch = self.scope_epoch(epoch)?;
         if let Some(most) = self.config.max_seq_len {
             if tokens.len() as u64 > most {
@@ -181,19 +195,40 @@ impl Core {
         }
         let root = self.root(scope, epoch);
         let mut cache = Cache::new(self, root, tokens, retention);
+        cache.in_work = in_work;
         if epoch < self.epoch() {
             cache.detached = true;
         } else {
             with_scratch(|scratch| self.claim_match(scratch, &mut cache, tokens));
         }
-        let t = self.t();
         let counters = &self.counters;
         counters.requests.add(1);
         counters.prompt_tokens.add(tokens.len() as u64);
         counters.reused_tokens.add(cache.reused);
-        counters.prompt_blocks.add((tokens.len() as u64).div_ceil(t));
+        counters
+            .prompt_blocks
+            .add((tokens.len() as u64).div_ceil(self.t()));
         counters.reused_blocks.add(cache.nodes.len() as u64);
         Ok(cache)
+    }
+
+    /// The claim holds: retention is applied, pages that had gone stale are live again.
+    pub(super) fn settle(&self, cache: &mut Cache) {
+        let source = (!cache.source.is_nil()).then_some(cache.source);
+        for pool in (0..self.pools.len()).filter(|&pool| self.tree.windowed[pool]) {
+            let live = cache.nodes.iter().zip(&cache.tables[pool]);
+            let live = live.filter(|(_, &slot)| slot != 0).map(|(node, _)| node);
+            for node in live.chain(&source) {
+                self.tree.freshen(pool, node.index());
+            }
+        }
+        if cache.retention.is_some() {
+            for (i, node) in cache.nodes.iter().enumerate() {
+                self.raise_retain(node.index(), cache.retain(i as u64 * self.t()));
+            }
+        }
+        cache.in_work = false;
+        cache.undo = None;
     }
 
     fn claim_match(&self, scratch: &mut Scratch, cache: &mut Cache, tokens: &[i32]) {
@@ -233,13 +268,10 @@ impl Core {
         }
         cache.tail.extend_from_slice(&tokens[blocks * t..m as usize]);
         (cache.reused, cache.committed, cache.history, cache.capacity) = (m, m, m, m);
-        if cache.retention.is_some() {
-            for (i, node) in cache.nodes.iter().enumerate() {
-                self.raise_retain(node.index(), cache.retain((i * t) as u64));
-            }
-        }
         if let Some(deepest) = cache.nodes.last() {
-            self.tree.nodes[deepest.index()].holders.add(Holder::Held as u64);
+            self.tree.nodes[deepest.index()]
+                .holders
+                .add(cache.holder() as u64);
         }
     }
 
@@ -259,7 +291,7 @@ impl Core {
             cache.source = found.source;
             self.tree.nodes[found.source.index()]
                 .holders
-                .add(Holder::Held as u64);
+                .add(cache.holder() as u64);
         }
         for pool in 0..self.pools.len() {
             let (s, e) = self.config.pools[pool].stale(found.tokens, self.t());
@@ -268,7 +300,7 @@ impl Core {
             for i in 0..cache.nodes.len() {
                 let index = cache.nodes[i].index();
                 let live = i < s || i >= e;
-                if live && windowed && !self.hold_page(pool, index) {
+                if live && windowed && !self.hold_page(cache.holder(), pool, index) {
                     self.unhold(cache);
                     return false;
                 }
@@ -280,7 +312,7 @@ impl Core {
                 cache.tables[pool].push(slot);
             }
             if !found.source.is_nil() && windowed {
-                if !self.hold_page(pool, found.source.index()) {
+                if !self.hold_page(cache.holder(), pool, found.source.index()) {
                     self.unhold(cache);
                     return false;
                 }
@@ -290,8 +322,8 @@ impl Core {
         true
     }
 
-    /// Claims a page for a SUSPENDED cache.
-    pub(super) fn hold_page(&self, pool: usize, index: usize) -> bool {
+    /// Claims a page.
+    pub(super) fn hold_page(&self, holder: Holder, pool: usize, index: usize) -> bool {
         let mut paid = false;
         let claimed = loop {
             match self.tree.claim_page(pool, index, paid) {
@@ -304,7 +336,7 @@ impl Core {
         }
         let held = matches!(claimed, Claimed::First | Claimed::Joined);
         if held {
-            self.tree.pages[pool].holders[index].add(Holder::Held as u64);
+            self.tree.pages[pool].holders[index].add(holder as u64);
         }
         held
     }
@@ -312,10 +344,10 @@ impl Core {
     /// Undoes a claim that could not be completed; no use is recorded.
     fn unhold(&self, cache: &mut Cache) {
         for pool in 0..self.pools.len() {
-            for (i, slot) in cache.tables[pool].drain(..).enumerate() {
+            for (i, slot) in std::mem::take(&mut cache.tables[pool]).into_iter().enumerate() {
                 if slot != 0 && self.tree.windowed[pool] {
                     let idle =
-                        self.release_page(Holder::Held, pool, cache.nodes[i].index(), Stamp::NONE, false);
+                        self.release_page(cache.holder(), pool, cache.nodes[i].index(), Stamp::NONE, false);
                     self.pools[pool].unreserve(u32::from(idle));
                 }
             }

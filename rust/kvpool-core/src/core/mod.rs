@@ -7,12 +7,15 @@
 //! - per pool: `available + promised + claimed + private == slots`
 //! - per pool: `free + active + held + cached + fenced == slots`
 
+mod batch;
 mod commit;
 mod create;
 #[cfg(all(test, kvpool_loom))]
 mod models;
 mod provide;
 mod release;
+
+pub use batch::Claim;
 
 use crate::cache::Cache;
 use crate::error::{CoreError, Result};

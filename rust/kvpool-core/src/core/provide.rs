@@ -2,10 +2,9 @@
 
 use super::create::with_scratch;
 use super::{CacheInfo, Core};
-use crate::cache::Cache;
+use crate::cache::{Cache, Undo};
 use crate::error::{CoreError, Result};
 use crate::pool::Owner;
-use crate::tree::Holder;
 use crate::types::{CacheState, PageCopy};
 use crate::words::Stamp;
 
@@ -65,74 +64,116 @@ impl Core {
         if cache.state == CacheState::Active {
             return Ok(true);
         }
-        if !cache.source.is_nil() && !cache.copying && !self.provide_copy(cache, copies) {
-            copies.clear();
+        let mut resumed = self.provide(cache, cache.capacity, copies)?;
+        if !resumed {
             self.shorten(cache);
+            resumed = self.provide(cache, cache.capacity, copies)?;
         }
+        if copies.is_empty() {
+            self.copies_done(cache); // nothing to wait for
+        }
+        Ok(resumed)
+    }
+
+    /// ACTIVE, with at least `capacity` tokens of storage; or `false`, and the cache is as it was.
+    ///
+    /// Copies are appended; the caller makes them and reports by [`Core::copies_done`] or [`Core::copies_failed`].
+    pub fn provide(&self, cache: &mut Cache, capacity: u64, copies: &mut Vec<PageCopy>) -> Result<bool> {
+        self.open(cache)?;
+        let capacity = capacity.max(cache.capacity);
+        self.check_capacity(cache, capacity, cache.history)?;
+        let new = capacity.div_ceil(self.t()) as usize;
+        if !self.reserve_need(cache, cache.history, new) {
+            return Ok(false);
+        }
+        cache.undo = Some(Undo {
+            state: cache.state,
+            capacity: cache.capacity,
+            blocks: cache.tables[0].len(),
+            copying: cache.copying,
+        });
+        let made = copies.len();
+        let copied = self.take_copy(cache, copies);
+        let old = cache.tables[0].len();
+        if !copied || !(0..self.pools.len()).all(|pool| self.grow(cache, pool, old, new)) {
+            copies.truncate(made);
+            self.copies_failed(cache);
+            return Ok(false);
+        }
+        self.empty_purse(cache);
+        cache.capacity = capacity;
         self.set_holder(cache, CacheState::Active);
         Ok(true)
     }
 
-    /// One slot in every pool for the partial block. `false`: nothing was taken.
-    fn provide_copy(&self, cache: &mut Cache, copies: &mut Vec<PageCopy>) -> bool {
-        for pool in 0..self.pools.len() {
-            if !self.pools[pool].reserve(1) {
-                self.pools[..pool].iter().for_each(|pool| pool.unreserve(1));
-                return false;
-            }
+    /// A slot in every pool for the partial block, out of the purse. `false`: one could not be found.
+    fn take_copy(&self, cache: &mut Cache, copies: &mut Vec<PageCopy>) -> bool {
+        if cache.source.is_nil() || cache.copying {
+            return true;
         }
         for pool in 0..self.pools.len() {
             let Some(dst) = self.take_slot(pool) else {
-                self.give_copy(cache);
-                self.pools[pool..].iter().for_each(|pool| pool.unreserve(1));
                 return false;
             };
-            let src = self.tree.page(pool, cache.source.index()).slot();
+            cache.purse[pool] -= 1;
             copies.push(PageCopy {
                 pool: pool as u32,
-                src,
+                src: self.tree.page(pool, cache.source.index()).slot(),
                 dst,
             });
             cache.tables[pool].push(dst);
+            self.pools[pool].set_owner(dst, cache.private_owner());
             self.pools[pool].note_peak();
         }
         cache.copying = true;
         true
     }
 
-    /// Gives the slots of the partial block back.
-    fn give_copy(&self, cache: &mut Cache) {
-        for (pool, table) in self.pools.iter().zip(&mut cache.tables) {
-            if table.len() > cache.nodes.len() {
-                if let Some(slot) = table.pop() {
-                    pool.give(slot);
-                    pool.unreserve(1);
-                }
-            }
-        }
-    }
-
-    /// The copies of the last [`Core::resume`] are made (or ordered): their source is released.
+    /// The copies of the last `resume` or `provide` are made (or ordered): their source is released, the claim holds.
     pub fn copies_done(&self, cache: &mut Cache) {
-        if cache.core == self.id && cache.copying {
+        if cache.core != self.id {
+            return;
+        }
+        cache.undo = None;
+        if cache.in_work && cache.state == CacheState::Active {
+            self.settle(cache);
+        }
+        if cache.copying {
             let stamp = self.tick();
             self.release_source(cache, stamp);
         }
     }
 
-    /// The copies of the last [`Core::resume`] could not be made: the cache is as it was before.
+    /// The copies of the last `resume` or `provide` could not be made: the cache is as it was before.
     pub fn copies_failed(&self, cache: &mut Cache) {
-        if cache.core == self.id && cache.copying {
-            cache.copying = false;
-            self.give_copy(cache);
-            self.set_holder(cache, CacheState::Suspended);
+        if cache.core != self.id {
+            return;
         }
+        let Some(undo) = cache.undo.take() else {
+            return;
+        };
+        for pool in 0..self.pools.len() {
+            while cache.tables[pool].len() > undo.blocks {
+                let slot = cache.tables[pool].pop().unwrap_or(0);
+                if slot != 0 {
+                    self.pools[pool].give(slot);
+                    cache.purse[pool] += 1;
+                }
+            }
+            let promised = std::mem::take(&mut cache.promise_before[pool]).min(cache.purse[pool]);
+            cache.promise[pool] = promised;
+            cache.purse[pool] -= promised;
+        }
+        cache.capacity = undo.capacity;
+        cache.copying = undo.copying;
+        self.set_holder(cache, undo.state);
+        self.empty_purse(cache);
     }
 
     /// No slot for the partial block: the match ends at the longest whole block that still serves.
-    fn shorten(&self, cache: &mut Cache) {
+    pub(super) fn shorten(&self, cache: &mut Cache) {
         let t = self.t();
-        let stamp = self.tick();
+        let stamp = if cache.in_work { Stamp::NONE } else { self.tick() };
         let blocks = cache.nodes.len();
         let keep = with_scratch(|scratch| {
             scratch.path.clear();
@@ -155,7 +196,7 @@ impl Core {
                 let live = i < keep && (i < s || i >= e);
                 let slot = cache.tables[pool][i];
                 if slot != 0 && !live && self.tree.windowed[pool] {
-                    let idle = self.release_page(Holder::Held, pool, cache.nodes[i].index(), stamp, false);
+                    let idle = self.release_page(cache.holder(), pool, cache.nodes[i].index(), stamp, false);
                     self.pools[pool].unreserve(u32::from(idle));
                 }
                 if !live {
@@ -182,8 +223,11 @@ impl Core {
             for i in (0..keep).filter(|&i| i < s || i >= e) {
                 let index = cache.nodes[i].index();
                 if cache.tables[pool][i] == 0 {
-                    if self.tree.windowed[pool] && !self.hold_page(pool, index) {
+                    if self.tree.windowed[pool] && !self.hold_page(cache.holder(), pool, index) {
                         return false; // what is held in vain is released with the rest by `shorten`
+                    }
+                    if self.tree.windowed[pool] && !cache.in_work {
+                        self.tree.freshen(pool, index);
                     }
                     cache.tables[pool][i] = self.tree.page(pool, index).slot();
                 }
@@ -199,13 +243,15 @@ impl Core {
             return;
         }
         let deepest = cache.nodes[blocks - 1];
-        self.tree.nodes[deepest.index()].holders.sub(Holder::Held as u64);
+        self.tree.nodes[deepest.index()]
+            .holders
+            .sub(cache.holder() as u64);
         cache.key = cache.root.key();
         if keep > 0 {
             let node = cache.nodes[keep - 1];
             self.tree.claim(node, false); // it is claimed through its descendant
             let n = &self.tree.nodes[node.index()];
-            n.holders.add(Holder::Held as u64);
+            n.holders.add(cache.holder() as u64);
             cache.key = n.key.get();
         }
         self.release_path(deepest, stamp, 0);
@@ -228,17 +274,11 @@ impl Core {
     pub fn resize(&self, cache: &mut Cache, capacity: u64, history: Option<u64>) -> Result<bool> {
         self.active(cache, "resize")?;
         let history = history.unwrap_or(cache.history);
-        let most = self.config.max_seq_len.unwrap_or(u64::from(u32::MAX));
-        if history < cache.history || history > capacity || capacity > most {
-            return Err(CoreError::Value(format!(
-                "resize(capacity={capacity}, history_length={history}): needs {} <= history_length <= capacity <= {most}",
-                cache.history
-            )));
-        }
+        self.check_capacity(cache, capacity, history)?;
         let t = self.t();
         let old = cache.capacity.div_ceil(t) as usize;
         let new = capacity.div_ceil(t) as usize;
-        if !self.reserve_growth(cache, history, old, new) {
+        if !self.reserve_need(cache, history, new) {
             return Ok(false);
         }
         if history > cache.history {
@@ -271,28 +311,54 @@ impl Core {
         Ok(grown)
     }
 
-    /// Takes the whole need off `available`, in all pools or none, less what staleness will give back.
-    fn reserve_growth(&self, cache: &mut Cache, history: u64, old: usize, new: usize) -> bool {
-        for pool in 0..self.pools.len() {
-            let (s, e) = self.config.pools[pool].stale(history, self.t());
-            let mut back = 0u32;
-            for i in cache.stale_end[pool].max(self.sinks(pool))..e.min(old) {
-                if cache.tables[pool][i] == 0 {
-                    continue;
-                }
-                back += match cache.nodes.get(i) {
-                    Some(node) => u32::from(self.tree.page(pool, node.index()).claims() == 1),
-                    None => u32::from(cache.in_flight == 0),
-                };
+    fn check_capacity(&self, cache: &Cache, capacity: u64, history: u64) -> Result<()> {
+        let most = self.config.max_seq_len.unwrap_or(u64::from(u32::MAX));
+        if history < cache.history || history > capacity || capacity > most {
+            return Err(CoreError::Value(format!(
+                "resize(capacity={capacity}, history_length={history}): needs {} <= history_length <= capacity <= {most}",
+                cache.history
+            )));
+        }
+        Ok(())
+    }
+
+    /// Slots of a pool for the partial copy and for blocks up to `new`, less what staleness at `history` will give back.
+    pub(super) fn need(&self, cache: &Cache, pool: usize, history: u64, new: usize) -> u32 {
+        let copy = usize::from(!cache.source.is_nil() && !cache.copying);
+        let old = cache.tables[pool].len() + copy;
+        let (s, e) = self.config.pools[pool].stale(history, self.t());
+        let mut back = 0u32;
+        for i in cache.stale_end[pool].max(self.sinks(pool))..e.min(cache.tables[pool].len()) {
+            if cache.tables[pool][i] == 0 {
+                continue;
             }
-            // Blocks [old, new) that are not in [s, e).
-            let stale = e.min(new).saturating_sub(s.max(old));
-            let need = (new.saturating_sub(old).saturating_sub(stale) as u32).saturating_sub(back);
-            if !self.pools[pool].reserve(need) {
+            back += match cache.nodes.get(i) {
+                Some(node) => u32::from(self.tree.page(pool, node.index()).claims() == 1),
+                None => u32::from(cache.in_flight == 0),
+            };
+        }
+        // Blocks [old, new) that are not in [s, e).
+        let stale = e.min(new).saturating_sub(s.max(old));
+        let grown = new.saturating_sub(old).saturating_sub(stale);
+        ((copy + grown) as u32).saturating_sub(back)
+    }
+
+    /// Takes the whole need into the purse, in all pools or none: what was promised first, the rest off `available`.
+    pub(super) fn reserve_need(&self, cache: &mut Cache, history: u64, new: usize) -> bool {
+        for pool in 0..self.pools.len() {
+            let more = self
+                .need(cache, pool, history, new)
+                .saturating_sub(cache.promise[pool]);
+            if !self.pools[pool].reserve(more) {
                 self.empty_purse(cache);
                 return false;
             }
-            cache.purse[pool] = need;
+            cache.purse[pool] = more;
+        }
+        for pool in 0..self.pools.len() {
+            let promised = std::mem::take(&mut cache.promise[pool]);
+            cache.promise_before[pool] = promised;
+            cache.purse[pool] += promised;
         }
         true
     }

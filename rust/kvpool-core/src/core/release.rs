@@ -24,7 +24,7 @@ impl Core {
         pages.holders[index].sub(holder as u64);
         let page = self.tree.page(pool, index);
         let last = page.claims() == 1 && !page.is_stale();
-        if stale || (last && stamp != Stamp::NONE) {
+        if stamp != Stamp::NONE && (stale || last) {
             pages.used[index].set(stamp.count);
             if self.is_timed() {
                 pages.time[index].set(stamp.time);
@@ -122,7 +122,12 @@ impl Core {
             return Ok(false);
         }
         if cache.in_flight == 0 {
-            self.release_all(cache);
+            if cache.in_work {
+                self.discard(cache);
+            } else {
+                let stamp = self.tick();
+                self.release_all(cache, stamp);
+            }
             cache.state = CacheState::Closed;
             return Ok(true);
         }
@@ -130,9 +135,25 @@ impl Core {
         Ok(false)
     }
 
+    /// Gives a claim of a batch back as if it had never been: no use, no retention, no count.
+    fn discard(&self, cache: &mut Cache) {
+        self.copies_failed(cache);
+        for (units, promise) in cache.purse.iter_mut().zip(&mut cache.promise) {
+            *units += std::mem::take(promise);
+        }
+        let counters = &self.counters;
+        let prompt = cache.prompt.len() as u64;
+        counters.requests.sub(1);
+        counters.prompt_tokens.sub(prompt);
+        counters.reused_tokens.sub(cache.reused);
+        counters.prompt_blocks.sub(prompt.div_ceil(self.t()));
+        counters.reused_blocks.sub(cache.nodes.len() as u64);
+        cache.segment = 0;
+        self.release_all(cache, Stamp::NONE);
+    }
+
     /// Blocks go last to first, so that the prefix is the youngest; all get one stamp.
-    fn release_all(&self, cache: &mut Cache) {
-        let stamp = self.tick();
+    fn release_all(&self, cache: &mut Cache, stamp: Stamp) {
         self.release_source(cache, stamp);
         let nodes = std::mem::take(&mut cache.nodes);
         for pool in 0..self.pools.len() {
@@ -202,7 +223,8 @@ impl Core {
         }
         let closed = cache.state == CacheState::Closed;
         if closed {
-            self.release_all(cache);
+            let stamp = self.tick();
+            self.release_all(cache, stamp);
         } else {
             self.drop_fence(cache);
             self.empty_purse(cache);

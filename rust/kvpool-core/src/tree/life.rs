@@ -267,7 +267,17 @@ impl Tree {
         // Relaxed: nobody else sees the node
     }
 
-    /// One claim more on the page of a claimed node in a windowed pool, as live.
+    /// A claim on the page holds: it is not stale any more.
+    pub fn freshen(&self, pool: usize, index: usize) {
+        loop {
+            let now = self.page(pool, index);
+            if !now.is_stale() || self.change_page(pool, index, now, now.fresh()) {
+                return;
+            }
+        }
+    }
+
+    /// One claim more on the page of a claimed node in a windowed pool.
     pub fn claim_page(&self, pool: usize, index: usize, paid: bool) -> Claimed {
         loop {
             let now = self.page(pool, index);

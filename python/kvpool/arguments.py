@@ -1,0 +1,97 @@
+"""Public arguments in the core's form. Errors name the field, the value and the remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, SupportsIndex
+
+import numpy as np
+import numpy.typing as npt
+
+from kvpool.config import Retention, Scope
+from kvpool.errors import ConfigError
+
+Int32Array = npt.NDArray[np.int32]
+ByteArray = npt.NDArray[np.uint8]
+Tokens = Sequence[int] | Int32Array
+
+_TOKEN_END = 2**31
+
+
+def token_array(tokens: Tokens, name: str = "tokens") -> Int32Array:
+    """Token ids as a C-contiguous int32 array; ValueError names what is wrong."""
+    if isinstance(tokens, np.ndarray):
+        if tokens.dtype != np.int32:
+            raise ValueError(f"{name}: dtype {tokens.dtype} is not int32: use {name}.astype(numpy.int32)")
+        array = tokens
+    else:
+        try:
+            given = list(tokens) if not isinstance(tokens, str | bytes | bytearray) else None
+        except TypeError:
+            given = None
+        if given is None:
+            raise ValueError(f"{name}: {tokens!r} is neither a list of ints nor an int32 array")
+        if not given:
+            return np.empty(0, np.int32)
+        try:
+            wide = np.array(given)
+        except (ValueError, OverflowError) as error:
+            raise ValueError(f"{name}: not a list of ints: {error}") from None
+        if wide.dtype.kind not in "iu" or any(isinstance(token, bool) for token in given):
+            raise ValueError(f"{name}: must be ints 0..2**31-1, got {wide.dtype} from {given[:4]!r}...")
+        if wide.ndim == 1 and (int(wide.min()) < 0 or int(wide.max()) >= _TOKEN_END):
+            bad = next(token for token in given if not 0 <= token < _TOKEN_END)
+            raise ValueError(f"{name}: {bad} is not in 0..2**31-1")
+        array = wide.astype(np.int32)
+    if array.ndim != 1:
+        raise ValueError(f"{name}: shape {array.shape} is not one-dimensional")
+    return np.ascontiguousarray(array)
+
+
+def count(value: SupportsIndex, name: str) -> int:
+    """A non-negative int; ValueError names the field and its value."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise ValueError(f"{name}: {value!r} is not an int")
+    number = value.__index__()
+    if not 0 <= number < 2**63:
+        raise ValueError(f"{name}: {number} is not in 0..2**63-1")
+    return number
+
+
+def scope_key(scope: Scope | None) -> tuple[bytes, int | None]:
+    """The core's key of a scope: equal only for equal ids of equal type."""
+    if scope is None:
+        return b"(None, None)", None
+    if not isinstance(scope, Scope):
+        raise ValueError(f"scope: {scope!r} is not a kvpool.Scope")
+    return ascii((scope.lora_id, scope.salt)).encode("ascii"), scope.epoch
+
+
+RetentionSpec = tuple[list[tuple[int, int | None, int, float | None]], int, float | None]
+
+
+def retention_spec(retention: Retention | None) -> RetentionSpec | None:
+    """Retention in the core's form."""
+    if retention is None:
+        return None
+    if not isinstance(retention, Retention):
+        raise ValueError(f"retention: {retention!r} is not a kvpool.Retention")
+    ranges = [(r.start, r.end, r.priority, r.duration_s) for r in retention.ranges]
+    return ranges, retention.decode_priority, retention.decode_duration_s
+
+
+def as_pages(buffer: Any, pool: str, shape: tuple[int, int]) -> ByteArray:
+    """The engine's memory as (num_slots + 1, page_bytes) bytes, without a copy."""
+    try:
+        array = buffer if isinstance(buffer, np.ndarray) else np.from_dlpack(buffer)
+    except (AttributeError, TypeError, RuntimeError, BufferError) as error:
+        raise ConfigError(f"buffers[{pool!r}]: not an array in CPU memory: {error}") from None
+    if not array.flags.c_contiguous or not array.flags.writeable:
+        raise ConfigError(f"buffers[{pool!r}]: must be writable and C-contiguous")
+    if array.nbytes != shape[0] * shape[1]:
+        raise ConfigError(
+            f"buffers[{pool!r}]: {array.nbytes} bytes, but {shape[0]} pages (num_slots + 1) of "
+            f"{shape[1]} bytes need {shape[0] * shape[1]}"
+        )
+    pages: ByteArray = array.reshape(-1).view(np.uint8).reshape(shape)
+    return pages

@@ -1,0 +1,294 @@
+"""The manager's calls by batch: claim everything, then provide.
+
+All claims of a batch are taken before any slot, so nothing that one request needs can evict what another one was
+promised. Each call is one call into the core, whatever the number of requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from kvpool._core import Cache, Core
+from kvpool.arguments import ByteArray, Int32Array, Tokens, count, retention_spec, scope_key, token_array
+from kvpool.cache import CacheState, KVCache
+from kvpool.config import CacheConfig, Retention, Scope
+from kvpool.errors import ConfigError, LogicError
+
+if TYPE_CHECKING:
+    from kvpool.manager import KVCacheManager
+
+_NO_LIMIT = 2**63 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class AddRequest:
+    """One entry of `KVCacheManager.add_batch`: what `create` takes."""
+
+    request_id: int | str
+    tokens: Tokens
+    scope: Scope | None = None
+    retention: Retention | None = None
+
+
+class Batches:
+    """Part of `KVCacheManager`: several caches at once.
+
+    "Request" is any object with `request_id` and `tokens`; of it are read `output_tokens` (they follow `tokens`),
+    `lora_id`, `scope`, `retention`, `draft_tokens` and `max_new_tokens` where it has them. The order of a list is the
+    order of precedence. An exception leaves all caches as they were.
+    """
+
+    config: CacheConfig
+    _core: Core
+    _caches: dict[int | str, KVCache]
+    _pages: dict[str, ByteArray]
+    _closed: bool
+
+    def _open(self) -> None:
+        if self._closed:
+            raise LogicError("the manager is closed")
+
+    # -- the books of requests ------------------------------------------------------------------
+
+    def _check_new(self, request_ids: Sequence[int | str]) -> None:
+        """All are ids, different from each other, and without a cache."""
+        for request_id in request_ids:
+            if isinstance(request_id, bool) or not isinstance(request_id, int | str):
+                raise ValueError(f"request_id: {request_id!r} is neither int nor str")
+            if request_id in self._caches:
+                raise LogicError(f"request_id: {request_id!r} has a cache already; close it first")
+        _check_different(request_ids)
+
+    def _enter(self, request_ids: Sequence[int | str], handles: Sequence[Cache | None]) -> list[KVCache | None]:
+        """Caches for the handles, under their ids."""
+        manager = cast("KVCacheManager", self)
+        caches = [
+            None if handle is None else KVCache(manager, request_id, handle)
+            for request_id, handle in zip(request_ids, handles, strict=True)
+        ]
+        for at, cache in enumerate(caches):
+            if cache is not None and self._caches.setdefault(cache.request_id, cache) is not cache:
+                for own in caches[:at]:  # another thread was faster
+                    if own is not None:
+                        self._forget(own)
+                self._core.close([handle for handle in handles if handle is not None])
+                raise LogicError(f"request_id: {cache.request_id!r} has a cache already; close it first")
+        return caches
+
+    def _forget(self, cache: KVCache) -> None:
+        if self._caches.get(cache.request_id) is cache:
+            del self._caches[cache.request_id]
+
+    def _close(self, caches: Sequence[KVCache]) -> None:
+        for cache in caches:
+            cache._mark_closed()
+        try:
+            released = self._core.close([cache._handle for cache in caches])
+        except BaseException:
+            for cache in caches:
+                cache._mark_open()
+            raise
+        for cache, free in zip(caches, released, strict=True):
+            if free:
+                self._forget(cache)
+
+    def _cache_of(self, request: Any) -> KVCache:
+        request_id = request.request_id
+        cache = self._caches.get(request_id)
+        if cache is None or cache._state is CacheState.CLOSED:
+            raise LogicError(f"request_id: {request_id!r} has no cache; claim_contexts makes one")
+        return cache
+
+    def _found(self, requests: Iterable[Any]) -> list[KVCache]:
+        """The open caches of those requests that have one, each once."""
+        found = [self._caches.get(request.request_id) for request in requests]
+        return list(dict.fromkeys(cache for cache in found if cache is not None and cache._state is None))
+
+    # -- copies ---------------------------------------------------------------------------------
+
+    def _copy(self, copies: Sequence[tuple[int, int, int]]) -> None:
+        if self._pages:
+            for pool, source, destination in copies:
+                pages = self._pages[self.config.pools[pool].name]
+                pages[destination] = pages[source]
+
+    def _make(self, handles: list[Cache], copies: Sequence[tuple[int, int, int]]) -> None:
+        """The copies for these caches; if they fail the caches are as before."""
+        try:
+            self._copy(copies)
+        except BaseException:
+            self._core.copies_failed(handles)
+            raise
+        self._core.copies_done(handles)
+
+    def _provide(self, caches: Sequence[tuple[KVCache, int, int]], stop: bool = False) -> list[bool]:
+        """Room for (cache, tokens behind its history, most tokens in all), and the copies."""
+        entries = [(cache._handle, tokens, most) for cache, tokens, most in caches]
+        provided, copies = self._core.provide(entries, stop)
+        for (cache, _, _), done in zip(caches, provided, strict=False):
+            if done is None:  # closed by the core: it was only claimed
+                cache._mark_lost_claim()
+                self._forget(cache)
+        self._make([handle for (handle, _, _), done in zip(entries, provided, strict=False) if done], copies)
+        return [done is True for done in provided]
+
+    # -- caches ---------------------------------------------------------------------------------
+
+    def add_batch(self, requests: Iterable[AddRequest]) -> list[KVCache | None]:
+        """Caches ready to run: ACTIVE, capacity = all tokens. None where memory did not suffice.
+
+        All matches are claimed first, then slots are given in order; a claim that finds no room is released before the
+        next one is served. Two equal prompts that nobody has cached share nothing until their commits.
+        """
+        self._open()
+        given = _listed(requests, "requests")
+        for request in given:
+            if not isinstance(request, AddRequest):
+                raise ValueError(f"requests: {request!r} is not a kvpool.AddRequest")
+        ids = [request.request_id for request in given]
+        self._check_new(ids)
+        claims = [(token_array(r.tokens), *scope_key(r.scope), retention_spec(r.retention), None) for r in given]
+        caches = self._enter(ids, self._core.claim(claims, False))
+        lengths = [len(tokens) for tokens, *_ in claims]
+        entries = [(cache, n, n) for cache, n in zip(caches, lengths, strict=True) if cache is not None]
+        try:
+            provided = self._provide(entries)
+        except BaseException:
+            self._close([cache for cache, _, _ in entries if cache._state is None])
+            raise
+        return [entry[0] if done else None for entry, done in zip(entries, provided, strict=True)]
+
+    # -- scheduling -----------------------------------------------------------------------------
+
+    def claim_contexts(self, requests: Iterable[tuple[Any, int | None]]) -> list[int | None]:
+        """Phase 1, (request, fewest new tokens worth a start; None: all): reused tokens; takes no slot.
+
+        A claim is kept only if it, its need and all kept before it fit together; else None, released at once. What is
+        kept makes a cache whose pages stay, and whose need is promised, until it is provided or freed. LogicError for
+        a request that has a cache.
+        """
+        self._open()
+        given = [(request, least) for request, least in _listed(requests, "requests")]
+        ids = [request.request_id for request, _ in given]
+        self._check_new(ids)
+        claims = [
+            (
+                _context(request),
+                *scope_key(_scope_of(request)),
+                retention_spec(getattr(request, "retention", None)),
+                None if least is None else count(least, "min_tokens"),
+            )
+            for request, least in given
+        ]
+        caches = self._enter(ids, self._core.claim(claims, True))
+        return [None if cache is None else cache.num_reused_tokens for cache in caches]
+
+    def provide_contexts(self, requests: Iterable[tuple[Any, int]]) -> list[bool]:
+        """Phase 2, (request, tokens): ACTIVE, capacity = max(capacity, history_length + tokens).
+
+        False: a first chunk's cache is closed, a later one's is left as it was. More than what was claimed is taken
+        only from what the claims behind it leave over.
+        """
+        self._open()
+        given = [(request, count(tokens, "num_tokens")) for request, tokens in _listed(requests, "requests")]
+        _check_different([request.request_id for request, _ in given])
+        return self._provide([(self._cache_of(request), tokens, _NO_LIMIT) for request, tokens in given])
+
+    def allocate_generation(self, requests: Iterable[Any]) -> int:
+        """How many from the front have room for their next token and drafts, resumed if need be.
+
+        capacity = max(capacity, min(history_length + 1 + draft_tokens, len(tokens) + max_new_tokens - 1)); repeating
+        adds nothing.
+        """
+        self._open()
+        given = _listed(requests, "requests")
+        _check_different([request.request_id for request in given])
+        entries = []
+        for request in given:
+            most = getattr(request, "max_new_tokens", None)
+            limit = _NO_LIMIT if most is None else len(request.tokens) + count(most, "max_new_tokens") - 1
+            drafts = count(getattr(request, "draft_tokens", 0), "draft_tokens")
+            entries.append((self._cache_of(request), 1 + drafts, max(0, limit)))
+        return sum(self._provide(entries, stop=True))
+
+    def suspend_requests(self, requests: Iterable[Any]) -> None:
+        """Suspend the caches of these requests, in order; one that has none is passed over."""
+        self._open()
+        self._core.suspend([cache._handle for cache in self._found(_listed(requests, "requests"))])
+
+    def free_requests(self, requests: Iterable[Any]) -> None:
+        """Close the caches of these requests, in order; one that has none is passed over."""
+        self._open()
+        self._close(self._found(_listed(requests, "requests")))
+
+    # -- the same for one request -----------------------------------------------------------------
+
+    def prepare_context(self, request: Any) -> bool:
+        """Claim the request's match and resume; one that has a cache is resumed. False: not enough room."""
+        self._open()
+        if found := self._found([request]):
+            return found[0].resume()
+        if self.claim_contexts([(request, 0)]) == [None]:
+            return False
+        return self.provide_contexts([(request, 0)]) == [True]
+
+    def resize_context(self, request: Any, num_tokens: int) -> bool:
+        """Room for `num_tokens` behind the history; as `provide_contexts`."""
+        return self.provide_contexts([(request, num_tokens)]) == [True]
+
+    def try_allocate_generation(self, request: Any) -> bool:
+        """As `allocate_generation`."""
+        return self.allocate_generation([request]) == 1
+
+    def suspend_request(self, request: Any) -> bool:
+        """Suspend the request's cache. False: it has none."""
+        found = bool(self._found([request]))
+        self.suspend_requests([request])
+        return found
+
+    def free_request(self, request: Any) -> bool:
+        """Close the request's cache. False: it has none."""
+        found = bool(self._found([request]))
+        self.free_requests([request])
+        return found
+
+    def is_request_active(self, request_id: int | str) -> bool:
+        """Whether the request has a cache that is ACTIVE."""
+        cache = self._caches.get(request_id)
+        return cache is not None and cache.state is CacheState.ACTIVE
+
+
+def _listed(items: Iterable[Any], name: str) -> list[Any]:
+    if not isinstance(items, Iterable) or isinstance(items, str | bytes):
+        raise ValueError(f"{name}: {items!r} is not a list")
+    return list(items)
+
+
+def _check_different(request_ids: Sequence[Hashable]) -> None:
+    if len(set(request_ids)) < len(request_ids):
+        twice = next(one for one in request_ids if request_ids.count(one) > 1)
+        raise LogicError(f"request_id: {twice!r} is listed twice; list each request once")
+
+
+def _context(request: Any) -> Int32Array:
+    """The tokens of a request that attention has to know: its prompt and what it has generated."""
+    tokens = token_array(request.tokens)
+    generated = getattr(request, "output_tokens", ())
+    return np.concatenate([tokens, token_array(generated, "output_tokens")]) if len(generated) else tokens
+
+
+def _scope_of(request: Any) -> Scope | None:
+    scope, lora_id = getattr(request, "scope", None), getattr(request, "lora_id", None)
+    if lora_id is None or not (scope is None or isinstance(scope, Scope)):
+        return scope
+    if scope is None:
+        return Scope(lora_id=lora_id)
+    if scope.lora_id not in (None, lora_id):
+        raise ConfigError(
+            f"scope.lora_id: {scope.lora_id!r} is not the request's lora_id = {lora_id!r}; give one of them"
+        )
+    return Scope(lora_id, scope.salt, scope.epoch)

@@ -1,0 +1,138 @@
+"""The cache of one request, as its engine sees it.
+
+create ──> SUSPENDED ──resume──> ACTIVE ──resize/commit──> ACTIVE
+               ^ └──────suspend────┘ │
+               └── close ──> CLOSED <┘
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from kvpool import _core
+from kvpool.arguments import Int32Array, Tokens, count, token_array
+
+if TYPE_CHECKING:
+    from kvpool.manager import KVCacheManager
+
+
+class CacheState(StrEnum):
+    """Public state of a cache."""
+
+    SUSPENDED = "SUSPENDED"
+    ACTIVE = "ACTIVE"
+    CLOSED = "CLOSED"
+    LOST = "LOST"
+
+
+class KVCache:
+    """KVCache of one request; made by `KVCacheManager.create`. A context manager that closes.
+
+    One thread at a time: a second one in the same cache gets a `LogicError`. Raises `LogicError` where the state
+    forbids a call, ValueError for arguments out of range; both leave everything as it was.
+    """
+
+    __slots__ = ("__weakref__", "_handle", "_last", "_manager", "_state", "request_id")
+
+    request_id: int | str
+
+    def __init__(self, manager: KVCacheManager, request_id: int | str, handle: _core.Cache) -> None:
+        self._manager = manager
+        self._handle = handle
+        self._state: CacheState | None = None
+        self._last = (0, 0, 0, 0)
+        self.request_id = request_id
+
+    def _info(self) -> tuple[int, int, int, int]:
+        if self._state is CacheState.CLOSED:
+            return self._last
+        return self._manager._core.info(self._handle)[1:]
+
+    @property
+    def state(self) -> CacheState:
+        """SUSPENDED, ACTIVE or CLOSED."""
+        if self._state is CacheState.CLOSED:
+            return CacheState.CLOSED
+        return CacheState(self._manager._core.info(self._handle)[0])
+
+    @property
+    def num_reused_tokens(self) -> int:
+        """Prompt tokens found in the tree at creation (less after a resume without room for the partial block)."""
+        return self._info()[0]
+
+    @property
+    def capacity(self) -> int:
+        """Tokens with storage."""
+        return self._info()[1]
+
+    @property
+    def history_length(self) -> int:
+        """Tokens before the next step's input."""
+        return self._info()[2]
+
+    @property
+    def num_committed_tokens(self) -> int:
+        """Final tokens."""
+        return self._info()[3]
+
+    def resume(self) -> bool:
+        """All live pages on the device, the partial block copied; ACTIVE. True if it already was."""
+        resumed, copies = self._manager._core.resume(self._handle)
+        if copies:
+            self._manager._make([self._handle], copies)
+        return resumed
+
+    def suspend(self) -> None:
+        """Give up the place: SUSPENDED. On the device tier alone the pages stay."""
+        self._manager._core.suspend([self._handle])
+
+    def resize(self, capacity: int, history_length: int | None = None) -> bool:
+        """Set capacity and history (tokens) in all pools; False: not enough room, nothing changed."""
+        capacity = count(capacity, "capacity")
+        if history_length is not None:
+            history_length = count(history_length, "history_length")
+        return self._manager._core.resize(self._handle, capacity, history_length)
+
+    def commit(self, tokens: Tokens) -> bool:
+        """Declare the next tokens final; full blocks enter the tree. True if a block table entry changed.
+
+        Only tokens whose keys and values are written. ValueError past the capacity; LogicError for
+        prompt tokens other than those given at creation.
+        """
+        return self._manager._core.commit(self._handle, token_array(tokens))
+
+    def block_table(self, pool: str, fill: int = 0) -> Int32Array:
+        """Slots of this cache in `pool`: int32, ceil(capacity / tokens_per_block) entries, stale ones `fill`."""
+        out: Int32Array = self._manager.block_tables([self], pool, fill=fill)[0]
+        return out
+
+    def close(self) -> None:
+        """Give everything back; full committed blocks stay cached. Twice is a no-op."""
+        if self._state is CacheState.CLOSED:
+            return
+        self._manager._close([self])
+
+    def _mark_closed(self) -> None:
+        """Keep the last lengths: the core forgets them."""
+        self._last = self._info()
+        self._state = CacheState.CLOSED
+
+    def _mark_lost_claim(self) -> None:
+        """The core has closed it: it never ran."""
+        self._state = CacheState.CLOSED
+
+    def _mark_open(self) -> None:
+        self._state = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<kvpool cache of request {self.request_id!r}: {self.state.value}>"

@@ -1,0 +1,87 @@
+//! Batches: claim everything, then provide.
+//!
+//! ```text
+//!            claim_all                 provide                copies_done
+//!   (none) ───────────> claimed ─────────────────> provided ──────────────> ACTIVE
+//!     ^                 in_work     no room │        in_work │ copies_failed
+//!     └──────────── discard <───────────────┘                └──> claimed
+//! ```
+//!
+//! All claims of a batch are taken before any slot: what one request needs cannot evict what another one was
+//! promised. A claim in work leaves no trace: uses, retention and stale marks change when it is settled.
+
+use super::Core;
+use crate::cache::Cache;
+use crate::error::Result;
+use crate::types::RetentionSpec;
+
+/// One request of a batch.
+#[derive(Debug, Clone)]
+pub struct Claim<'a> {
+    /// Its tokens.
+    pub tokens: &'a [i32],
+    /// Under which reuse is allowed.
+    pub scope: &'a [u8],
+    /// The manager's if `None`.
+    pub epoch: Option<u64>,
+    /// Of its blocks.
+    pub retention: Option<RetentionSpec>,
+    /// Fewest new tokens to be provided; all of them if `None`.
+    pub least: Option<u64>,
+}
+
+impl Core {
+    /// Claims the longest match of each request, in order; takes no slot.
+    ///
+    /// `promised`: a claim is kept only if it, its need and all kept before it fit together; its need is promised to it
+    /// until it is provided or closed. Without, all claims are kept and nothing is promised. A partial block for whose
+    /// copy there is no room is given up here, never later. On an error nothing is claimed.
+    pub fn claim_all(&self, claims: Vec<Claim<'_>>, promised: bool) -> Result<Vec<Option<Cache>>> {
+        let mut caches: Vec<Option<Cache>> = Vec::with_capacity(claims.len());
+        for claim in claims {
+            let cache = self.claim(claim.tokens, claim.scope, claim.epoch, claim.retention, true);
+            match cache {
+                Ok(mut cache) => {
+                    let fits = self.fit(&mut cache, claim.least, promised) || !promised;
+                    if !fits {
+                        self.close(&mut cache)?;
+                    }
+                    caches.push(fits.then_some(cache));
+                }
+                Err(error) => {
+                    for mut cache in caches.into_iter().flatten() {
+                        self.close(&mut cache)?;
+                    }
+                    return Err(error);
+                }
+            }
+        }
+        Ok(caches)
+    }
+
+    /// Whether a batch claimed this cache and has not provided it yet.
+    pub fn is_in_work(&self, cache: &Cache) -> bool {
+        cache.in_work
+    }
+
+    /// Whether there is room for the need of a claim, if need be without its partial block; then promises it.
+    fn fit(&self, cache: &mut Cache, least: Option<u64>, promised: bool) -> bool {
+        loop {
+            let all = cache.prompt.len() as u64;
+            let capacity = least.map_or(all, |n| cache.history.saturating_add(n).min(all));
+            let blocks = capacity.max(cache.capacity).div_ceil(self.t()) as usize;
+            if self.reserve_need(cache, cache.history, blocks) {
+                if promised {
+                    cache.promise.swap_with_slice(&mut cache.purse);
+                } else {
+                    self.empty_purse(cache);
+                }
+                return true;
+            }
+            if cache.source.is_nil() {
+                return false;
+            }
+            self.shorten(cache);
+        }
+    }
+}
