@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 from typing import Any
 
 from kvpool import Scope
@@ -41,6 +42,20 @@ _KEPT: dict[str, Domain] = {
 _SERVED: dict[str, Domain] = {"spare": range(6), "stay": (False, True)}
 _AT: dict[str, Domain] = {"at": range(MOST_OPEN)}
 
+_ENTRIES = random.Random(1)
+
+
+def _batch() -> tuple[tuple[int, int, tuple[int, ...], int], ...]:
+    """Some requests: (like, keep, then, scope) each."""
+    draw = _ENTRIES.choice
+    count = draw((1, 2, 2, 3))
+    return tuple(
+        (draw(range(24)), draw(range(13)), draw(_THEN["then"][:200]), draw((0,) * 9 + (1, 2))) for _ in range(count)
+    )
+
+
+_BATCHES: dict[str, Domain] = {"batch": tuple(_batch() for _ in range(3000))}
+
 SETUP: dict[str, Domain] = {
     "t": (1, 2, 4),
     "mix": range(len(MIXES)),
@@ -67,12 +82,18 @@ OPERATIONS: dict[str, tuple[int, dict[str, Domain]]] = {
     "evict": (3, {"count": range(1, 4)}),
     "clear": (1, {}),
     "set_epoch": (1, {}),
+    "add_batch": (4, _BATCHES | _KEPT),
+    "claim": (6, _BATCHES | {"least": (None, 0, 1, 2, 5)} | _KEPT),
+    "provide": (9, {"ats": _PAIRS, "grow": range(10)}),
+    "generate": (6, {"ats": _PAIRS, "drafts": (0, 0, 2), "most": range(1, 9)}),
     "wait": (4, {"seconds": (1, 2, 4, 8)}),
     "misuse": (2, _AT),
 }
 # What a run must have met to have shown anything.
 EVENTS = {
     "reused", "partial copy", "shortened", "refused", "evicted", "gap in the tree", "old block evicted", "stale page",
-    "switched", "shared", "fenced", "closed in flight", "old epoch", "detached", "expired", "step verified", "verified",
+    "switched", "shared", "fenced", "closed in flight", "old epoch", "detached", "expired",
+    "batch reused", "batch refused", "claim kept", "claim refused", "promise kept", "provide refused",
+    "freed unprovided", "generated", "generation refused", "step verified", "verified",
     "tree probed",
 }  # fmt: skip

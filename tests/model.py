@@ -57,6 +57,8 @@ class ModelCache:
     capacity: int = 0
     state: str = "SUSPENDED"
     detached: bool = False
+    in_work: bool = False
+    promise: list[int] = field(default_factory=list)
     in_flight: int = 0
     fenced: list[list[Page]] = field(default_factory=list)
 
@@ -134,7 +136,7 @@ class Model:
         return self.pools[pool][0] - self.taken(pool)
 
     def available(self, pool: int) -> int:
-        return self.free(pool) + len(self.evictable(pool))
+        return self.free(pool) + len(self.evictable(pool)) - sum(c.promise[pool] for c in self.caches)
 
     # -- eviction -----------------------------------------------------------------------------
 
@@ -211,10 +213,12 @@ class Model:
             for i in range(len(path))
         )
 
-    def match(self, tokens: list[int], root: tuple[object, int]) -> tuple[int, list[Node], Node | None]:
+    def match(
+        self, tokens: list[int], root: tuple[object, int], most: int | None = None
+    ) -> tuple[int, list[Node], Node | None]:
         if root[1] < self.epoch:
             return 0, [], None
-        for m in range(max(0, len(tokens) - 1), 0, -1):
+        for m in range(max(0, len(tokens) - 1) if most is None else most, 0, -1):
             path: list[Node] = []
             for i in range(m // self.t):
                 block = tuple(tokens[i * self.t : (i + 1) * self.t])
@@ -286,54 +290,188 @@ class Model:
         decode: Retain,
     ) -> ModelCache:
         root = (scope, self.epoch if epoch is None else epoch)
-        m, path, source = self.match(tokens, root)
-        table: list[list[Page | None]] = []
-        for pool in range(len(self.pools)):
-            row = [None if i in self.stale(pool, m) else n.pages[pool] for i, n in enumerate(path)]
-            table.append(row)
-            for page in [*row, source.pages[pool] if source else None]:
-                if page is not None:
-                    page.stale = False
-        fenced: list[list[Page]] = [[] for _ in self.pools]
-        c = ModelCache(root, tokens, ranges, decode, m, path, source, table, tokens[:m], m, m, fenced=fenced)
-        if ranges is not None:
-            for i, node in enumerate(path):
-                self.keep(node, c.retain(i * self.t))
+        c = self.claim(tokens, root, ranges, decode)
+        self.settle(c)
+        return c
+
+    def claim(
+        self,
+        tokens: list[int],
+        root: tuple[object, int],
+        ranges: list[tuple[int, int | None, Retain]] | None,
+        decode: Retain,
+    ) -> ModelCache:
+        m, path, source = self.affordable(tokens, root)
+        pools = range(len(self.pools))
+        table = [[None if i in self.stale(pool, m) else n.pages[pool] for i, n in enumerate(path)] for pool in pools]
+        c = ModelCache(
+            root, tokens, ranges, decode, m, path, source, table, tokens[:m], m, m,
+            promise=[0 for _ in pools], fenced=[[] for _ in pools],
+        )  # fmt: skip
         self.caches.append(c)
         return c
 
-    def resume(self, c: ModelCache) -> None:
-        if c.state == "SUSPENDED" and c.source is not None:
-            source = c.source
-            stamp = self.tick() if all(self.available(p) for p in range(len(self.pools))) else None
-            if stamp is not None:
-                for pool in range(len(self.pools)):
-                    c.table[pool].append(self.take(pool))
-            else:
-                stamp = self.tick()
-                self.shorten(c, stamp)
-            before = self.claimed_nodes()
+    def affordable(self, tokens: list[int], root: tuple[object, int]) -> tuple[int, list[Node], Node | None]:
+        """The longest match whose pages were not promised to claims of a batch."""
+        most = None
+        while True:
+            m, path, source = self.match(tokens, root, most)
+            nodes = [n for n in [*path, source] if n is not None and not self.claimed(n)]
+            left = [self.available(p) for p in range(len(self.pools))]
+            full = min((left[p] for p in range(len(left)) if self.is_full(p)), default=len(nodes))
+            if sum(n in path for n in nodes) > full:
+                most = (len(path) - 1) * self.t
+                continue
+            short = len(nodes) > full
+            for p in range(len(left)):
+                live = [n for i, n in enumerate(path) if i not in self.stale(p, m)] + ([source] if source else [])
+                short |= not self.is_full(p) and sum(not self.page_claims(p, n) for n in live) > left[p]
+            if not short:
+                return m, path, source
+            most = m // self.t * self.t if source else m - 1
+
+    def settle(self, c: ModelCache) -> None:
+        """The claim holds: pages are live, retention is applied."""
+        for pool, row in enumerate(c.table):
+            for page in [*row[: len(c.nodes)], c.source.pages[pool] if c.source else None]:
+                if page is not None:
+                    page.stale = False
+        if c.ranges is not None:
+            for i, node in enumerate(c.nodes):
+                self.keep(node, c.retain(i * self.t))
+        c.in_work = False
+
+    def discard(self, c: ModelCache) -> None:
+        """A claim in work was never there."""
+        self.caches.remove(c)
+        c.state = "CLOSED"
+        self.wait(0)
+
+    # -- batches ------------------------------------------------------------------------------
+
+    def need(self, c: ModelCache, pool: int, blocks: int) -> int:
+        copy = int(c.source is not None)
+        old = len(c.table[pool]) + copy
+        return copy + sum(i not in self.stale(pool, c.history) for i in range(old, blocks))
+
+    def blocks(self, c: ModelCache, capacity: int) -> int:
+        return -(-max(c.capacity, capacity) // self.t)
+
+    def fits(self, c: ModelCache, capacity: int) -> bool:
+        """Whether there is room, what was promised to it included."""
+        blocks = self.blocks(c, capacity)
+        return all(self.need(c, p, blocks) <= self.available(p) + c.promise[p] for p in range(len(self.pools)))
+
+    def claim_work(
+        self,
+        tokens: list[int],
+        root: tuple[object, int],
+        ranges: list[tuple[int, int | None, Retain]] | None,
+        decode: Retain,
+        least: int | None,
+        promised: bool,
+    ) -> ModelCache | None:
+        c = self.claim(tokens, root, ranges, decode)
+        c.in_work = True
+        while True:
+            capacity = len(tokens) if least is None else min(len(tokens), c.history + least)
+            fits = self.fits(c, capacity)
+            if fits or c.source is None:
+                break
+            self.shorten(c, None)
+            c.source = None
+        if promised and not fits:
+            self.discard(c)
+            return None
+        if promised:
+            c.promise = [self.need(c, p, self.blocks(c, capacity)) for p in range(len(self.pools))]
+        return c
+
+    def provide(self, c: ModelCache, tokens: int, most: int) -> bool | None:
+        """None: it was in work and is gone."""
+        capacity = max(c.capacity, min(c.history + tokens, most))
+        if not self.fits(c, capacity):
+            if c.in_work:
+                self.discard(c)
+                return None
+            return False
+        c.promise = [0 for _ in self.pools]
+        if c.source is not None:
+            for pool in range(len(self.pools)):
+                c.table[pool].append(self.take(pool))
+        for pool in range(len(self.pools)):
+            for i in range(len(c.table[pool]), -(-capacity // self.t)):
+                c.table[pool].append(None)
+                if i not in self.stale(pool, c.history):
+                    c.table[pool][i] = self.take(pool)
+        c.capacity, c.state = capacity, "ACTIVE"
+        return True
+
+    def provided(self, c: ModelCache) -> None:
+        """The copies are made."""
+        if c.in_work:
+            self.settle(c)
+        if c.source is not None:
+            stamp, source, before = self.tick(), c.source, self.claimed_nodes()
             c.source = None
             self.stamp_pages([(p, source) for p in range(len(self.pools))], stamp)
             self.released(before, stamp)
-        c.state = "ACTIVE"
 
-    def shorten(self, c: ModelCache, stamp: Use) -> None:
+    # -- one cache ------------------------------------------------------------------------------
+
+    def resume(self, c: ModelCache) -> None:
+        if c.state == "ACTIVE":
+            return
+        if not self.provide_in_place(c):
+            stamp = self.tick()
+            self.shorten(c, stamp)
+            before, source, c.source = self.claimed_nodes(), c.source, None
+            assert source is not None
+            self.stamp_pages([(p, source) for p in range(len(self.pools))], stamp)
+            self.released(before, stamp)
+            assert self.provide_in_place(c)
+        self.provided(c)
+
+    def provide_in_place(self, c: ModelCache) -> bool:
+        return self.fits(c, c.capacity) and self.provide(c, 0, c.capacity) is True
+
+    def shorten(self, c: ModelCache, stamp: Use | None) -> None:
+        """To whole blocks. stamp None: in work, no use is recorded and nothing is live yet."""
         before, path = self.claimed_nodes(), c.nodes
         keep = next(k for k in range(len(path), -1, -1) if k == 0 or self.valid(k * self.t, path[:k]))
+        left = [self.available(p) for p in range(len(self.pools))]
+        own = {(p, i) for p in range(len(self.pools)) for i in range(len(path)) if c.table[p][i] is not None}
+        while not self.hold_window(c, keep, left, own):
+            keep -= 1
         m = keep * self.t
         held = [(p, path[i]) for p in range(len(self.pools)) for i in range(len(path)) if c.table[p][i] is not None]
         for pool in range(len(self.pools)):
             row = [None if i in self.stale(pool, m) else path[i].pages[pool] for i in range(keep)]
             for i, page in enumerate(row):
-                if page is not None and c.table[pool][i] is None:
+                if page is not None and c.table[pool][i] is None and stamp is not None:
                     page.stale = False
             c.table[pool] = row
         c.nodes = path[:keep]
         c.committed = c.committed[:m]
         c.reused = c.history = c.capacity = m
-        self.stamp_pages(held, stamp)
-        self.released(before, stamp)
+        if stamp is not None:
+            self.stamp_pages(held, stamp)
+            self.released(before, stamp)
+
+    def hold_window(self, c: ModelCache, keep: int, left: list[int], own: set[tuple[int, int]]) -> bool:
+        """Whether what is live at `keep` blocks is there and was not promised to others; what was tried stays held."""
+        for pool in range(len(self.pools)):
+            for i, node in enumerate(c.nodes[:keep]):
+                if i in self.stale(pool, keep * self.t) or (pool, i) in own or self.is_full(pool):
+                    continue
+                if node.pages[pool] is None:
+                    return False
+                if not self.page_claims(pool, node):
+                    if left[pool] == 0:
+                        return False
+                    left[pool] -= 1
+                own.add((pool, i))
+        return True
 
     def give(self, c: ModelCache, pool: int, page: Page) -> None:
         if c.in_flight:
@@ -431,6 +569,9 @@ class Model:
         return changed
 
     def close(self, c: ModelCache) -> None:
+        if c.in_work:
+            self.discard(c)
+            return
         c.state = "CLOSED"
         if not c.in_flight:
             self.release(c)
@@ -475,7 +616,7 @@ class Model:
             if word == "fenced":
                 use.update({id(p): word for c in self.caches for p in c.fenced[pool]})
             for c in self.caches:
-                if c.state != state:
+                if ("ACTIVE" if c.in_work else c.state) != state:
                     continue
                 nodes = c.nodes if self.is_full(pool) else []
                 pages = [*c.table[pool], *(n.pages[pool] for n in nodes), c.source and c.source.pages[pool]]

@@ -15,9 +15,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from batches import Batches
 from domains import MIXES, MOST_OPEN, MOST_STEPS, SCOPES
 from kvpool import CacheConfig, KVCache, KVCacheManager, LogicError, PoolConfig, PoolPlan, Retention, Scope, TokenRange
-from model import FOREVER, Model, ModelCache, Node, Page
+from model import FOREVER, Model, ModelCache, Node, Page, Retain
 
 IntArray = npt.NDArray[Any]
 
@@ -31,7 +32,7 @@ class Step:
         self.seen = [pair.places(pool, real.block_table(name), due) for pool, name in enumerate(pair.names)]
 
 
-class Pair:
+class Pair(Batches):
     """One manager and one model. `tell` hears of every call, in the manager's words."""
 
     def __init__(
@@ -74,6 +75,7 @@ class Pair:
         self.closed: KVCache | None = None
         self.steps: list[Step] = []
         self.created: list[ModelCache] = []
+        self.named = 0
         self.numbers: dict[tuple[object, int], int] = {}
         self.did: Counter[str] = Counter()
         self.operations = 0
@@ -87,7 +89,9 @@ class Pair:
         match name:
             case "create" | "serve" | "again":
                 return len(self.open) < MOST_OPEN
-            case "resume" | "suspend" | "close" | "misuse":
+            case "add_batch" | "claim":
+                return len(self.open) < MOST_OPEN - 1
+            case "resume" | "suspend" | "close" | "misuse" | "provide" | "generate":
                 return bool(self.open)
             case "resize" | "commit":
                 return any(model.state == "ACTIVE" for _, model in self.open)
@@ -150,6 +154,29 @@ class Pair:
         epoch = max(0, self.model.epoch - age) if age else None
         return Scope(given.lora_id, given.salt, epoch), (given.lora_id, type(given.salt), given.salt)
 
+    def rules(
+        self,
+        retention: tuple[int, int | None, int, int, int] | None,
+        lasting: tuple[int | None, int | None, int | None] | None,
+    ) -> tuple[Retention | None, list[tuple[int, int | None, Retain]] | None, Retain]:
+        """The retention as the manager and as the model know it."""
+        rules, ranges, decode = None, None, (35, FOREVER)
+        if retention is not None:
+            split, rest, low, high, late = retention
+            end = None if rest is None else split + rest
+            times = lasting or (None, None, None)
+            rules = Retention(
+                [TokenRange(0, split, low, times[0]), TokenRange(split, end, high, times[1])], late, times[2]
+            )
+            first, second, third = (seconds or FOREVER for seconds in times)
+            ranges, decode = [(0, split, (low, first)), (split, end, (high, second))], (late, third)
+        return rules, ranges, decode
+
+    def name(self) -> int:
+        """A new request id."""
+        self.named += 1
+        return self.named - 1
+
     # -- operations -----------------------------------------------------------------------------
 
     def probe(self, like: int, keep: int, then: tuple[int, ...], scope: int, age: int) -> None:
@@ -168,22 +195,16 @@ class Pair:
         lasting: tuple[int | None, int | None, int | None] | None,
     ) -> None:
         tokens, (asked, key) = self.tokens(like, keep, then), self.scope(scope, age)
-        rules, ranges, decode = None, None, (35, FOREVER)
-        if retention is not None:
-            split, rest, low, high, late = retention
-            end = None if rest is None else split + rest
-            times = lasting or (None, None, None)
-            rules = Retention(
-                [TokenRange(0, split, low, times[0]), TokenRange(split, end, high, times[1])], late, times[2]
-            )
-            first, second, third = (seconds or FOREVER for seconds in times)
-            ranges, decode = [(0, split, (low, first)), (split, end, (high, second))], (late, third)
-        name = len(self.created)
+        rules, ranges, decode = self.rules(retention, lasting)
+        name = self.name()
         self.tell(f"r{name} = manager.create({name}, {tokens}, scope={asked}, retention={rules})")
         found = self.real.probe(tokens, asked)
         real = self.real.create(name, tokens, scope=asked, retention=rules)
         model = self.model.create(tokens, key, asked.epoch, ranges, decode)
-        assert found == real.num_reused_tokens
+        kept = any(sum(c.promise) for c in self.model.caches)
+        assert found == real.num_reused_tokens or (kept and found > real.num_reused_tokens)
+        assert real.num_reused_tokens == model.reused
+        self.count("promised to others", found > model.reused)
         assert self.real.cache(name) is real
         self.count("partial copy" if model.source else "reused", model.reused)
         self.count("old epoch", model.root[1] < self.model.epoch)
@@ -267,8 +288,12 @@ class Pair:
         self.tell(f"r{real.request_id}.close()")
         self.open.remove(pair)
         self.closed = real
+        in_work = model.in_work
         real.close()
         self.model.close(model)
+        if in_work:
+            self.created = [c for c in self.created if c is not model]
+            self.count("freed unprovided")
         seen = (real.num_reused_tokens, real.capacity, real.history_length, real.num_committed_tokens)
         assert seen == (model.reused, model.capacity, model.history, len(model.committed))
 

@@ -184,7 +184,10 @@ class KVCacheManager(Batches):
         return cache
 
     def probe(self, tokens: Tokens, scope: Scope | None = None) -> int:
-        """Tokens that `create` would reuse now. Claims and changes nothing."""
+        """Tokens that `create` would reuse now. Claims and changes nothing.
+
+        `create` reuses less while the last unclaimed pages are promised to others.
+        """
         self._open()
         key, epoch = scope_key(scope)
         return self._core.probe(token_array(tokens), key, epoch)

@@ -243,6 +243,11 @@ fn check_available(core: &Core, caches: &[&Cache], pool: usize) -> Result<()> {
         available as usize + promised as usize == free + evictable + debt as usize,
         "pool {pool}: available {available} + promised {promised} != free {free} + evictable {evictable}"
     );
+    let counted = core.pools[pool].promised.get();
+    ensure!(
+        counted == u64::from(promised),
+        "pool {pool}: promised {counted} != what claims of batches keep = {promised}"
+    );
     let purses: u32 = caches.iter().map(|cache| cache.purse[pool]).sum();
     ensure!(purses == 0, "pool {pool}: {purses} units outside of any call");
     Ok(())

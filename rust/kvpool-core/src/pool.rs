@@ -51,6 +51,8 @@ pub struct SlotPool {
     available: AtomicU32,
     owner: Vec<Field>,
     taken: Counter,
+    /// Units that claims of batches keep from call to call.
+    pub promised: Counter,
     peak: Field,
 }
 
@@ -62,6 +64,7 @@ impl SlotPool {
             available: AtomicU32::new(num_slots),
             owner: (0..=num_slots).map(|_| Field::new(0)).collect(),
             taken: Counter::default(),
+            promised: Counter::default(),
             peak: Field::new(0),
         }
     }

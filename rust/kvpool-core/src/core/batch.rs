@@ -73,6 +73,9 @@ impl Core {
             if self.reserve_need(cache, cache.history, blocks) {
                 if promised {
                     cache.promise.swap_with_slice(&mut cache.purse);
+                    for (pool, &units) in self.pools.iter().zip(&cache.promise) {
+                        pool.promised.add(u64::from(units));
+                    }
                 } else {
                     self.empty_purse(cache);
                 }

@@ -162,6 +162,7 @@ impl Core {
             }
             let promised = std::mem::take(&mut cache.promise_before[pool]).min(cache.purse[pool]);
             cache.promise[pool] = promised;
+            self.pools[pool].promised.add(u64::from(promised));
             cache.purse[pool] -= promised;
         }
         cache.capacity = undo.capacity;
@@ -191,11 +192,17 @@ impl Core {
             .unwrap_or(0);
         for pool in 0..self.pools.len() {
             let (s, e) = self.config.pools[pool].stale(keep as u64 * t, t);
+            let (s0, e0) = self.config.pools[pool].stale(cache.history, t);
             cache.stale_end[pool] = e;
             for i in 0..blocks {
                 let live = i < keep && (i < s || i >= e);
                 let slot = cache.tables[pool][i];
+                if slot != 0 && live && self.tree.windowed[pool] && !cache.in_work {
+                    self.tree.freshen(pool, cache.nodes[i].index());
+                }
                 if slot != 0 && !live && self.tree.windowed[pool] {
+                    let held_in_vain = i >= s0 && i < e0;
+                    let stamp = if held_in_vain { Stamp::NONE } else { stamp };
                     let idle = self.release_page(cache.holder(), pool, cache.nodes[i].index(), stamp, false);
                     self.pools[pool].unreserve(u32::from(idle));
                 }
@@ -225,9 +232,6 @@ impl Core {
                 if cache.tables[pool][i] == 0 {
                     if self.tree.windowed[pool] && !self.hold_page(cache.holder(), pool, index) {
                         return false; // what is held in vain is released with the rest by `shorten`
-                    }
-                    if self.tree.windowed[pool] && !cache.in_work {
-                        self.tree.freshen(pool, index);
                     }
                     cache.tables[pool][i] = self.tree.page(pool, index).slot();
                 }
@@ -358,6 +362,7 @@ impl Core {
         for pool in 0..self.pools.len() {
             let promised = std::mem::take(&mut cache.promise[pool]);
             cache.promise_before[pool] = promised;
+            self.pools[pool].promised.sub(u64::from(promised));
             cache.purse[pool] += promised;
         }
         true

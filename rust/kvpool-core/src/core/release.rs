@@ -138,8 +138,10 @@ impl Core {
     /// Gives a claim of a batch back as if it had never been: no use, no retention, no count.
     fn discard(&self, cache: &mut Cache) {
         self.copies_failed(cache);
-        for (units, promise) in cache.purse.iter_mut().zip(&mut cache.promise) {
-            *units += std::mem::take(promise);
+        for pool in 0..self.pools.len() {
+            let units = std::mem::take(&mut cache.promise[pool]);
+            self.pools[pool].promised.sub(u64::from(units));
+            cache.purse[pool] += units;
         }
         let counters = &self.counters;
         let prompt = cache.prompt.len() as u64;

@@ -225,7 +225,7 @@ impl Core {
         Some(dead)
     }
 
-    /// Up to `blocks` leaves in order leave the device. Returns how many did; fewer if the rest is promised to others.
+    /// Up to `blocks` leaves in order leave the device. Returns how many did; fewer if the rest is promised to an operation that runs meanwhile.
     pub fn evict(&self, blocks: u64) -> u64 {
         let mut done = 0;
         while done < blocks && self.drop_leaf(true) {
@@ -234,16 +234,20 @@ impl Core {
         done
     }
 
-    /// Drops all that is unclaimed, and not promised to others.
+    /// Drops all that is unclaimed, and not promised to an operation that runs meanwhile.
     pub fn clear(&self) {
         while self.drop_leaf(false) {}
         for pool in (0..self.pools.len()).filter(|&pool| self.tree.windowed[pool]) {
-            while self.pools[pool].reserve(1) {
+            loop {
+                let covered = self.pools[pool].reserve(1);
+                if !covered && self.is_promised_away(pool) {
+                    break;
+                }
                 let slot = self.evict_page(pool);
                 if let Some(slot) = slot {
                     self.pools[pool].give(slot);
                 }
-                self.pools[pool].unreserve(1);
+                self.pools[pool].unreserve(u32::from(covered));
                 if slot.is_none() {
                     break;
                 }
@@ -251,11 +255,17 @@ impl Core {
         }
     }
 
+    /// Whether every unclaimed page is promised to an operation that runs now. What claims of batches were promised may
+    /// become free slots meanwhile: a promise is worth the same on either.
+    fn is_promised_away(&self, pool: usize) -> bool {
+        self.pools[pool].available() == 0 && self.pools[pool].promised.get() == 0
+    }
+
     /// Drops the next leaf. `evicted`: it counts as evicted.
     fn drop_leaf(&self, evicted: bool) -> bool {
         if let Some(pool) = self.first_full {
-            if self.pools[pool].available() == 0 {
-                return false; // every unclaimed page is promised
+            if self.is_promised_away(pool) {
+                return false;
             }
         }
         let Some((dead, _, pages)) = self.evict_leaf(None) else {
