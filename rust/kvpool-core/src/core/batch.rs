@@ -88,3 +88,82 @@ impl Core {
         }
     }
 }
+
+#[cfg(all(test, not(any(kvpool_loom, kvpool_shuttle))))]
+mod tests {
+    use super::*;
+    use crate::types::{CoreConfig, PolicyKind, PoolSpec};
+
+    fn core() -> Core {
+        let pool = |name: &str, num_slots, window| PoolSpec {
+            name: name.into(),
+            num_slots,
+            window,
+            sink_tokens: 0,
+        };
+        Core::new(CoreConfig {
+            tokens_per_block: 2,
+            pools: vec![pool("full", 9, None), pool("window", 9, Some(3))],
+            max_blocks: 16,
+            max_seq_len: None,
+            partial_reuse: true,
+            hash_seed: 1,
+            policy: PolicyKind::Lru,
+            collide: false,
+        })
+        .unwrap()
+    }
+
+    fn serve(core: &Core, tokens: &[i32]) {
+        let mut cache = core.create(tokens, b"", None, None).unwrap();
+        core.resume(&mut cache, &mut Vec::new()).unwrap();
+        assert!(core.resize(&mut cache, tokens.len() as u64, None).unwrap());
+        core.commit(&mut cache, tokens).unwrap();
+        core.close(&mut cache).unwrap();
+    }
+
+    /// The k-th allocation of a batch fails, for all k: that request gets nothing and leaves nothing, the others run.
+    #[test]
+    fn a_failed_allocation_rolls_its_request_back_for_every_k() {
+        for k in 1.. {
+            let core = core();
+            serve(&core, &[1, 2, 3, 4]);
+            let prompts: [&[i32]; 3] = [&[1, 2, 3, 9, 9], &[1, 2, 3, 4, 5], &[6, 7]];
+            let claims = prompts.iter().map(|&tokens| Claim {
+                tokens,
+                scope: b"",
+                epoch: None,
+                retention: None,
+                least: None,
+            });
+            let caches = core.claim_all(claims.collect(), true).unwrap();
+            let mut caches: Vec<Cache> = caches.into_iter().map(Option::unwrap).collect();
+            let before = core.counters();
+            core.fault.set(k);
+            let mut refused = 0;
+            for (cache, prompt) in caches.iter_mut().zip(prompts) {
+                let held: Vec<Vec<u32>> = cache.tables.clone();
+                let promise = cache.promise.clone();
+                if core.provide(cache, prompt.len() as u64, &mut Vec::new()).unwrap() {
+                    core.copies_done(cache);
+                } else {
+                    refused += 1;
+                    assert_eq!((&cache.tables, &cache.promise), (&held, &promise), "k = {k}");
+                }
+            }
+            core.check(&caches.iter().collect::<Vec<_>>()).unwrap();
+            for cache in &mut caches {
+                core.close(cache).unwrap();
+            }
+            core.check(&[]).unwrap();
+            assert_eq!(core.counters().requests, before.requests - refused);
+            let kept = core.probe(&[1, 2, 3, 4, 0], b"", None).unwrap();
+            assert_eq!((kept, core.available_tokens()), (4, 18), "k = {k}");
+            if core.fault.get() > 0 {
+                assert!(k > 6, "fewer allocations than the batch needs");
+                return;
+            }
+            assert_eq!(refused, 1, "k = {k}");
+        }
+    }
+}

@@ -74,6 +74,9 @@ pub struct Core {
     pub(crate) clock: Field,
     /// Number of the last release.
     pub(crate) stamp: Counter,
+    /// Test switch: the k-th search for a slot from now finds none; 0 for never.
+    #[cfg(test)]
+    pub(crate) fault: Field,
     epoch: AtomicU64,
 }
 
@@ -127,6 +130,8 @@ impl Core {
             timed: Field::new(0),
             clock: Field::new(0),
             stamp: Counter::default(),
+            #[cfg(test)]
+            fault: Field::new(0),
             epoch: AtomicU64::new(0),
             config,
         })

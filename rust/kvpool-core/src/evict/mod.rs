@@ -195,6 +195,16 @@ impl Core {
 
     /// A slot that was promised by `reserve`. `None`: see [`ROUNDS`]; the promise is still the caller's.
     pub(crate) fn take_slot(&self, pool: usize) -> Option<u32> {
+        #[cfg(test)]
+        match self.fault.get() {
+            0 => {}
+            left => {
+                self.fault.set(left - 1);
+                if left == 1 {
+                    return None;
+                }
+            }
+        }
         for _ in 0..ROUNDS {
             if let Some(slot) = self.pools[pool].take() {
                 return Some(slot);
