@@ -17,11 +17,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from kvpool import ConfigError, __version__
+from kvpool.replay import plots
+from kvpool.replay.content import Contents
 from kvpool.replay.generated import Workload, generate
 from kvpool.replay.report import Report, tables
 from kvpool.replay.sequential import PAGE_BYTES, Options, run_sequential
-from kvpool.replay.traces import TraceError, TraceRequest, read_mooncake
+from kvpool.replay.timed import run_timed
+from kvpool.replay.traces import TraceError, TraceRequest, read_azure, read_mooncake
 
+TOKENS_PER_ID = 512  # of Mooncake's hash ids
 MAX_BLOCKS = 2**31 - 2  # slots are int32, and slot 0 is the null page
 
 
@@ -90,8 +94,7 @@ def group() -> None:
 @click.option(
     "--sequential",
     is_flag=True,
-    help="One request after the other, outputs ignored, every hash id a full block. Required until timed "
-    "replay is built.",
+    help="One request after the other, timestamps and outputs ignored, every hash id a full block.",
 )
 @click.option("--limit", type=click.IntRange(min=1), help="Only the first N requests.", metavar="N")
 @click.option(
@@ -108,7 +111,9 @@ def group() -> None:
     metavar="PATH|-",
     help="Write the result as JSON. '-': stdout, which then carries nothing else.",
 )
-@click.option("--html", "html_path", type=click.Path(dir_okay=False), metavar="PATH", help="Not available yet.")
+@click.option(
+    "--html", "html_path", type=click.Path(dir_okay=False), metavar="PATH", help="Write plots over simulated time."
+)
 @click.pass_obj
 def replay(
     corrupt_after: int | None,
@@ -126,8 +131,10 @@ def replay(
 ) -> int:
     """Run a request trace through the cache manager and verify every reused page.
 
-    A simulated engine writes a recognisable pattern into every page that it computes, and each page is
-    compared with it, byte for byte, whenever it is reused. The result is a table of hit rates, evictions
+    Requests arrive at their timestamps in simulated time, several are active at once, and their answers are
+    generated token by token; with --sequential they come one after the other. A simulated engine writes a
+    recognisable pattern into every page that it computes, and each page is compared with it, byte for byte,
+    whenever it is reused. The result is a table of hit rates, evictions
     and slots. Without TRACE a workload of conversations is generated from the seed (3,000 requests, or as
     many as --limit says).
 
@@ -137,15 +144,23 @@ def replay(
 
     \b
     Examples:
-      kvpool replay --sequential
-      kvpool replay trace.jsonl --sequential --device-blocks 4000 --json -
+      kvpool replay
+      kvpool replay trace.jsonl --device-blocks 4000 --html plots.html
+      kvpool replay trace.jsonl --sequential --json -
     """
     trace_format = _format(trace, trace_format)
-    _refuse_unbuilt(trace_format, sequential, host_blocks, html_path)
-    options = Options(tokens_per_block, device_blocks, policy, seed)
+    if host_blocks:
+        raise click.UsageError(f"--host-blocks {host_blocks} is not available yet: there is no host tier; use 0")
+    if html_path is not None and sequential:
+        raise click.UsageError("--html: --sequential has no time to plot over; leave one of them out")
+    tokens_per_id = TOKENS_PER_ID if trace_format == "mooncake" else tokens_per_block
+    options = Options(tokens_per_block, device_blocks, policy, seed, tokens_per_id)
     requests = _requests(trace, trace_format, limit, options)
-    _check_writable(json_path, trace)
-    _check_memory(options)
+    for name, path in (("--json", json_path), ("--html", html_path)):
+        _check_writable(name, path, trace)
+    page_bytes = PAGE_BYTES if sequential else Contents(tokens_per_block, seed).page_bytes
+    _check_memory(options, page_bytes)
+    run = run_sequential if sequential else run_timed
     progress = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -164,15 +179,16 @@ def replay(
                 progress.update(task, completed=report.requests, rate=rate)
 
         try:
-            report = run_sequential(
-                requests, options, should_stop=stopped, advance=advance, corrupt_after=corrupt_after
-            )
+            report = run(requests, options, should_stop=stopped, advance=advance, corrupt_after=corrupt_after)
         except ConfigError as error:
             raise click.UsageError(str(error)) from None
         except MemoryError:
-            raise _too_big(options) from None
+            raise _too_big(options, page_bytes) from None
     source = "generated workload" if trace is None else trace.name
-    _print_result(report, f"{source}: {policy}, {device_blocks:,} blocks of {tokens_per_block} tokens", json_path)
+    title = f"{source}: {policy}, {device_blocks:,} blocks of {tokens_per_block} tokens"
+    _print_result(report, title, json_path)
+    if html_path is not None:
+        _write("--html", html_path, plots.html(report, title))
     if report.wrong is not None:
         click.echo(f"wrong byte: {report.wrong}", err=True)
         return 1
@@ -196,63 +212,57 @@ def _format(trace: Path | None, given: str | None) -> str:
     return found
 
 
-def _refuse_unbuilt(trace_format: str, sequential: bool, host_blocks: int, html_path: str | None) -> None:
-    """Options of the contract that later versions serve: refused, never ignored."""
-    if trace_format == "azure":
-        raise click.UsageError("--format azure is not available yet: it needs timed replay; use mooncake or generated")
-    if host_blocks:
-        raise click.UsageError(f"--host-blocks {host_blocks} is not available yet: there is no host tier; use 0")
-    if html_path is not None:
-        raise click.UsageError("--html is not available yet; use --json")
-    if not sequential:
-        raise click.UsageError("timed replay is not built yet; give --sequential")
-
-
 def _requests(trace: Path | None, trace_format: str, limit: int | None, options: Options) -> list[TraceRequest]:
     if trace is None:
         workload = Workload() if limit is None else Workload(requests=limit)
         return generate(workload, options.seed, options.tokens_per_block)
-    assert trace_format == "mooncake"
     try:
-        return read_mooncake(trace, limit)
+        return read_mooncake(trace, limit) if trace_format == "mooncake" else read_azure(trace, limit)
     except TraceError as error:
         raise click.ClickException(str(error)) from None
     except OSError as error:
         raise click.ClickException(f"cannot read {trace}: {error.strerror}") from None
 
 
-def _check_writable(json_path: str | None, trace: Path | None) -> None:
-    """Before the run, not after it: the JSON file can be written, and is not the trace itself."""
-    if json_path is None or json_path == "-":
+def _check_writable(name: str, path: str | None, trace: Path | None) -> None:
+    """Before the run, not after it: the file can be written, and is not the trace itself."""
+    if path is None or path == "-":
         return
-    if trace is not None and os.path.exists(json_path) and os.path.samefile(json_path, trace):
-        raise click.UsageError("--json would overwrite TRACE")
+    if trace is not None and os.path.exists(path) and os.path.samefile(path, trace):
+        raise click.UsageError(f"{name} would overwrite TRACE")
     try:
-        with open(json_path, "a", encoding="utf-8"):
+        with open(path, "a", encoding="utf-8"):
             pass
     except OSError as error:
-        raise click.UsageError(f"--json: cannot write {json_path}: {error.strerror}") from None
+        raise click.UsageError(f"{name}: cannot write {path}: {error.strerror}") from None
 
 
-def _check_memory(options: Options) -> None:
+def _write(name: str, path: str, text: str) -> None:
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise click.ClickException(f"{name}: cannot write {path}: {error.strerror}") from None
+
+
+def _check_memory(options: Options, page_bytes: int) -> None:
     """Refuse what cannot fit this machine at all, before anything tries to allocate it."""
     try:
         physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
         return  # a platform that does not tell
-    if _bytes_needed(options) > physical:
-        raise _too_big(options)
+    if _bytes_needed(options, page_bytes) > physical:
+        raise _too_big(options, page_bytes)
 
 
-def _bytes_needed(options: Options) -> int:
+def _bytes_needed(options: Options, page_bytes: int) -> int:
     """Bytes of pages and of the tree's tokens; the tree's nodes come on top."""
-    return options.device_blocks * (PAGE_BYTES + 4 * options.tokens_per_block)
+    return options.device_blocks * (page_bytes + 4 * options.tokens_per_block)
 
 
-def _too_big(options: Options) -> click.UsageError:
+def _too_big(options: Options, page_bytes: int) -> click.UsageError:
     return click.UsageError(
         f"not enough memory: --device-blocks {options.device_blocks} of {options.tokens_per_block} tokens need "
-        f"{_bytes_needed(options):,} bytes"
+        f"{_bytes_needed(options, page_bytes):,} bytes"
     )
 
 
@@ -286,7 +296,4 @@ def _print_result(report: Report, title: str, json_path: str | None) -> None:
     if to_stdout:
         click.echo(report.to_json(), nl=False)
     elif json_path is not None:
-        try:
-            Path(json_path).write_text(report.to_json(), encoding="utf-8")
-        except OSError as error:
-            raise click.ClickException(f"--json: cannot write {json_path}: {error.strerror}") from None
+        _write("--json", json_path, report.to_json())

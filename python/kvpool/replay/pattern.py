@@ -18,7 +18,7 @@ _MASK = (1 << 64) - 1
 WORD_BYTES = 8
 
 
-def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """splitmix64's finalizer, in place; a bijection of 64-bit words."""
     x ^= x >> np.uint64(30)
     x *= np.uint64(0xBF58476D1CE4E5B9)
@@ -63,13 +63,13 @@ class Pattern:
         if page_bytes <= 0 or page_bytes % WORD_BYTES:
             raise ValueError(f"page_bytes must be a positive multiple of {WORD_BYTES}, got {page_bytes}")
         start = np.array([seed & _MASK], dtype=np.uint64)
-        self._base = _mix(_mix(start) + np.uint64(pool_index + 1))
+        self._base = mix(mix(start) + np.uint64(pool_index + 1))
         self._steps = np.arange(1, page_bytes // WORD_BYTES + 1, dtype=np.uint64) * np.uint64(_GOLDEN)
 
     def pages(self, keys: NDArray[np.uint64]) -> NDArray[np.uint8]:
         """What the pages of blocks with these keys hold: (len(keys), page_bytes) uint8."""
-        own = _mix(keys + self._base)
-        return _mix(own[:, None] + self._steps[None, :]).view(np.uint8)
+        own = mix(keys + self._base)
+        return mix(own[:, None] + self._steps[None, :]).view(np.uint8)
 
     def check(self, pages: NDArray[np.uint8], keys: NDArray[np.uint64]) -> WrongByte | None:
         """Compare every byte of `pages` (len(keys), page_bytes) with the pattern; None: all are right."""

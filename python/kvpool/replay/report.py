@@ -12,6 +12,23 @@ if TYPE_CHECKING:
 PoolBooks = dict[str, dict[str, dict[str, int]]]
 
 
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A moment of a timed run; the counters since its start."""
+
+    seconds: float
+    pools: PoolBooks
+    reused_tokens: int
+    prompt_tokens: int
+    evicted: int
+    offloaded: int
+    onboarded: int
+    step_us: float
+    active: int
+    suspended: int
+    waiting: int
+
+
 @dataclass(slots=True)
 class Report:
     """What a replay counted. Hit rates: fractions 0..1. evicted, dropped, offloaded, onboarded: pages."""
@@ -38,6 +55,10 @@ class Report:
     interrupted: bool = False
     wrong: str | None = None  # what was wrong with which byte
     seconds: float = 0.0
+    preempted: int = 0  # requests freed to be computed again
+    simulated_s: float = 0.0
+    step_us_sum: float = 0.0
+    samples: list[Sample] = field(default_factory=list)
 
     @property
     def hit_rate_tokens(self) -> float:
@@ -77,7 +98,8 @@ def tables(report: Report) -> list[Table]:
     run.add_column("value", justify="right", no_wrap=True)
     run.add_row("requests", f"{report.requests:,}")
     if report.too_long:
-        run.add_row("  longer than the device, cut to it", f"{report.too_long:,}")
+        verdict = "refused" if report.steps else "cut to it"
+        run.add_row(f"  longer than the device, {verdict}", f"{report.too_long:,}")
     run.add_row("prompt tokens", f"{report.prompt_tokens:,}")
     run.add_row("reused tokens", f"{report.reused_tokens:,}")
     run.add_row("prompt blocks", f"{report.prompt_blocks:,}")
@@ -87,6 +109,16 @@ def tables(report: Report) -> list[Table]:
     run.add_row("  bound for any cache", f"{report.hit_rate_bound:.2%}")
     run.add_row("pages evicted", f"{report.evicted:,}")
     run.add_row("pages dropped", f"{report.dropped:,}")
+    if report.steps:
+        run.add_row("requests suspended", f"{report.suspended:,}")
+        run.add_row("requests freed and recomputed", f"{report.preempted:,}")
+        run.add_row("tokens recomputed", f"{report.recomputed_tokens:,}")
+        run.add_row("steps", f"{report.steps:,}")
+        run.add_row("simulated seconds", f"{report.simulated_s:,.0f}")
+    if report.step_us_p50 is not None and report.step_us_p99 is not None:
+        run.add_row("scheduler and manager per step, µs, p50", f"{report.step_us_p50:,.0f}")
+        run.add_row("  p99", f"{report.step_us_p99:,.0f}")
+        run.add_row("  in all, seconds", f"{report.step_us_sum / 1e6:,.1f}")
     run.add_row("bytes checked", f"{report.bytes_checked:,}")
     run.add_row("seconds", f"{report.seconds:.1f}")
 

@@ -1,4 +1,4 @@
-"""Requests of a trace, and the reader of Mooncake's JSONL format.
+"""Requests of a trace, and the readers of Mooncake's JSONL and Azure's CSV format.
 
 One JSON object per line: `timestamp` (ms), `input_length` and `output_length` (tokens), `hash_ids` (one id
 per block of the prompt; equal ids = equal prefix). Further fields are ignored, and so are empty lines.
@@ -6,11 +6,13 @@ per block of the prompt; equal ids = equal prefix). Further fields are ignored, 
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from itertools import islice
 from typing import Any, NoReturn
 
@@ -73,6 +75,67 @@ def _mooncake_request(path: str, line: int, raw: bytes) -> TraceRequest:
         output_length=fields.count("output_length"),
         hash_ids=fields.ids("hash_ids"),
     )
+
+
+def read_azure(path: str | os.PathLike[str], limit: int | None = None) -> list[TraceRequest]:
+    """The first `limit` requests of a CSV `TIMESTAMP,ContextTokens,GeneratedTokens`, in file order.
+
+    TIMESTAMP: date and time, or seconds; the first one counts as 0. There are no prefixes: nothing matches. Raises as
+    `read_mooncake`.
+    """
+    requests = list(islice(_azure_lines(os.fspath(path)), limit))
+    if not requests:
+        raise TraceError(os.fspath(path), 0, None, "no requests")
+    return requests
+
+
+def _azure_lines(path: str) -> Iterator[TraceRequest]:
+    names = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
+    first: float | None = None
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        rows = csv.reader(file)
+        try:
+            header = next(rows, [])
+            if tuple(name.strip() for name in header) != names:
+                raise TraceError(path, 1, None, f"expected the columns {','.join(names)}, got {','.join(header)}")
+            for row in rows:
+                if not row:
+                    continue
+                line = rows.line_num
+                if len(row) != len(names):
+                    raise TraceError(path, line, None, f"expected {len(names)} values, got {len(row)}")
+                now = _moment(path, line, row[0])
+                first = now if first is None else first
+                counts = [_whole(path, line, name, value) for name, value in zip(names[1:], row[1:], strict=True)]
+                if now < first:
+                    raise TraceError(path, line, names[0], f"{row[0]!r} lies before the first one")
+                yield TraceRequest(line, (now - first) * 1000, counts[0], counts[1], ())
+        except UnicodeDecodeError as error:
+            raise TraceError(path, rows.line_num + 1, None, f"not UTF-8 ({error.reason})") from None
+        except csv.Error as error:
+            raise TraceError(path, rows.line_num, None, f"not valid CSV ({error})") from None
+
+
+def _moment(path: str, line: int, value: str) -> float:
+    """Seconds. `fromisoformat` knows six digits behind the second, these traces have seven."""
+    try:
+        seconds = float(value)
+    except ValueError:
+        head, _, fraction = value.strip().partition(".")
+        try:
+            moment = datetime.fromisoformat(head).replace(tzinfo=UTC)
+            seconds = moment.timestamp() + (float(f"0.{fraction}") if fraction else 0.0)
+        except ValueError:
+            raise TraceError(path, line, "TIMESTAMP", f"expected date and time or seconds, got {value!r}") from None
+    if not math.isfinite(seconds):
+        raise TraceError(path, line, "TIMESTAMP", f"expected a finite number, got {value!r}")
+    return seconds
+
+
+def _whole(path: str, line: int, name: str, value: str) -> int:
+    if not value.strip().isascii() or not value.strip().isdigit():
+        raise TraceError(path, line, name, f"expected an integer >= 0, got {value!r}")
+    return int(value)
 
 
 class _Fields:
