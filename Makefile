@@ -13,7 +13,7 @@ $(BIN)/kvpool: pyproject.toml Cargo.toml $(shell find rust kernels -name '*.rs' 
 setup: $(BIN)/kvpool
 
 replay: setup
-	$(BIN)/kvpool replay --sequential
+	$(BIN)/kvpool replay
 
 test: setup
 	cargo test --workspace --quiet

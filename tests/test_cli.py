@@ -103,13 +103,15 @@ def test_generated_workload_needs_no_trace(capsys: pytest.CaptureFixture[str]) -
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "timed replay is not built yet"),
         (["--sequential", "--format", "azure"], "TRACE"),
         (["--sequential", "--format", "mooncake"], "TRACE"),
-        (["TRACE", "--sequential", "--format", "azure"], "not available yet"),
+        (["TRACE", "--sequential", "--format", "azure"], "no prefixes"),
+        (["TRACE", "--format", "azure"], "expected the columns"),
+        (["TRACE", "--html", "TRACE"], "overwrite"),
+        (["TRACE", "--html", "/nowhere/at/all.html"], "cannot write"),
         (["TRACE", "--sequential", "--format", "generated"], "takes no TRACE"),
         (["TRACE", "--sequential", "--host-blocks", "5"], "not available yet"),
-        (["TRACE", "--sequential", "--html", "x.html"], "not available yet"),
+        (["TRACE", "--sequential", "--html", "x.html"], "no time to plot"),
         (["TRACE", "--sequential", "--json", "TRACE"], "overwrite"),
         (["TRACE", "--sequential", "--json", "/nowhere/at/all.json"], "cannot write"),
         (["TRACE", "--sequential", "--policy", "mru"], "--policy"),
@@ -141,7 +143,31 @@ def test_unknown_suffix_needs_format(trace: Path, capsys: pytest.CaptureFixture[
 def test_csv_means_azure(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = trace.rename(trace.with_suffix(".csv"))
     assert main(["replay", str(other), *SMALL]) == 2
-    assert "azure is not available yet" in capsys.readouterr().err
+    assert "no prefixes" in capsys.readouterr().err
+    other.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n0,8,2\n1,8,2\n")
+    assert main(["replay", str(other), "--tokens-per-block", "4", "--json", "-"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["requests"], result["reused_tokens"], result["steps"]) == (2, 0, 4)
+
+
+def test_timed_is_the_default_and_draws(trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "page.html"
+    argv = ["replay", str(trace), "--tokens-per-block", "4", "--json", "-", "--html", str(page)]
+    assert main(argv) == 0
+    out, err = capsys.readouterr()
+    result = json.loads(out)
+    assert list(result) == KEYS
+    assert result["requests"] == 4
+    assert result["steps"] > 0
+    assert result["step_us_p50"] > 0
+    assert "simulated seconds" in err
+    assert "hit rate" in page.read_text()
+
+
+def test_wrong_byte_in_time_exits_1(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["replay", "--limit", "40", "--tokens-per-block", "4", "--json", "-"]
+    assert main(argv, corrupt_after=10) == 1
+    assert "wrong byte: request " in capsys.readouterr().err
 
 
 def test_malformed_line_exits_2(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:

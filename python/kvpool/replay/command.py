@@ -153,6 +153,8 @@ def replay(
         raise click.UsageError(f"--host-blocks {host_blocks} is not available yet: there is no host tier; use 0")
     if html_path is not None and sequential:
         raise click.UsageError("--html: --sequential has no time to plot over; leave one of them out")
+    if sequential and trace_format == "azure":
+        raise click.UsageError("--sequential: an azure trace has no prefixes to match; leave it out")
     tokens_per_id = TOKENS_PER_ID if trace_format == "mooncake" else tokens_per_block
     options = Options(tokens_per_block, device_blocks, policy, seed, tokens_per_id)
     requests = _requests(trace, trace_format, limit, options)
