@@ -76,6 +76,9 @@ class Pair(Batches):
         self.steps: list[Step] = []
         self.created: list[ModelCache] = []
         self.named = 0
+        self.told: Counter[tuple[str, int]] = Counter()
+        self.parents: dict[int, int | None] = {}
+        self.last_event = 0
         self.numbers: dict[tuple[object, int], int] = {}
         self.did: Counter[str] = Counter()
         self.operations = 0
@@ -416,6 +419,8 @@ class Pair(Batches):
         self.count("evicted", model.evicted - self.evicted)
         if model.dropped > self.dropped:
             self.compare_tree()
+        if model.dropped > self.dropped or self.operations % 8 == 0:
+            self.compare_events()
         self.evicted, self.dropped = model.evicted, model.dropped
 
     def compare_caches(self) -> None:
@@ -453,6 +458,26 @@ class Pair(Batches):
                 kept = [i for i in (changed // self.t).tolist() if i >= len(row) or row[i] is not None]
                 assert not kept, f"{self.names[pool]} of r{real.request_id} changed in flight"
                 self.count("step verified", len(due) - len(changed))
+
+    def compare_events(self) -> None:
+        """The events so far give exactly the pages of the tree, each with its block's parent."""
+        for event in self.real.drain_events():
+            assert event.number == self.last_event + 1
+            self.last_event = event.number
+            place = event.pool, event.key
+            self.told[place] += 1 if event.kind == "stored" else -1
+            if event.kind == "stored":
+                self.parents[event.key] = event.parent
+            self.count("event")
+        due = Counter[tuple[str, int]]()
+        for node in self.model.nodes:
+            if any(node.pages):
+                (lora, _, salt), epoch = node.root
+                keys = self.real.block_keys(self.sequence(node), Scope(lora, salt, epoch))
+                assert self.parents[keys[-1]] == (keys[-2] if len(keys) > 1 else None)
+                due.update((name, keys[-1]) for name, page in zip(self.names, node.pages, strict=True) if page)
+        assert +self.told == due
+        assert not -self.told
 
     def compare_tree(self) -> None:
         """After pages were dropped: the same leaves are left."""

@@ -638,3 +638,36 @@ def test_import_takes_no_extra() -> None:
 def test_repr_tells_id_and_state(manager: KVCacheManager) -> None:
     cache: KVCache = manager.create("x", [])
     assert repr(cache) == "<kvpool cache of request 'x': SUSPENDED>"
+
+
+def test_drain_events_tells_blocks_with_their_parents(manager: KVCacheManager) -> None:
+    tokens = list(range(10))
+    run(manager, "a", tokens)
+    first, second = manager.block_keys(tokens)
+    stored = manager.drain_events()
+    assert [(e.number, e.kind, e.key, e.parent, e.pool, e.tier) for e in stored] == [
+        (1, "stored", first, None, "kv", "device"),
+        (2, "stored", second, first, "kv", "device"),
+    ]
+    assert manager.drain_events() == []
+    run(manager, "b", tokens)  # the tree has it already
+    manager.evict(1)
+    manager.clear()
+    removed = manager.drain_events()
+    assert [(e.number, e.kind, e.key, e.parent) for e in removed] == [
+        (3, "removed", second, None),
+        (4, "removed", first, None),
+    ]
+    assert manager.block_keys(tokens, Scope(lora_id=1))[0] != first
+
+
+def test_drain_events_shows_a_gap_when_the_ring_was_too_small() -> None:
+    with make(slots=64) as manager:
+        for i in range(600):
+            run(manager, i, [i] * 256)
+        events = manager.drain_events()
+        numbers = [e.number for e in events]
+        assert len(numbers) == 65_536
+        assert numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+        assert numbers[0] > 1
+        assert manager.drain_events(5) == []

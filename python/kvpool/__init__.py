@@ -19,7 +19,7 @@ from kvpool.errors import (
     RequestTooLargeError,
     StalledError,
 )
-from kvpool.manager import KVCacheManager, Stats
+from kvpool.manager import Event, KVCacheManager, Stats
 from kvpool.sizing import PoolPlan, peak_slots, plan_pools, slots_for
 
 __version__ = "0.1.0"
@@ -30,6 +30,7 @@ __all__ = [
     "CacheConfig",
     "CacheState",
     "ConfigError",
+    "Event",
     "InvariantError",
     "KVCache",
     "KVCacheDesc",

@@ -65,6 +65,23 @@ class Stats:
         return self.reused_blocks / self.prompt_blocks if self.prompt_blocks else 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class Event:
+    """A page of a block entered or left the tree.
+
+    number: from 1, without gaps unless events were lost. kind: "stored" or "removed". key, parent: 64-bit keys of the
+    block and of the one before it (None: it is the first, or the event is a removal); `block_keys` tells those of a
+    prompt. tier: where the page is, of a removed one where it was.
+    """
+
+    number: int
+    kind: str
+    key: int
+    parent: int | None
+    pool: str
+    tier: str
+
+
 class KVCacheManager(Batches):
     """Pools, tree and caches of one device.
 
@@ -275,6 +292,25 @@ class KVCacheManager(Batches):
         for cache, gone in zip(caches, released, strict=True):
             if gone:
                 self._forget(cache)
+
+    def drain_events(self, most: int = 2**31) -> list[Event]:
+        """What happened to the tree since the last call, oldest first, at most `most` events.
+
+        The last 65,536 unread events are kept; a gap in the numbers shows that older ones are gone. A page is in the
+        tree if it was stored more often than removed: events of one block by different threads may stand in either
+        order. Blocks nobody; of two readers at once one gets nothing.
+        """
+        events = self._core.drain_events(count(most, "most"))
+        names = [pool.name for pool in self.config.pools]
+        return [
+            Event(number, "stored" if stored else "removed", key, parent, names[pool], "device")
+            for number, stored, pool, key, parent in events
+        ]
+
+    def block_keys(self, tokens: Tokens, scope: Scope | None = None) -> list[int]:
+        """Keys that the full blocks of a prompt have in the events of this manager."""
+        key, epoch = scope_key(scope)
+        return self._core.block_keys(token_array(tokens), key, epoch)
 
     def stats(self) -> Stats:
         """Counters since construction and the books of every pool. Disturbs nobody."""

@@ -15,6 +15,7 @@ pub mod chains;
 pub mod check;
 pub mod core;
 pub mod error;
+pub mod events;
 pub mod evict;
 pub mod inbox;
 #[cfg(all(test, kvpool_loom))]

@@ -4,6 +4,7 @@
 //! with that one thing weakened the model must fail, with the message of its own assertion.
 //! Run by `make models`.
 
+use crate::events::{EventKind, Events};
 use crate::inbox::{Inbox, IDLE};
 use crate::pool::SlotPool;
 use crate::stack::Stack;
@@ -207,4 +208,37 @@ fn inbox() {
 #[test]
 fn inbox_with_flags_cleared_late() {
     fails(Weak::InboxFlag, "a report was lost", 2, inbox_loses_nothing);
+}
+
+// -- events ---------------------------------------------------------------------------------
+
+/// H17: an event that is read is one that was pushed, whole, and the numbers grow.
+fn events_are_whole() {
+    let events = Arc::new(Events::new(1));
+    let writers: Vec<_> = (0..2u64)
+        .map(|i| {
+            let events = events.clone();
+            thread::spawn(move || events.push(EventKind::Stored, i as usize, i, Some(i)))
+        })
+        .collect();
+    let mut seen = Vec::new();
+    events.drain(2, &mut seen);
+    for writer in writers {
+        writer.join().unwrap();
+    }
+    events.drain(2, &mut seen);
+    let whole = |e: &crate::events::Event| u64::from(e.pool) == e.key && e.parent == Some(e.key);
+    assert!(seen.iter().all(whole), "a torn event");
+    let ordered = seen.windows(2).all(|pair| pair[0].number < pair[1].number);
+    assert!(ordered, "numbers do not grow");
+}
+
+#[test]
+fn events() {
+    holds(2, events_are_whole);
+}
+
+#[test]
+fn events_without_a_second_look() {
+    fails(Weak::EventAgain, "a torn event", 2, events_are_whole);
 }

@@ -5,6 +5,7 @@
 //! than it gives); those that walk all blocks let it go.
 
 use crate::cache::{distinct, Cache};
+use kvpool_core::events::{Event, EventKind};
 use kvpool_core::types::{CoreConfig, PageCopy, PolicyKind, PoolSpec, RangeSpec, Retain, RetentionSpec};
 use kvpool_core::{Claim, CoreError};
 use pyo3::buffer::PyBuffer;
@@ -490,6 +491,28 @@ impl Core {
             }
         }
         Ok(listed(&caches, &released))
+    }
+
+    /// -> [(number, stored, pool, key, parent key or None)] since the last call, at most `most`
+    #[allow(clippy::type_complexity)]
+    fn drain_events(&self, most: usize) -> Vec<(u64, bool, u32, u64, Option<u64>)> {
+        let mut events = Vec::new();
+        self.core.events.drain(most, &mut events);
+        let event = |e: &Event| (e.number, e.kind == EventKind::Stored, e.pool, e.key, e.parent);
+        events.iter().map(event).collect()
+    }
+
+    /// Keys that the full blocks of a prompt have in the events.
+    #[pyo3(signature = (tokens, scope, epoch=None))]
+    fn block_keys(
+        &self,
+        py: Python<'_>,
+        tokens: PyBuffer<i32>,
+        scope: &[u8],
+        epoch: Option<u64>,
+    ) -> PyResult<Vec<u64>> {
+        let tokens = int32s(py, &tokens)?;
+        outcome(py, self.core.block_keys(&tokens, scope, epoch))
     }
 
     /// -> leaves that left the device

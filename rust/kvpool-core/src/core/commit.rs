@@ -130,6 +130,7 @@ impl Core {
             let own = cache.tables[pool][i];
             if own != 0 {
                 self.pools[pool].set_owner(own, Owner::Node(index as u32));
+                self.note_stored(pool, index);
                 if self.tree.windowed[pool] {
                     self.tree.pages[pool].holders[index].add(cache.holder() as u64);
                 }
@@ -230,6 +231,7 @@ impl Core {
                 Claimed::Gone => {
                     if self.tree.set_page(pool, index, own, 1) {
                         self.pools[pool].set_owner(own, Owner::Node(index as u32));
+                        self.note_stored(pool, index);
                         return false;
                     }
                 }

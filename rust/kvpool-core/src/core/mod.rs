@@ -19,6 +19,7 @@ pub use batch::Claim;
 
 use crate::cache::Cache;
 use crate::error::{CoreError, Result};
+use crate::events::{EventKind, Events};
 use crate::evict::{Keeper, Order};
 use crate::pool::SlotPool;
 use crate::retention::Timing;
@@ -54,6 +55,13 @@ pub(crate) struct Tallies {
     pub dropped: Counter,
 }
 
+/// Unread events that are kept. The checkers look at the ring by itself.
+const EVENTS: usize = if cfg!(any(kvpool_loom, kvpool_shuttle)) {
+    0
+} else {
+    1 << 16
+};
+
 /// Tree, pools and their books.
 #[derive(Debug)]
 pub struct Core {
@@ -66,6 +74,8 @@ pub struct Core {
     pub(crate) first_full: Option<usize>,
     /// Tells its caches from those of another core.
     pub(crate) id: u64,
+    /// What happened to the tree.
+    pub events: Events,
     /// By node: durations.
     pub(crate) timing: Vec<Timing>,
     /// 1 once a duration was given.
@@ -126,6 +136,7 @@ impl Core {
             ),
             counters: Tallies::default(),
             id: unique(),
+            events: Events::new(EVENTS),
             timing: (0..config.max_blocks).map(|_| Timing::new()).collect(),
             timed: Field::new(0),
             clock: Field::new(0),
@@ -305,6 +316,29 @@ impl Core {
             index = parent.index();
         }
         self.unreserve_nodes(freed);
+    }
+
+    // -- events -----------------------------------------------------------------------------
+
+    /// A page of a node that the caller has claimed is in the tree.
+    fn note_stored(&self, pool: usize, index: usize) {
+        let parent = self.tree.parent(index);
+        let above = (!parent.is_nil()).then(|| self.tree.nodes[parent.index()].key.get());
+        let key = self.tree.nodes[index].key.get();
+        self.events.push(EventKind::Stored, pool, key, above);
+    }
+
+    /// Keys that the full blocks of a prompt have in the events.
+    pub fn block_keys(&self, tokens: &[i32], scope: &[u8], epoch: Option<u64>) -> Result<Vec<u64>> {
+        let root = self.root(scope, self.scope_epoch(epoch)?);
+        let mut key = root.key();
+        let blocks = tokens.chunks_exact(self.config.tokens_per_block as usize);
+        Ok(blocks
+            .map(|block| {
+                key = self.tree.extend_key(key, block);
+                key
+            })
+            .collect())
     }
 
     // -- the whole --------------------------------------------------------------------------

@@ -238,7 +238,7 @@ impl Core {
             let now = self.page_key(pool, index);
             if now > key {
                 orders.pages[pool].push(now, node);
-            } else if let Some(slot) = self.tree.take_page(pool, index) {
+            } else if let Some(slot) = self.take_idle_page(pool, index) {
                 return Some((index, slot));
             }
         }

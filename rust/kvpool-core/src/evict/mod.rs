@@ -12,6 +12,7 @@ pub use order::{Key, Order};
 pub use policy::{Lru, Policy, Slru};
 
 use crate::core::Core;
+use crate::events::EventKind;
 use crate::inbox::{Inbox, IDLE, LOWERED, ROSE};
 use crate::sync::{Counter, Sole};
 use crate::tree::Dead;
@@ -150,6 +151,8 @@ impl Core {
             let covered = self.tree.windowed[pool] && self.pools[pool].reserve(1);
             if let Some(slot) = self.tree.strip(pool, dead) {
                 pages += 1;
+                let key = self.tree.nodes[dead.index()].key.get();
+                self.events.push(EventKind::Removed, pool, key, None);
                 if keep == Some(pool) {
                     kept = slot;
                 } else {
@@ -179,12 +182,27 @@ impl Core {
         }
     }
 
+    /// Takes an unclaimed page of a windowed pool alone.
+    fn take_idle_page(&self, pool: usize, index: usize) -> Option<u32> {
+        let (link, key) = (self.tree.at(index), self.tree.nodes[index].key.get());
+        let slot = self.tree.take_page(pool, index)?;
+        // Born anew since the first look: the page was the new node's.
+        let anew = self.tree.at(index) != link;
+        let key = if anew {
+            self.tree.nodes[index].key.get()
+        } else {
+            key
+        };
+        self.events.push(EventKind::Removed, pool, key, None);
+        Some(slot)
+    }
+
     fn evict_page(&self, pool: usize) -> Option<u32> {
         let inside = match self.keeper.orders.enter() {
             Some(mut orders) => self.next_page(&mut orders, pool),
             None => None,
         };
-        let any = |index| Some((index, self.tree.take_page(pool, index)?));
+        let any = |index| Some((index, self.take_idle_page(pool, index)?));
         let (index, slot) = inside.or_else(|| self.scan().find_map(any))?;
         self.counters.dropped.add(1);
         self.remove_if_empty(self.tree.at(index));

@@ -154,6 +154,8 @@ pub enum Weak {
     PageClaims,
     /// The inbox's flag is cleared after the look at the node.
     InboxFlag,
+    /// The reader of events does not look again whether the slot was written meanwhile.
+    EventAgain,
 }
 
 #[cfg(any(kvpool_loom, kvpool_shuttle))]

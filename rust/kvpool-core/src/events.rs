@@ -1,0 +1,199 @@
+//! What happened to the tree, for whoever wants to follow it: a bounded ring that never blocks.
+//!
+//! ```text
+//! slot state:  [ number 63 | writing 1 ]      0: never written
+//! ```
+//!
+//! Writers take the next number and the slot that belongs to it; a slot that somebody still writes, or that a later
+//! number has, is left alone and the event is lost. One reader at a time goes from number to number: what was
+//! overwritten or lost shows as a gap in the numbers.
+//!
+//! push: wait-free. drain: lock-free for one reader; a second one meanwhile gets nothing.
+
+use crate::sync::{fence, weak, AtomicU64, Counter, Field, Ordering, Sole, Weak};
+
+/// What happened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum EventKind {
+    /// A page of a block is in the tree.
+    Stored,
+    /// A page of a block left the tree.
+    Removed,
+}
+
+/// One page of one block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Event {
+    /// From 1; a gap means that events were lost.
+    pub number: u64,
+    /// What happened.
+    pub kind: EventKind,
+    /// In which pool.
+    pub pool: u32,
+    /// Key of the block: the hash of its whole prefix and scope.
+    pub key: u64,
+    /// Key of the block before it, if it is not the first and was stored.
+    pub parent: Option<u64>,
+}
+
+const WRITING: u64 = 1;
+const STORED: u64 = 1;
+const HAS_PARENT: u64 = 2;
+
+#[derive(Debug)]
+struct Slot {
+    state: AtomicU64,
+    what: Field,
+    key: Field,
+    parent: Field,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct Events {
+    slots: Vec<Slot>,
+    last: Counter,
+    /// The next number to be read.
+    reader: Sole<u64>,
+}
+
+impl Events {
+    /// For so many unread events; with 0 nothing is kept.
+    pub fn new(capacity: usize) -> Self {
+        let slot = |_| Slot {
+            state: AtomicU64::new(0),
+            what: Field::new(0),
+            key: Field::new(0),
+            parent: Field::new(0),
+        };
+        Self {
+            slots: (0..capacity).map(slot).collect(),
+            last: Counter::default(),
+            reader: Sole::new(1),
+        }
+    }
+
+    /// Adds an event. Wait-free.
+    pub fn push(&self, kind: EventKind, pool: usize, key: u64, parent: Option<u64>) {
+        if self.slots.is_empty() {
+            return;
+        }
+        let number = self.last.next();
+        let slot = &self.slots[number as usize % self.slots.len()];
+        let before = slot.state.load(Ordering::Relaxed); // Relaxed: the CAS below decides
+        if before & WRITING != 0 || before >> 1 > number {
+            return;
+        }
+        // Acquire: partner the store below: the former writer's fields come before ours. Relaxed on failure: the event is lost.
+        let taken = slot.state.compare_exchange(
+            before,
+            number << 1 | WRITING,
+            Ordering::Acquire,
+            Ordering::Relaxed,
+        );
+        if taken.is_err() {
+            return;
+        }
+        fence(Ordering::Release); // Release: partner the fence in `read`: who sees a field of ours sees that we write
+        let stored = if kind == EventKind::Stored { STORED } else { 0 };
+        let has_parent = if parent.is_some() { HAS_PARENT } else { 0 };
+        slot.what.set((pool as u64) << 2 | has_parent | stored);
+        slot.key.set(key);
+        slot.parent.set(parent.unwrap_or(0));
+        slot.state.store(number << 1, Ordering::Release); // Release: partner the load in `read`: the fields are there
+    }
+
+    /// Appends what happened since the last call, at most `most` events, in the order of their numbers.
+    pub fn drain(&self, most: usize, into: &mut Vec<Event>) {
+        let Some(mut next) = self.reader.enter() else {
+            return;
+        };
+        let last = self.last.get();
+        let oldest = (last + 1).saturating_sub(self.slots.len() as u64);
+        *next = (*next).max(oldest);
+        let full = into.len().saturating_add(most);
+        while *next <= last && into.len() < full {
+            match self.read(*next) {
+                Read::Event(event) => into.push(event),
+                Read::Lost => {}
+                Read::NotYet => return,
+            }
+            *next += 1;
+        }
+    }
+
+    fn read(&self, number: u64) -> Read {
+        let slot = &self.slots[number as usize % self.slots.len()];
+        let state = slot.state.load(Ordering::Acquire); // Acquire: partner the store in `push`
+        if state >> 1 > number {
+            return Read::Lost;
+        }
+        if state != number << 1 {
+            // A writer on its way, unless it gave up: then a younger event stands already.
+            let gave_up = state >> 1 < number && self.last.get() >= number + self.slots.len() as u64 / 2;
+            return if gave_up { Read::Lost } else { Read::NotYet };
+        }
+        let (what, key, parent) = (slot.what.get(), slot.key.get(), slot.parent.get());
+        fence(Ordering::Acquire); // Acquire: partner the fence in `push`
+        let again = slot.state.load(Ordering::Relaxed); // Relaxed: ordered by the fence above
+        if again != state && !weak(Weak::EventAgain) {
+            return Read::Lost;
+        }
+        Read::Event(Event {
+            number,
+            kind: if what & STORED != 0 {
+                EventKind::Stored
+            } else {
+                EventKind::Removed
+            },
+            pool: (what >> 2) as u32,
+            key,
+            parent: (what & HAS_PARENT != 0).then_some(parent),
+        })
+    }
+}
+
+enum Read {
+    Event(Event),
+    Lost,
+    NotYet,
+}
+
+#[cfg(all(test, not(any(kvpool_loom, kvpool_shuttle))))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn events_come_out_in_order_and_a_gap_shows() {
+        let events = Events::new(4);
+        let mut out = Vec::new();
+        for key in 1..=3 {
+            events.push(EventKind::Stored, 7, key, (key > 1).then_some(key - 1));
+        }
+        events.drain(2, &mut out);
+        events.drain(9, &mut out);
+        let seen: Vec<_> = out.iter().map(|e| (e.number, e.pool, e.key, e.parent)).collect();
+        assert_eq!(seen, [(1, 7, 1, None), (2, 7, 2, Some(1)), (3, 7, 3, Some(2))]);
+        for key in 4..=10 {
+            events.push(EventKind::Removed, 0, key, None);
+        }
+        out.clear();
+        events.drain(9, &mut out);
+        let numbers: Vec<_> = out.iter().map(|e| e.number).collect();
+        assert_eq!(numbers, [7, 8, 9, 10]);
+        assert!(out
+            .iter()
+            .all(|e| e.kind == EventKind::Removed && e.key == e.number));
+        events.drain(9, &mut out);
+        assert_eq!(out.len(), 4);
+    }
+
+    #[test]
+    fn without_room_nothing_is_kept() {
+        let events = Events::new(0);
+        events.push(EventKind::Stored, 0, 1, None);
+        let mut out = Vec::new();
+        events.drain(9, &mut out);
+        assert!(out.is_empty());
+    }
+}
