@@ -37,8 +37,10 @@ lint: setup
 	$(BIN)/mypy --strict python/kvpool
 	$(BIN)/python -m mypy.stubtest kvpool._core
 
+# TRACE: a Mooncake trace for W3.
+TRACE ?= $(wildcard ../shared/traces/mooncake_conversation.jsonl)
 bench: setup
-	cargo run --quiet --release --manifest-path bench/rivals/Cargo.toml
+	cargo run --quiet --release --manifest-path bench/rivals/Cargo.toml -- $(TRACE)
 	$(BIN)/python -m pytest bench/bench_w1_w2.py --benchmark-only --benchmark-columns=min,median,ops
 
 clean:

@@ -54,13 +54,16 @@ class Batches:
 
     # -- the books of requests ------------------------------------------------------------------
 
-    def _check_new(self, request_ids: Sequence[int | str]) -> None:
-        """All are ids, different from each other, and without a cache."""
+    def _check_new(self, request_id: int | str) -> None:
+        """It is an id and has no cache."""
+        if isinstance(request_id, bool) or not isinstance(request_id, int | str):
+            raise ValueError(f"request_id: {request_id!r} is neither int nor str")
+        if request_id in self._caches:
+            raise LogicError(f"request_id: {request_id!r} has a cache already; close it first")
+
+    def _check_all_new(self, request_ids: Sequence[int | str]) -> None:
         for request_id in request_ids:
-            if isinstance(request_id, bool) or not isinstance(request_id, int | str):
-                raise ValueError(f"request_id: {request_id!r} is neither int nor str")
-            if request_id in self._caches:
-                raise LogicError(f"request_id: {request_id!r} has a cache already; close it first")
+            self._check_new(request_id)
         _check_different(request_ids)
 
     def _enter(self, request_ids: Sequence[int | str], handles: Sequence[Cache | None]) -> list[KVCache | None]:
@@ -150,7 +153,7 @@ class Batches:
             if not isinstance(request, AddRequest):
                 raise ValueError(f"requests: {request!r} is not a kvpool.AddRequest")
         ids = [request.request_id for request in given]
-        self._check_new(ids)
+        self._check_all_new(ids)
         claims = [(token_array(r.tokens), *scope_key(r.scope), retention_spec(r.retention), None) for r in given]
         caches = self._enter(ids, self._core.claim(claims, False))
         lengths = [len(tokens) for tokens, *_ in claims]
@@ -174,7 +177,7 @@ class Batches:
         self._open()
         given = [(request, least) for request, least in _listed(requests, "requests")]
         ids = [request.request_id for request, _ in given]
-        self._check_new(ids)
+        self._check_all_new(ids)
         claims = [
             (
                 _context(request),

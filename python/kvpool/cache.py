@@ -112,7 +112,14 @@ class KVCache:
         """Give everything back; full committed blocks stay cached. Twice is a no-op."""
         if self._state is CacheState.CLOSED:
             return
-        self._manager._close([self])
+        self._mark_closed()
+        try:
+            (free,) = self._manager._core.close([self._handle])
+        except BaseException:
+            self._mark_open()
+            raise
+        if free:
+            self._manager._forget(self)
 
     def _mark_closed(self) -> None:
         """Keep the last lengths: the core forgets them."""

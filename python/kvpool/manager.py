@@ -186,11 +186,13 @@ class KVCacheManager(Batches):
         LogicError: the id has a cache. ValueError: more than max_seq_len tokens, tokens out of range.
         """
         self._open()
-        self._check_new([request_id])
+        self._check_new(request_id)
         key, epoch = scope_key(scope)
         handle = self._core.create(token_array(tokens), key, epoch, retention_spec(retention))
-        (cache,) = self._enter([request_id], [handle])
-        assert cache is not None
+        cache = KVCache(self, request_id, handle)
+        if self._caches.setdefault(request_id, cache) is not cache:  # another thread was faster
+            self._core.close([handle])
+            raise LogicError(f"request_id: {request_id!r} has a cache already; close it first")
         return cache
 
     def cache(self, request_id: int | str) -> KVCache:

@@ -1,9 +1,12 @@
-//! W1 and W2 from Rust: kvpool-core beside kvbm-logical (lru), in one process, in turns.
+//! W1, W2, W2l and W3 from Rust: kvpool-core beside kvbm-logical (lru), in one process, in turns.
 //!
 //! With one thread, and with two on disjoint sequences (and, for W1, on one shared sequence): wall time over all
 //! blocks of both. W1: pool of 65,536 blocks of 16 tokens, 1,000 cached sequences of 64 blocks, picked at random: claim a full
 //! match, read its slots, release. W2: the pool is full of cached blocks; allocate 64, commit new tokens, release.
 //! kvbm-logical is given precomputed hashes and compares no tokens; kvpool hashes and compares in every call.
+
+mod leaves;
+mod trace;
 
 use dynamo_tokens::TokenBlockSequence;
 use kvbm_logical::{BlockManager, BlockRegistry, KvbmSequenceHashProvider, SequenceHash};
@@ -41,8 +44,12 @@ fn prompt(rng: &mut Rng) -> Vec<i32> {
 }
 
 fn hashes(prompt: &[i32]) -> Vec<SequenceHash> {
-    let tokens: Vec<u32> = prompt[..BLOCKS * T].iter().map(|&token| token as u32).collect();
-    let sequence = TokenBlockSequence::from_slice(&tokens, T as u32, Some(1));
+    hashes_of(&prompt[..BLOCKS * T], T)
+}
+
+fn hashes_of(tokens: &[i32], tokens_per_block: usize) -> Vec<SequenceHash> {
+    let tokens: Vec<u32> = tokens.iter().map(|&token| token as u32).collect();
+    let sequence = TokenBlockSequence::from_slice(&tokens, tokens_per_block as u32, Some(1));
     sequence
         .blocks()
         .iter()
@@ -51,18 +58,23 @@ fn hashes(prompt: &[i32]) -> Vec<SequenceHash> {
 }
 
 fn serve(core: &Core, prompt: &[i32]) {
+    serve_tokens(core, prompt, BLOCKS * T);
+}
+
+/// A whole request whose first `tokens` tokens are computed and committed.
+fn serve_tokens(core: &Core, prompt: &[i32], tokens: usize) {
     let mut copies = Vec::new();
     let mut cache = core.create(prompt, b"", None, None).unwrap();
     let reused = core.info(&cache).unwrap().reused as usize;
     core.resume(&mut cache, &mut copies).unwrap();
-    assert!(core.resize(&mut cache, (BLOCKS * T) as u64, None).unwrap());
-    core.commit(&mut cache, &prompt[reused..BLOCKS * T]).unwrap();
+    assert!(core.resize(&mut cache, tokens as u64, None).unwrap());
+    core.commit(&mut cache, &prompt[reused..tokens]).unwrap();
     black_box(core.table(&cache, 0).unwrap());
     core.close(&mut cache).unwrap();
 }
 
 fn serve_rival(manager: &Rival, hashes: &[SequenceHash]) {
-    let blocks = manager.allocate_blocks(BLOCKS).expect("room");
+    let blocks = manager.allocate_blocks(hashes.len()).expect("room");
     let complete = blocks
         .into_iter()
         .zip(hashes)
@@ -126,31 +138,44 @@ fn report(name: &str, mut ours: Vec<f64>, mut theirs: Vec<f64>) {
     );
 }
 
-fn main() {
-    let mut rng = Rng(0x9E37_79B9_7F4A_7C15);
-    let core = Core::new(CoreConfig {
-        tokens_per_block: T as u32,
+fn make_core(slots: usize, tokens_per_block: usize) -> Core {
+    Core::new(CoreConfig {
+        tokens_per_block: tokens_per_block as u32,
         pools: vec![PoolSpec {
             name: "kv".into(),
-            num_slots: SLOTS as u32,
+            num_slots: slots as u32,
             window: None,
             sink_tokens: 0,
         }],
-        max_blocks: SLOTS as u32,
-        max_seq_len: Some(2048),
+        max_blocks: slots as u32,
+        max_seq_len: None,
         partial_reuse: true,
         hash_seed: 1,
         policy: PolicyKind::Lru,
         collide: false,
     })
-    .unwrap();
-    let manager: Rival = BlockManager::builder()
-        .block_count(SLOTS)
-        .block_size(T)
+    .unwrap()
+}
+
+fn make_rival(slots: usize, tokens_per_block: usize) -> Rival {
+    BlockManager::builder()
+        .block_count(slots)
+        .block_size(tokens_per_block)
         .registry(BlockRegistry::builder().build())
         .with_lru_backend()
         .build()
-        .expect("a manager");
+        .expect("a manager")
+}
+
+/// Least and median.
+fn ends(values: &mut [f64]) -> (f64, f64) {
+    values.sort_by(f64::total_cmp);
+    (values[0], values[values.len() / 2])
+}
+
+fn main() {
+    let mut rng = Rng(0x9E37_79B9_7F4A_7C15);
+    let (core, manager) = (make_core(SLOTS, T), make_rival(SLOTS, T));
     let prompts: Vec<Vec<i32>> = (0..SEQUENCES).map(|_| prompt(&mut rng)).collect();
     let keys: Vec<Vec<SequenceHash>> = prompts.iter().map(|p| hashes(p)).collect();
     for (p, k) in prompts.iter().zip(&keys) {
@@ -201,4 +226,10 @@ fn main() {
         report(name, ours, theirs);
     }
     core.check(&[]).unwrap();
+    drop((core, manager));
+    leaves::run(&mut rng);
+    match std::env::args().nth(1) {
+        Some(path) => trace::run(&path),
+        None => println!("W3: give a Mooncake trace as the argument"),
+    }
 }

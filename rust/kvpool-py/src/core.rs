@@ -358,6 +358,9 @@ impl Core {
     /// -> per cache: whether its id is free again (not so while a step is in flight, nor if it was closed before)
     fn close(&self, py: Python<'_>, caches: Vec<Py<Cache>>) -> PyResult<Vec<bool>> {
         let core = self.core(py)?;
+        if let [cache] = &caches[..] {
+            return Ok(vec![with(py, cache.bind(py), |cache| core.close(cache))?]);
+        }
         let mut entered = enter_all(py, &caches)?;
         let mut free = HashSet::new();
         for ((cache, _), (this, _)) in entered.iter_mut().zip(distinct(&caches)) {
