@@ -3,9 +3,11 @@
 //! A page is an array of one number per position: the hash of scope and tokens up to there. Whoever
 //! "computes" a block writes it, whoever reuses one verifies it.
 
+use kvpool_core::events::EventKind;
 use kvpool_core::sync::{AtomicU64, Ordering};
-use kvpool_core::types::{CoreConfig, PolicyKind, PoolSpec, Retain, RetentionSpec};
-use kvpool_core::{Cache, Core};
+use kvpool_core::types::{CoreConfig, PageCopy, PolicyKind, PoolSpec, Retain, RetentionSpec};
+use kvpool_core::{Cache, Claim, Core};
+use std::collections::HashMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
 
 const T: usize = 2;
@@ -78,6 +80,68 @@ impl Run<'_> {
         }
     }
 
+    fn copy(&self, copies: &[PageCopy]) {
+        for copy in copies {
+            let pages = &self.pages[copy.pool as usize];
+            for (from, to) in pages[copy.src as usize].iter().zip(&pages[copy.dst as usize]) {
+                let byte = from.load(Ordering::Acquire); // Acquire: partner the store in `compute`
+                to.store(byte, Ordering::Release); // Release: partner the load in `verify`
+            }
+        }
+    }
+
+    /// Some requests: all claimed, then provided or not, some undone first, some closed unprovided.
+    fn serve_batch(&self, rng: &mut Rng, open: &mut Vec<Open>) -> usize {
+        let (scope, epoch) = (rng.below(2), self.core.epoch());
+        let prompts: Vec<Vec<i32>> = (0..1 + rng.below(3))
+            .map(|_| (0..2 + rng.below(12)).map(|_| rng.below(2) as i32).collect())
+            .collect();
+        let claims = prompts.iter().map(|tokens| Claim {
+            tokens,
+            scope: [b"a".as_slice(), b"b"][scope],
+            epoch: Some(epoch),
+            retention: None,
+            least: [None, Some(1)][rng.below(2)],
+        });
+        let caches = self.core.claim_all(claims.collect(), rng.below(4) > 0).unwrap();
+        let mut verified = 0;
+        for (cache, tokens) in caches.into_iter().zip(prompts) {
+            let Some(mut cache) = cache else { continue };
+            let (mut copies, wanted) = (Vec::new(), tokens.len() as u64);
+            if rng.below(6) == 0 || !self.core.provide(&mut cache, wanted, &mut copies).unwrap() {
+                self.core.close(&mut cache).unwrap();
+                continue;
+            }
+            self.copy(&copies);
+            if rng.below(6) == 0 {
+                self.core.copies_failed(&mut cache);
+                self.core.close(&mut cache).unwrap();
+                continue;
+            }
+            self.core.copies_done(&mut cache);
+            let one = Open {
+                cache,
+                scope,
+                epoch,
+                tokens,
+                in_flight: false,
+            };
+            verified += self.finish_prompt(one, open);
+        }
+        verified
+    }
+
+    /// Computes and commits the rest of a prompt that has room. Returns the positions verified before.
+    fn finish_prompt(&self, mut one: Open, open: &mut Vec<Open>) -> usize {
+        let verified = self.verify(&one);
+        let have = self.core.info(&one.cache).unwrap().committed as usize;
+        self.compute(&one, have, one.tokens.len());
+        self.core.commit(&mut one.cache, &one.tokens[have..]).unwrap();
+        self.verify(&one);
+        open.push(one);
+        verified
+    }
+
     /// One request from create to ACTIVE with its prompt committed. Returns the positions verified.
     fn serve(&self, rng: &mut Rng, open: &mut Vec<Open>) -> usize {
         let scope = rng.below(2);
@@ -102,13 +166,7 @@ impl Run<'_> {
         };
         let mut copies = Vec::new();
         assert!(self.core.resume(&mut one.cache, &mut copies).unwrap());
-        for copy in &copies {
-            let pages = &self.pages[copy.pool as usize];
-            for (from, to) in pages[copy.src as usize].iter().zip(&pages[copy.dst as usize]) {
-                let byte = from.load(Ordering::Acquire); // Acquire: partner the store in `compute`
-                to.store(byte, Ordering::Release); // Release: partner the load in `verify`
-            }
-        }
+        self.copy(&copies);
         if !copies.is_empty() && rng.below(8) == 0 {
             self.core.copies_failed(&mut one.cache);
             assert!(self.core.close(&mut one.cache).unwrap());
@@ -144,7 +202,8 @@ impl Run<'_> {
         let (mut open, mut verified) = (Vec::new(), 0);
         for _ in 0..steps {
             match rng.below(12) {
-                0..=5 if open.len() < 3 => verified += self.serve(&mut rng, &mut open),
+                0..=3 if open.len() < 3 => verified += self.serve(&mut rng, &mut open),
+                4..=5 if open.len() < 3 => verified += self.serve_batch(&mut rng, &mut open),
                 6 => {
                     self.core.evict(1 + rng.below(2) as u64);
                 }
@@ -240,6 +299,21 @@ fn run(seed: u64, pools: &[PoolSpec], policy: PolicyKind, threads: u64, steps: u
     for books in core.books() {
         assert_eq!(books.free, books.slots, "seed {seed}: a page was lost");
     }
+    let (mut events, mut stored) = (Vec::new(), HashMap::new());
+    core.events.drain(usize::MAX, &mut events);
+    let whole = events
+        .iter()
+        .zip(1..)
+        .all(|(event, number)| event.number == number);
+    for event in events {
+        let change = if event.kind == EventKind::Stored { 1 } else { -1 };
+        *stored.entry((event.pool, event.key)).or_insert(0) += change;
+    }
+    let left = stored.values().filter(|&&count| count != 0).count();
+    assert!(
+        !whole || left == 0,
+        "seed {seed}: events leave {left} pages in an empty tree"
+    );
     assert_eq!(
         core.available_tokens(),
         16.min(T as u64 * pools.iter().map(|p| u64::from(p.num_slots)).min().unwrap())
