@@ -105,13 +105,16 @@ class Model:
 
     # -- claims -------------------------------------------------------------------------------
 
-    def claimed(self, node: Node) -> bool:
-        return any(node in own.path() for c in self.caches for own in [*c.nodes[-1:], c.source] if own is not None)
+    def claimed(self, node: Node, settled: bool = False) -> bool:
+        """settled: by a cache that is no batch's in work; only those leave a trace."""
+        caches = [c for c in self.caches if not (settled and c.in_work)]
+        return any(node in own.path() for c in caches for own in [*c.nodes[-1:], c.source] if own is not None)
 
-    def page_claims(self, pool: int, node: Node) -> int:
+    def page_claims(self, pool: int, node: Node, settled: bool = False) -> int:
         page = node.pages[pool]
-        holders = [c for c in self.caches if page is not None and page in c.table[pool][: len(c.nodes)]]
-        return len(holders) + sum(c.source is node for c in self.caches)
+        caches = [c for c in self.caches if not (settled and c.in_work)]
+        holders = [c for c in caches if page is not None and page in c.table[pool][: len(c.nodes)]]
+        return len(holders) + sum(c.source is node for c in caches)
 
     def children(self, node: Node | None, root: tuple[object, int]) -> list[Node]:
         return [n for n in self.nodes if n.parent is node and n.root == root]
@@ -247,7 +250,7 @@ class Model:
     def released(self, before: list[Node], stamp: Use) -> None:
         """Blocks that were claimed before and are not any more."""
         for node in before:
-            if not self.claimed(node):
+            if not self.claimed(node, settled=True):
                 node.used = stamp
                 node.expiry = None if node.duration == FOREVER else stamp[0] + node.duration
 
@@ -266,7 +269,7 @@ class Model:
         node.duration = max(node.duration, retain[1])
 
     def claimed_nodes(self) -> list[Node]:
-        return [n for n in self.nodes if self.claimed(n)]
+        return [n for n in self.nodes if self.claimed(n, settled=True)]
 
     def tick(self) -> Use:
         self.stamp += 1
@@ -276,7 +279,7 @@ class Model:
         """Live claims on these pages ended."""
         for pool, node in pages:
             page = node.pages[pool]
-            if page is not None and not page.stale and not self.page_claims(pool, node):
+            if page is not None and not page.stale and not self.page_claims(pool, node, settled=True):
                 page.used = stamp
 
     # -- life of a cache ----------------------------------------------------------------------
@@ -543,6 +546,9 @@ class Model:
         parent = c.nodes[-1] if c.nodes else None
         retain = c.retain(i * self.t)
         found = [n for n in self.children(parent, c.root) if n.tokens == block]
+        if found and c.in_flight and not self.prepaid(c, found[0]):
+            c.detached = True
+            return False
         if found:
             node = found[0]
             if c.ranges is not None:
@@ -567,6 +573,15 @@ class Model:
                 changed = True
         c.nodes.append(node)
         return changed
+
+    def prepaid(self, c: ModelCache, node: Node) -> bool:
+        """In flight one's own slots come back later: what nobody claims must not be promised to others."""
+        for pool in range(len(self.pools)):
+            idle = c.table[pool][len(c.nodes)] is not None and node.pages[pool] is not None
+            idle = not self.claimed(node) if self.is_full(pool) else idle and not self.page_claims(pool, node)
+            if idle and self.available(pool) < 1:
+                return False
+        return True
 
     def close(self, c: ModelCache) -> None:
         if c.in_work:

@@ -81,6 +81,8 @@ pub(crate) struct Undo {
     /// Blocks of its tables; those behind have come since.
     pub blocks: usize,
     pub copying: bool,
+    /// Who makes the copies.
+    pub by: std::thread::ThreadId,
 }
 
 impl Cache {

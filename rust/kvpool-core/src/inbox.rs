@@ -35,6 +35,11 @@ impl Inbox {
         }
     }
 
+    /// Whether the index can be reported here.
+    pub fn has(&self, index: usize) -> bool {
+        index < self.flags.len()
+    }
+
     /// Reports an index; what the caller did to its node before will be seen by the taker.
     pub fn push(&self, index: usize, flags: u8) {
         // AcqRel: partner the swap in `take`: either it comes later and sees the node as the caller left it,

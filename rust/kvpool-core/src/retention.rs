@@ -103,6 +103,15 @@ impl Core {
         }
     }
 
+    /// As `expire`, by who has the first claim: the orders hear of it.
+    pub(crate) fn expire_at_claim(&self, index: usize) {
+        let when = self.expiry(index);
+        if when != 0 && when <= self.clock.get() {
+            self.expire(index);
+            self.keeper.report_lowered(index);
+        }
+    }
+
     /// Applies the expiry of a node if its time has come. The caller sees it unclaimed, or has the first claim:
     /// then a reuse that raises the priority meanwhile makes `replace` fail.
     pub(crate) fn expire(&self, index: usize) {

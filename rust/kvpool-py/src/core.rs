@@ -274,6 +274,12 @@ impl Core {
         stop: bool,
     ) -> PyResult<(Vec<Option<bool>>, Copies)> {
         let core = self.core(py)?;
+        for (cache, tokens, most) in &caches {
+            with(py, cache.bind(py), |cache| {
+                let capacity = core.info(cache)?.history.saturating_add(*tokens).min(*most);
+                core.can_provide(cache, capacity)
+            })?;
+        }
         let (mut provided, mut copies) = (Vec::with_capacity(caches.len()), Vec::new());
         for (cache, tokens, most) in &caches {
             let result = with(py, cache.bind(py), |cache| {

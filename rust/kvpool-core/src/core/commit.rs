@@ -149,6 +149,9 @@ impl Core {
         retain: Retain,
     ) -> std::result::Result<bool, Refused> {
         let (i, index) = (cache.nodes.len(), node.index());
+        if cache.in_flight > 0 && !self.prepay(cache, node) {
+            return Err(Refused::Full);
+        }
         let mut unpaid = false;
         let claimed = match self.claim_for(node, &mut unpaid) {
             Claimed::First => true, // our reference on the parent is the child's now
@@ -194,6 +197,25 @@ impl Core {
         Ok(changed)
     }
 
+    /// In flight one's own slots come back later only: the units for pages that nobody claims must be had now, or the
+    /// block stays private. Others may have been promised them.
+    fn prepay(&self, cache: &mut Cache, node: Link) -> bool {
+        let i = cache.nodes.len();
+        let unclaimed = self.tree.state(node.index()).refs() == 0;
+        for pool in 0..self.pools.len() {
+            let page = self.tree.page(pool, node.index());
+            let windowed = self.tree.windowed[pool];
+            let idle = cache.tables[pool][i] != 0 && page.slot() != 0 && page.claims() == 0;
+            if if windowed { idle } else { unclaimed } {
+                if !self.pools[pool].reserve(1) {
+                    return false; // what was had is given back with the purse
+                }
+                cache.purse[pool] += 1;
+            }
+        }
+        true
+    }
+
     /// Claims a node, with units of its own if it would be the first claim and they can be had; `unpaid`: one's own
     /// pages must pay.
     fn claim_for(&self, node: Link, unpaid: &mut bool) -> Claimed {
@@ -204,7 +226,7 @@ impl Core {
         *unpaid = !self.reserve_nodes(1);
         let claimed = self.tree.claim(node, true);
         if claimed == Claimed::First {
-            self.expire(node.index());
+            self.expire_at_claim(node.index());
         } else if !*unpaid {
             self.unreserve_nodes(1);
         }

@@ -196,6 +196,7 @@ impl Core {
         let root = self.root(scope, epoch);
         let mut cache = Cache::new(self, root, tokens, retention);
         cache.in_work = in_work;
+        self.in_work.add(u64::from(in_work));
         if epoch < self.epoch() {
             cache.detached = true;
         } else {
@@ -227,7 +228,7 @@ impl Core {
                 self.raise_retain(node.index(), cache.retain(i as u64 * self.t()));
             }
         }
-        cache.in_work = false;
+        self.in_work.sub(u64::from(std::mem::take(&mut cache.in_work)));
         cache.undo = None;
     }
 

@@ -78,6 +78,8 @@ pub struct Core {
     pub events: Events,
     /// By node: durations.
     pub(crate) timing: Vec<Timing>,
+    /// Claims of batches that are not settled.
+    pub(crate) in_work: Counter,
     /// 1 once a duration was given.
     pub(crate) timed: Field,
     /// What the clock showed last, as a word.
@@ -88,6 +90,13 @@ pub struct Core {
     #[cfg(test)]
     pub(crate) fault: Field,
     epoch: AtomicU64,
+}
+
+/// Another call has handed out copies of this cache and waits for their report.
+fn pending() -> CoreError {
+    CoreError::State(
+        "copies of an earlier call of this cache are not reported yet: one call at a time".into(),
+    )
 }
 
 /// Asks for the largest tables before they are made: a failed `vec!` would end the process.
@@ -138,6 +147,7 @@ impl Core {
             id: unique(),
             events: Events::new(EVENTS),
             timing: (0..config.max_blocks).map(|_| Timing::new()).collect(),
+            in_work: Counter::default(),
             timed: Field::new(0),
             clock: Field::new(0),
             stamp: Counter::default(),
@@ -210,7 +220,9 @@ impl Core {
             }
             let need = (path.len() - held) as u32;
             if !self.reserve_nodes(need) {
-                return Err(Some(path.len() - 1));
+                // As far as what is left reaches.
+                let left = self.full_pools().map(SlotPool::available).min().unwrap_or(0);
+                return Err(Some((held + left as usize).min(path.len() - 1)));
             }
             let hold = if held > 0 {
                 self.tree.claim(path[held - 1], false)
@@ -239,7 +251,7 @@ impl Core {
             match self.tree.claim(path[at], units > 0) {
                 Claimed::First => {
                     units -= 1; // our reference on the parent is the child's now
-                    self.expire(path[at].index());
+                    self.expire_at_claim(path[at].index());
                 }
                 Claimed::Joined if at > 0 => self.release_path(path[at - 1], Stamp::NONE, 0),
                 Claimed::Joined => {}
@@ -278,7 +290,7 @@ impl Core {
             }
         };
         if claimed == Claimed::First {
-            self.expire(child.index());
+            self.expire_at_claim(child.index());
             return claimed;
         }
         self.unreserve_nodes(units);
@@ -304,6 +316,10 @@ impl Core {
                 }
             });
             if !unclaimed {
+                if rose.get() {
+                    self.keeper.report_leaf(index, true); // risen in vain: somebody claimed meanwhile
+                }
+                self.record_behind_claims(index, stamp);
                 break;
             }
             freed += 1;
@@ -316,6 +332,22 @@ impl Core {
             index = parent.index();
         }
         self.unreserve_nodes(freed);
+    }
+
+    /// A node stays claimed, maybe only by batches whose claims leave no trace: its use and that of its ancestors is
+    /// recorded now. Who else holds one of them records a later use.
+    fn record_behind_claims(&self, mut index: usize, stamp: Stamp) {
+        if stamp == Stamp::NONE || self.in_work.get() == 0 {
+            return;
+        }
+        loop {
+            self.record_use(index, stamp);
+            let parent = self.tree.parent(index);
+            if parent.is_nil() {
+                return;
+            }
+            index = parent.index();
+        }
     }
 
     // -- events -----------------------------------------------------------------------------

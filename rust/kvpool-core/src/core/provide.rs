@@ -1,10 +1,11 @@
 //! Slots for a cache: resume with its partial copy, resize; and what a cache tells of itself.
 
 use super::create::with_scratch;
-use super::{CacheInfo, Core};
+use super::{pending, CacheInfo, Core};
 use crate::cache::{Cache, Undo};
 use crate::error::{CoreError, Result};
 use crate::pool::Owner;
+use crate::tree::Claimed;
 use crate::types::{CacheState, PageCopy};
 use crate::words::Stamp;
 
@@ -25,8 +26,17 @@ impl Core {
         Ok(())
     }
 
-    pub(super) fn active(&self, cache: &Cache, what: &str) -> Result<()> {
+    /// Open, and no copies are out.
+    fn ready(&self, cache: &Cache) -> Result<()> {
         self.open(cache)?;
+        if cache.undo.is_some() {
+            return Err(pending());
+        }
+        Ok(())
+    }
+
+    pub(super) fn active(&self, cache: &Cache, what: &str) -> Result<()> {
+        self.ready(cache)?;
         if cache.state == CacheState::Active {
             return Ok(());
         }
@@ -60,7 +70,7 @@ impl Core {
     /// touches the cache, then report by [`Core::copies_done`].
     pub fn resume(&self, cache: &mut Cache, copies: &mut Vec<PageCopy>) -> Result<bool> {
         copies.clear();
-        self.open(cache)?;
+        self.ready(cache)?;
         if cache.state == CacheState::Active {
             return Ok(true);
         }
@@ -75,13 +85,18 @@ impl Core {
         Ok(resumed)
     }
 
+    /// Whether `provide` takes these arguments.
+    pub fn can_provide(&self, cache: &Cache, capacity: u64) -> Result<()> {
+        self.ready(cache)?;
+        self.check_capacity(cache, capacity.max(cache.capacity), cache.history)
+    }
+
     /// ACTIVE, with at least `capacity` tokens of storage; or `false`, and the cache is as it was.
     ///
     /// Copies are appended; the caller makes them and reports by [`Core::copies_done`] or [`Core::copies_failed`].
     pub fn provide(&self, cache: &mut Cache, capacity: u64, copies: &mut Vec<PageCopy>) -> Result<bool> {
-        self.open(cache)?;
+        self.can_provide(cache, capacity)?;
         let capacity = capacity.max(cache.capacity);
-        self.check_capacity(cache, capacity, cache.history)?;
         let new = capacity.div_ceil(self.t()) as usize;
         if !self.reserve_need(cache, cache.history, new) {
             return Ok(false);
@@ -91,6 +106,7 @@ impl Core {
             capacity: cache.capacity,
             blocks: cache.tables[0].len(),
             copying: cache.copying,
+            by: std::thread::current().id(),
         });
         let made = copies.len();
         let copied = self.take_copy(cache, copies);
@@ -160,7 +176,12 @@ impl Core {
                     cache.purse[pool] += 1;
                 }
             }
-            let promised = std::mem::take(&mut cache.promise_before[pool]).min(cache.purse[pool]);
+            let before = std::mem::take(&mut cache.promise_before[pool]);
+            let given_up = before.saturating_sub(cache.purse[pool]);
+            if self.pools[pool].reserve(given_up) {
+                cache.purse[pool] += given_up;
+            }
+            let promised = before.min(cache.purse[pool]);
             cache.promise[pool] = promised;
             self.pools[pool].promised.add(u64::from(promised));
             cache.purse[pool] -= promised;
@@ -188,7 +209,7 @@ impl Core {
         // What becomes live must be held before anything is released; if it goes meanwhile, fewer blocks are kept.
         let keep = (0..=keep)
             .rev()
-            .find(|&k| self.hold_window(cache, k))
+            .find(|&k| self.hold_window(cache, k) && self.hold_end(cache, k))
             .unwrap_or(0);
         for pool in 0..self.pools.len() {
             let (s, e) = self.config.pools[pool].stale(keep as u64 * t, t);
@@ -240,7 +261,14 @@ impl Core {
         true
     }
 
-    /// The claim goes up to block `keep - 1`.
+    /// Claims block `keep - 1`, which is claimed through its descendants; not one with as many references as can be counted.
+    fn hold_end(&self, cache: &Cache, keep: usize) -> bool {
+        keep == 0
+            || keep == cache.nodes.len()
+            || self.tree.claim(cache.nodes[keep - 1], false) == Claimed::Joined
+    }
+
+    /// The claim goes up to block `keep - 1`, which is held already.
     fn move_claim(&self, cache: &mut Cache, keep: usize, stamp: Stamp) {
         let blocks = cache.nodes.len();
         if keep == blocks {
@@ -253,7 +281,6 @@ impl Core {
         cache.key = cache.root.key();
         if keep > 0 {
             let node = cache.nodes[keep - 1];
-            self.tree.claim(node, false); // it is claimed through its descendant
             let n = &self.tree.nodes[node.index()];
             n.holders.add(cache.holder() as u64);
             cache.key = n.key.get();
@@ -264,7 +291,7 @@ impl Core {
 
     /// SUSPENDED from here on; on one tier the pages stay where they are, claimed.
     pub fn suspend(&self, cache: &mut Cache) -> Result<()> {
-        self.open(cache)?;
+        self.ready(cache)?;
         self.set_holder(cache, CacheState::Suspended);
         Ok(())
     }

@@ -1,6 +1,6 @@
 //! Giving back: stale pages, partial sources, closed caches, fences.
 
-use super::Core;
+use super::{pending, Core};
 use crate::cache::Cache;
 use crate::error::{CoreError, Result};
 use crate::pool::Owner;
@@ -23,8 +23,8 @@ impl Core {
         let pages = &self.tree.pages[pool];
         pages.holders[index].sub(holder as u64);
         let page = self.tree.page(pool, index);
-        let last = page.claims() == 1 && !page.is_stale();
-        if stamp != Stamp::NONE && (stale || last) {
+        let last = page.claims() == 1 || self.in_work.get() > 0; // see `record_behind_claims`
+        if stamp != Stamp::NONE && (stale || (last && !page.is_stale())) {
             pages.used[index].set(stamp.count);
             if self.is_timed() {
                 pages.time[index].set(stamp.time);
@@ -121,11 +121,19 @@ impl Core {
         if cache.state == CacheState::Closed {
             return Ok(false);
         }
+        if cache
+            .undo
+            .as_ref()
+            .is_some_and(|undo| undo.by != std::thread::current().id())
+        {
+            return Err(pending());
+        }
         if cache.in_flight == 0 {
             if cache.in_work {
                 self.discard(cache);
             } else {
                 let stamp = self.tick();
+                cache.undo = None;
                 self.release_all(cache, stamp);
             }
             cache.state = CacheState::Closed;
@@ -152,6 +160,8 @@ impl Core {
         counters.reused_blocks.sub(cache.nodes.len() as u64);
         cache.segment = 0;
         self.release_all(cache, Stamp::NONE);
+        cache.in_work = false;
+        self.in_work.sub(1);
     }
 
     /// Blocks go last to first, so that the prefix is the youngest; all get one stamp.

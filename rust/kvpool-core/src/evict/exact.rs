@@ -67,7 +67,10 @@ impl Core {
 
     fn queue_leaf(&self, orders: &mut Orders, index: usize, lowered: bool) {
         let node = self.tree.at(index);
-        if !self.tree.is_leaf(index) || (orders.leaves.has(node) && !lowered) {
+        if lowered {
+            orders.leaves.forget(node); // also of a node that is no leaf now: it may become one
+        }
+        if !self.tree.is_leaf(index) || orders.leaves.has(node) {
             return;
         }
         if orders.leaves.is_full() {
@@ -78,7 +81,10 @@ impl Core {
 
     fn queue_page(&self, orders: &mut Orders, pool: usize, index: usize, lowered: bool) {
         let node = self.tree.at(index);
-        if !self.is_idle(pool, index) || (orders.pages[pool].has(node) && !lowered) {
+        if lowered {
+            orders.pages[pool].forget(node);
+        }
+        if !self.is_idle(pool, index) || orders.pages[pool].has(node) {
             return;
         }
         if orders.pages[pool].is_full() {

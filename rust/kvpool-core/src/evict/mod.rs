@@ -76,6 +76,15 @@ impl Keeper {
         self.leaves.push(index, IDLE | if rose { ROSE } else { 0 });
     }
 
+    /// The key of a node fell, and with it those of its pages.
+    pub fn report_lowered(&self, index: usize) {
+        for inbox in std::iter::once(&self.leaves).chain(&self.pages) {
+            if inbox.has(index) {
+                inbox.push(index, IDLE | LOWERED);
+            }
+        }
+    }
+
     /// A page of a windowed pool may have become evictable; `lowered`: its key fell.
     pub fn report_page(&self, pool: usize, index: usize, lowered: bool) {
         self.pages[pool].push(index, IDLE | if lowered { LOWERED } else { 0 });

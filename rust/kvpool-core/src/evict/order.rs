@@ -59,6 +59,13 @@ impl Order {
         self.queued[node.index()] == node
     }
 
+    /// What is known of this node is no lower bound any more: the next report queues it anew.
+    pub fn forget(&mut self, node: Link) {
+        if self.has(node) {
+            self.queued[node.index()] = Link::NIL;
+        }
+    }
+
     /// Forgets all entries.
     pub fn clear(&mut self) {
         self.heap.clear();
