@@ -89,6 +89,22 @@ OPERATIONS: dict[str, tuple[int, dict[str, Domain]]] = {
     "wait": (4, {"seconds": (1, 2, 4, 8)}),
     "misuse": (2, _AT),
 }
+# Another mood: short requests that keep their blocks for a while, one eviction at a time.
+_LASTING: dict[str, Domain] = {
+    "retention": tuple(itertools.product((2, 4, 20), (None,), (0, 20, 60, 100), (0, 35, 60, 100), (0, 35, 60, 100))),
+    "lasting": (None, *itertools.product((1, 3, None), (2, 9, None), (4, 1))),
+}
+_SHORT: dict[str, Domain] = _LASTING | {"stay": (False,) * 9 + (True,), "spare": (0, 0, 1)}
+_SELDOM = {name: (1, domains) for name, (_, domains) in OPERATIONS.items() if name not in ("clear", "set_epoch")}
+LIVELY: dict[str, tuple[int, dict[str, Domain]]] = _SELDOM | {
+    "serve": (25, OPERATIONS["serve"][1] | _SHORT),
+    "again": (25, OPERATIONS["again"][1] | _SHORT),
+    "create": (4, OPERATIONS["create"][1] | _LASTING),
+    "claim": (4, OPERATIONS["claim"][1] | _LASTING),
+    "evict": (16, {"count": (1,)}),
+    "wait": (12, {"seconds": (1, 1, 2, 4)}),
+    "close": (40, _AT),
+}
 # What a run must have met to have shown anything.
 EVENTS = {
     "reused", "partial copy", "shortened", "refused", "evicted", "gap in the tree", "old block evicted", "stale page",

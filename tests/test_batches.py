@@ -190,6 +190,18 @@ def test_later_bad_entry_undoes_what_was_provided(made: list[KVCacheManager]) ->
     assert manager.provide_contexts([(first, 2), (second, 2)]) == [True, True]
 
 
+def test_refused_entry_before_a_bad_one_is_left_as_it_was(made: list[KVCacheManager]) -> None:
+    made.append(manager := make(4, max_seq_len=16))
+    first, second = Request(1, [1] * 12), Request(2, [2])
+    assert manager.claim_contexts([(first, 1), (second, 1)]) == [0, 0]
+    (hog,) = manager.add_batch([AddRequest("hog", [3] * 8)])
+    assert hog is not None
+    with pytest.raises(ValueError, match="capacity"):
+        manager.provide_contexts([(first, 12), (second, 17)])  # the first would find no room and be closed
+    assert manager.cache(1).state == manager.cache(2).state == "SUSPENDED"
+    assert manager.provide_contexts([(first, 4), (second, 1)]) == [True, True]
+
+
 # -- claims -----------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,148 @@
+//! Calls that come at a bad moment: while copies are out, in flight, beside promises.
+use kvpool_core::types::*;
+use kvpool_core::{Cache, Claim, Core};
+
+fn pool(n: u32, window: Option<u64>) -> PoolSpec {
+    PoolSpec {
+        name: "p".into(),
+        num_slots: n,
+        window,
+        sink_tokens: 0,
+    }
+}
+fn core(t: u32, pools: Vec<PoolSpec>, max_blocks: u32) -> Core {
+    Core::new(CoreConfig {
+        tokens_per_block: t,
+        pools,
+        max_blocks,
+        max_seq_len: Some(64),
+        partial_reuse: true,
+        hash_seed: 1,
+        policy: PolicyKind::Lru,
+        collide: false,
+    })
+    .unwrap()
+}
+fn serve_open(c: &Core, tokens: &[i32]) -> Cache {
+    let mut cache = c.create(tokens, b"", None, None).unwrap();
+    let mut copies = vec![];
+    assert!(c.resume(&mut cache, &mut copies).unwrap());
+    c.copies_done(&mut cache);
+    let have = c.info(&cache).unwrap().committed as usize;
+    assert!(c.resize(&mut cache, tokens.len() as u64, None).unwrap());
+    c.commit(&mut cache, &tokens[have..]).unwrap();
+    cache
+}
+fn serve(c: &Core, tokens: &[i32]) {
+    let mut cache = serve_open(c, tokens);
+    c.close(&mut cache).unwrap();
+}
+fn claim<'a>(tokens: &'a [i32]) -> Claim<'a> {
+    Claim {
+        tokens,
+        scope: b"",
+        epoch: None,
+        retention: None,
+        least: None,
+    }
+}
+
+/// While copies are out every other call is refused, and the report ends that.
+#[test]
+fn a_cache_whose_copies_are_out_is_left_alone() {
+    let c = core(4, vec![pool(8, None)], 8);
+    serve(&c, &[1, 2, 3, 4]);
+    let mut all = c.claim_all(vec![claim(&[1, 2, 3, 9])], true).unwrap();
+    let x = all[0].as_mut().unwrap();
+    let mut copies = vec![];
+    assert!(c.provide(x, 4, &mut copies).unwrap());
+    assert_eq!(copies.len(), 1);
+    let mut more = vec![];
+    assert!(c.suspend(x).is_err());
+    assert!(c.resume(x, &mut more).is_err());
+    assert!(c.provide(x, 4, &mut more).is_err());
+    assert!(c.resize(x, 8, Some(4)).is_err());
+    assert!(c.commit(x, &[9]).is_err());
+    assert!(c.step_begin(x, 1).is_err());
+    assert!(c.table(x, 0).is_err());
+    // Another thread cannot close it under the hands of the one that copies.
+    std::thread::scope(|scope| assert!(scope.spawn(|| c.close(x)).join().unwrap().is_err()));
+    assert_eq!(c.info(x).unwrap().capacity, 4);
+    c.copies_done(x);
+    assert!(!c.is_in_work(x));
+    assert!(c.commit(x, &[9]).is_ok());
+    c.check(&[x]).unwrap();
+    c.close(x).unwrap();
+    assert_eq!(c.counters().requests, 2);
+}
+
+/// Who makes the copies may close instead; a failure that is reported afterwards changes nothing.
+#[test]
+fn closed_while_copies_are_out_stays_closed() {
+    let c = core(4, vec![pool(8, None)], 8);
+    serve(&c, &[1, 2, 3, 4]);
+    let mut x = c.create(&[1, 2, 3, 9], b"", None, None).unwrap();
+    let mut copies = vec![];
+    assert!(c.resume(&mut x, &mut copies).unwrap());
+    assert_eq!(copies.len(), 1);
+    assert!(c.close(&mut x).unwrap());
+    c.copies_failed(&mut x);
+    c.check(&[]).unwrap();
+    assert!(c.info(&x).is_err());
+    assert_eq!(c.available_tokens(), 32);
+}
+
+/// A commit in flight meets an unclaimed block whose unit was promised to a batch: its own stays private.
+#[test]
+fn a_commit_in_flight_keeps_the_promise_to_a_batch() {
+    let c = core(1, vec![pool(3, None)], 8);
+    serve(&c, &[7]);
+    let mut a = c.create(&[], b"", None, None).unwrap();
+    c.resume(&mut a, &mut vec![]).unwrap();
+    assert!(c.resize(&mut a, 1, None).unwrap());
+    c.step_begin(&mut a, 1).unwrap();
+    let mut all = c.claim_all(vec![claim(&[5, 6])], true).unwrap();
+    let x = all[0].as_mut().expect("fits: one free, one evictable");
+    c.commit(&mut a, &[7]).unwrap();
+    c.check(&[&a, x]).unwrap();
+    let mut copies = vec![];
+    assert!(
+        c.provide(x, 2, &mut copies).unwrap(),
+        "what phase 1 counted is what phase 2 delivers"
+    );
+}
+
+/// The same in a windowed pool.
+#[test]
+fn a_commit_in_flight_keeps_the_promise_of_a_windowed_page() {
+    let c = core(1, vec![pool(3, Some(8))], 8);
+    serve(&c, &[7]);
+    let mut a = c.create(&[], b"", None, None).unwrap();
+    c.resume(&mut a, &mut vec![]).unwrap();
+    assert!(c.resize(&mut a, 1, None).unwrap());
+    c.step_begin(&mut a, 1).unwrap();
+    let mut all = c.claim_all(vec![claim(&[5, 6])], true).unwrap();
+    let x = all[0].as_mut().expect("fits: one free, one evictable");
+    c.commit(&mut a, &[7]).unwrap();
+    c.check(&[&a, x]).unwrap();
+    let mut copies = vec![];
+    assert!(
+        c.provide(x, 2, &mut copies).unwrap(),
+        "what phase 1 counted is what phase 2 delivers"
+    );
+}
+
+/// What a `provide` gave up of its promise is promised again when its copies fail.
+#[test]
+fn failed_copies_restore_the_whole_promise() {
+    let c = core(2, vec![pool(6, None)], 8);
+    serve(&c, &[1, 2]);
+    let mut all = c.claim_all(vec![claim(&[1, 9, 9, 9, 9, 9])], true).unwrap();
+    let x = all[0].as_mut().unwrap();
+    let before = c.available_tokens();
+    let mut copies = vec![];
+    assert!(c.provide(x, 2, &mut copies).unwrap()); // less than promised: the rest is given up
+    c.copies_failed(x);
+    c.check(&[x]).unwrap();
+    assert_eq!(c.available_tokens(), before, "the cache is as it was before");
+}
