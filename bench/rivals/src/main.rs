@@ -67,6 +67,7 @@ fn serve_tokens(core: &Core, prompt: &[i32], tokens: usize) {
     let mut cache = core.create(prompt, b"", None, None).unwrap();
     let reused = core.info(&cache).unwrap().reused as usize;
     core.resume(&mut cache, &mut copies).unwrap();
+    core.copies_done(&mut cache);
     assert!(core.resize(&mut cache, tokens as u64, None).unwrap());
     core.commit(&mut cache, &prompt[reused..tokens]).unwrap();
     black_box(core.table(&cache, 0).unwrap());
@@ -88,6 +89,7 @@ fn claim(core: &Core, prompt: &[i32]) {
     let mut cache = core.create(prompt, b"", None, None).unwrap();
     assert_eq!(core.info(&cache).unwrap().reused as usize, BLOCKS * T);
     core.resume(&mut cache, &mut copies).unwrap();
+    core.copies_done(&mut cache);
     black_box(core.table(&cache, 0).unwrap());
     core.close(&mut cache).unwrap();
 }

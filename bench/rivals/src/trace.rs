@@ -53,6 +53,7 @@ fn ours(prompts: &[Vec<u64>], slots: usize, t: usize) -> (f64, f64) {
         let mut cache = core.create(&given, b"", None, None).expect("a cache");
         let reused = core.info(&cache).expect("open").reused as usize;
         core.resume(&mut cache, &mut copies).expect("open");
+        core.copies_done(&mut cache);
         while !core
             .resize(&mut cache, (ids.len() * t) as u64, None)
             .expect("active")
