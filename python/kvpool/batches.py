@@ -56,10 +56,8 @@ class Batches:
 
     def _check_new(self, request_id: int | str) -> None:
         """It is an id and has no cache."""
-        if isinstance(request_id, bool) or not isinstance(request_id, int | str):
-            raise ValueError(f"request_id: {request_id!r} is neither int nor str")
-        if request_id in self._caches:
-            raise LogicError(f"request_id: {request_id!r} has a cache already; close it first")
+        if checked_id(request_id) in self._caches:
+            raise taken(request_id)
 
     def _check_all_new(self, request_ids: Sequence[int | str]) -> None:
         for request_id in request_ids:
@@ -79,7 +77,7 @@ class Batches:
                     if own is not None:
                         self._forget(own)
                 self._core.close([handle for handle in handles if handle is not None])
-                raise LogicError(f"request_id: {cache.request_id!r} has a cache already; close it first")
+                raise taken(cache.request_id)
         return caches
 
     def _forget(self, cache: KVCache) -> None:
@@ -87,20 +85,20 @@ class Batches:
             del self._caches[cache.request_id]
 
     def _close(self, caches: Sequence[KVCache]) -> None:
-        for cache in caches:
-            cache._mark_closed()
         try:
+            for cache in caches:
+                cache._mark_closed()
             released = self._core.close([cache._handle for cache in caches])
         except BaseException:
             for cache in caches:
-                cache._mark_open()
+                cache._state = None
             raise
         for cache, free in zip(caches, released, strict=True):
             if free:
                 self._forget(cache)
 
     def _cache_of(self, request: Any) -> KVCache:
-        request_id = request.request_id
+        request_id = _id_of(request)
         cache = self._caches.get(request_id)
         if cache is None or cache._state is CacheState.CLOSED:
             raise LogicError(f"request_id: {request_id!r} has no cache; claim_contexts makes one")
@@ -108,7 +106,7 @@ class Batches:
 
     def _found(self, requests: Iterable[Any]) -> list[KVCache]:
         """The open caches of those requests that have one, each once."""
-        found = [self._caches.get(request.request_id) for request in requests]
+        found = [self._caches.get(_id_of(request)) for request in requests]
         return list(dict.fromkeys(cache for cache in found if cache is not None and cache._state is None))
 
     # -- copies ---------------------------------------------------------------------------------
@@ -134,7 +132,7 @@ class Batches:
         provided, copies = self._core.provide(entries, stop)
         for (cache, _, _), done in zip(caches, provided, strict=False):
             if done is None:  # closed by the core: it was only claimed
-                cache._mark_lost_claim()
+                cache._state = CacheState.CLOSED
                 self._forget(cache)
         self._make([handle for (handle, _, _), done in zip(entries, provided, strict=False) if done], copies)
         return [done is True for done in provided]
@@ -175,8 +173,8 @@ class Batches:
         a request that has a cache.
         """
         self._open()
-        given = [(request, least) for request, least in _listed(requests, "requests")]
-        ids = [request.request_id for request, _ in given]
+        given = _pairs(requests)
+        ids = [_id_of(request) for request, _ in given]
         self._check_all_new(ids)
         claims = [
             (
@@ -197,8 +195,8 @@ class Batches:
         only from what the claims behind it leave over.
         """
         self._open()
-        given = [(request, count(tokens, "num_tokens")) for request, tokens in _listed(requests, "requests")]
-        _check_different([request.request_id for request, _ in given])
+        given = [(request, count(tokens, "num_tokens")) for request, tokens in _pairs(requests)]
+        _check_different([_id_of(request) for request, _ in given])
         return self._provide([(self._cache_of(request), tokens, _NO_LIMIT) for request, tokens in given])
 
     def allocate_generation(self, requests: Iterable[Any]) -> int:
@@ -209,11 +207,11 @@ class Batches:
         """
         self._open()
         given = _listed(requests, "requests")
-        _check_different([request.request_id for request in given])
+        _check_different([_id_of(request) for request in given])
         entries = []
         for request in given:
             most = getattr(request, "max_new_tokens", None)
-            limit = _NO_LIMIT if most is None else len(request.tokens) + count(most, "max_new_tokens") - 1
+            limit = _NO_LIMIT if most is None else len(_read(request, "tokens")) + count(most, "max_new_tokens") - 1
             drafts = count(getattr(request, "draft_tokens", 0), "draft_tokens")
             entries.append((self._cache_of(request), 1 + drafts, max(0, limit)))
         return sum(self._provide(entries, stop=True))
@@ -261,6 +259,7 @@ class Batches:
 
     def is_request_active(self, request_id: int | str) -> bool:
         """Whether the request has a cache that is ACTIVE."""
+        self._open()
         cache = self._caches.get(request_id)
         return cache is not None and cache.state is CacheState.ACTIVE
 
@@ -271,6 +270,38 @@ def _listed(items: Iterable[Any], name: str) -> list[Any]:
     return list(items)
 
 
+def _pairs(items: Iterable[Any]) -> list[tuple[Any, Any]]:
+    """(request, number) each."""
+    pairs = _listed(items, "requests")
+    for pair in pairs:
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise ValueError(f"requests: {pair!r} is not a pair (request, tokens)")
+    return pairs
+
+
+def _read(request: Any, name: str) -> Any:
+    try:
+        return getattr(request, name)
+    except AttributeError:
+        raise ValueError(f"requests: {request!r} has no {name}") from None
+
+
+def _id_of(request: Any) -> int | str:
+    return checked_id(_read(request, "request_id"))
+
+
+def checked_id(request_id: Any) -> int | str:
+    """A request's id: int or str."""
+    if isinstance(request_id, bool) or not isinstance(request_id, int | str):
+        raise ValueError(f"request_id: {request_id!r} is neither int nor str")
+    return request_id
+
+
+def taken(request_id: int | str) -> LogicError:
+    """The error of a second cache for a request."""
+    return LogicError(f"request_id: {request_id!r} has a cache already; close it first")
+
+
 def _check_different(request_ids: Sequence[Hashable]) -> None:
     if len(set(request_ids)) < len(request_ids):
         twice = next(one for one in request_ids if request_ids.count(one) > 1)
@@ -279,9 +310,9 @@ def _check_different(request_ids: Sequence[Hashable]) -> None:
 
 def _context(request: Any) -> Int32Array:
     """The tokens of a request that attention has to know: its prompt and what it has generated."""
-    tokens = token_array(request.tokens)
-    generated = getattr(request, "output_tokens", ())
-    return np.concatenate([tokens, token_array(generated, "output_tokens")]) if len(generated) else tokens
+    tokens = token_array(_read(request, "tokens"))
+    generated = token_array(getattr(request, "output_tokens", ()), "output_tokens")
+    return np.concatenate([tokens, generated]) if len(generated) else tokens
 
 
 def _scope_of(request: Any) -> Scope | None:

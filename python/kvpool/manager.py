@@ -10,8 +10,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -26,8 +25,8 @@ from kvpool.arguments import (
     scope_key,
     token_array,
 )
-from kvpool.batches import Batches
-from kvpool.cache import CacheState, KVCache
+from kvpool.batches import Batches, taken
+from kvpool.cache import CacheState, Closing, KVCache
 from kvpool.config import CacheConfig, Retention, Scope
 from kvpool.errors import ConfigError, InvariantError, LogicError
 from kvpool.sizing import PoolPlan, plan_pools
@@ -82,7 +81,7 @@ class Event:
     tier: str
 
 
-class KVCacheManager(Batches):
+class KVCacheManager(Batches, Closing):
     """Pools, tree and caches of one device.
 
     device: "cpu" (pages in host memory) or None (books only). plan: slots per pool instead of
@@ -192,7 +191,7 @@ class KVCacheManager(Batches):
         cache = KVCache(self, request_id, handle)
         if self._caches.setdefault(request_id, cache) is not cache:  # another thread was faster
             self._core.close([handle])
-            raise LogicError(f"request_id: {request_id!r} has a cache already; close it first")
+            raise taken(request_id)
         return cache
 
     def cache(self, request_id: int | str) -> KVCache:
@@ -311,6 +310,7 @@ class KVCacheManager(Batches):
 
     def block_keys(self, tokens: Tokens, scope: Scope | None = None) -> list[int]:
         """Keys that the full blocks of a prompt have in the events of this manager."""
+        self._open()
         key, epoch = scope_key(scope)
         return self._core.block_keys(token_array(tokens), key, epoch)
 
@@ -331,16 +331,8 @@ class KVCacheManager(Batches):
                 raise InvariantError(f"pool {name!r}: the null page (slot 0) was written")
 
     def close(self) -> None:
-        """Close all caches. Twice is a no-op; other calls raise `LogicError` afterwards."""
+        """Close all caches. Twice is a no-op. Calls that claim, change or match raise `LogicError` afterwards."""
         if self._closed:
             return
         self._close([cache for cache in self._caches.values() if cache._state is not CacheState.CLOSED])
         self._closed = True
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

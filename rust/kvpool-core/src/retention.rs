@@ -43,9 +43,18 @@ impl Core {
         self.clock.raise(clock_word(now));
     }
 
+    /// A time word; 0 as long as no request gave a duration.
+    pub(crate) fn time(&self, word: &Field) -> u64 {
+        if self.is_timed() {
+            word.get()
+        } else {
+            0
+        }
+    }
+
     pub(crate) fn tick(&self) -> Stamp {
         Stamp {
-            time: if self.is_timed() { self.clock.get() } else { 0 },
+            time: self.time(&self.clock),
             count: self.stamp.next(),
         }
     }
@@ -70,11 +79,7 @@ impl Core {
     /// The last use of a node.
     pub(crate) fn used(&self, index: usize) -> Stamp {
         Stamp {
-            time: if self.is_timed() {
-                self.timing[index].time.get()
-            } else {
-                0
-            },
+            time: self.time(&self.timing[index].time),
             count: self.tree.nodes[index].used.get(),
         }
     }
@@ -96,28 +101,22 @@ impl Core {
 
     /// When the priority of an unclaimed node ends, 0 for never.
     pub(crate) fn expiry(&self, index: usize) -> u64 {
-        if self.is_timed() {
-            self.timing[index].expiry.get()
-        } else {
-            0
-        }
+        self.time(&self.timing[index].expiry)
     }
 
     /// As `expire`, by who has the first claim: the orders hear of it.
     pub(crate) fn expire_at_claim(&self, index: usize) {
-        let when = self.expiry(index);
-        if when != 0 && when <= self.clock.get() {
-            self.expire(index);
+        if self.expire(index) {
             self.keeper.report_lowered(index);
         }
     }
 
-    /// Applies the expiry of a node if its time has come. The caller sees it unclaimed, or has the first claim:
-    /// then a reuse that raises the priority meanwhile makes `replace` fail.
-    pub(crate) fn expire(&self, index: usize) {
+    /// Applies the expiry of a node if its time has come, and tells whether it has. The caller sees it unclaimed, or has
+    /// the first claim: then a reuse that raises the priority meanwhile makes `replace` fail.
+    pub(crate) fn expire(&self, index: usize) -> bool {
         let when = self.expiry(index);
         if when == 0 || when > self.clock.get() {
-            return;
+            return false;
         }
         let node = &self.tree.nodes[index];
         let priority = node.priority.get();
@@ -127,5 +126,6 @@ impl Core {
         self.timing[index].expiry.replace(when, 0);
         self.timing[index].time.raise(when);
         node.used.set(0);
+        true
     }
 }

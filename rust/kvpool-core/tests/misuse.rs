@@ -1,59 +1,17 @@
 //! Calls that come at a bad moment: while copies are out, in flight, beside promises.
-use kvpool_core::types::*;
-use kvpool_core::{Cache, Claim, Core};
 
-fn pool(n: u32, window: Option<u64>) -> PoolSpec {
-    PoolSpec {
-        name: "p".into(),
-        num_slots: n,
-        window,
-        sink_tokens: 0,
-    }
-}
-fn core(t: u32, pools: Vec<PoolSpec>, max_blocks: u32) -> Core {
-    Core::new(CoreConfig {
-        tokens_per_block: t,
-        pools,
-        max_blocks,
-        max_seq_len: Some(64),
-        partial_reuse: true,
-        hash_seed: 1,
-        policy: PolicyKind::Lru,
-        collide: false,
-    })
-    .unwrap()
-}
-fn serve_open(c: &Core, tokens: &[i32]) -> Cache {
-    let mut cache = c.create(tokens, b"", None, None).unwrap();
-    let mut copies = vec![];
-    assert!(c.resume(&mut cache, &mut copies).unwrap());
-    c.copies_done(&mut cache);
-    let have = c.info(&cache).unwrap().committed as usize;
-    assert!(c.resize(&mut cache, tokens.len() as u64, None).unwrap());
-    c.commit(&mut cache, &tokens[have..]).unwrap();
-    cache
-}
-fn serve(c: &Core, tokens: &[i32]) {
-    let mut cache = serve_open(c, tokens);
-    c.close(&mut cache).unwrap();
-}
-fn claim<'a>(tokens: &'a [i32]) -> Claim<'a> {
-    Claim {
-        tokens,
-        scope: b"",
-        epoch: None,
-        retention: None,
-        least: None,
-    }
-}
+mod common;
+
+use common::{claim, core, pool, serve};
+use kvpool_core::types::PolicyKind;
 
 /// While copies are out every other call is refused, and the report ends that.
 #[test]
 fn a_cache_whose_copies_are_out_is_left_alone() {
-    let c = core(4, vec![pool(8, None)], 8);
-    serve(&c, &[1, 2, 3, 4]);
-    let mut all = c.claim_all(vec![claim(&[1, 2, 3, 9])], true).unwrap();
-    let x = all[0].as_mut().unwrap();
+    let c = core(4, vec![pool(8, None)], 8, PolicyKind::Lru);
+    serve(&c, &[1, 2, 3, 4], None);
+    let mut x = claim(&c, &[1, 2, 3, 9]).unwrap();
+    let x = &mut x;
     let mut copies = vec![];
     assert!(c.provide(x, 4, &mut copies).unwrap());
     assert_eq!(copies.len(), 1);
@@ -79,8 +37,8 @@ fn a_cache_whose_copies_are_out_is_left_alone() {
 /// Who makes the copies may close instead; a failure that is reported afterwards changes nothing.
 #[test]
 fn closed_while_copies_are_out_stays_closed() {
-    let c = core(4, vec![pool(8, None)], 8);
-    serve(&c, &[1, 2, 3, 4]);
+    let c = core(4, vec![pool(8, None)], 8, PolicyKind::Lru);
+    serve(&c, &[1, 2, 3, 4], None);
     let mut x = c.create(&[1, 2, 3, 9], b"", None, None).unwrap();
     let mut copies = vec![];
     assert!(c.resume(&mut x, &mut copies).unwrap());
@@ -93,52 +51,39 @@ fn closed_while_copies_are_out_stays_closed() {
 }
 
 /// A commit in flight meets an unclaimed block whose unit was promised to a batch: its own stays private.
-#[test]
-fn a_commit_in_flight_keeps_the_promise_to_a_batch() {
-    let c = core(1, vec![pool(3, None)], 8);
-    serve(&c, &[7]);
+fn commit_in_flight_beside_a_promise(window: Option<u64>) {
+    let c = core(1, vec![pool(3, window)], 8, PolicyKind::Lru);
+    serve(&c, &[7], None);
     let mut a = c.create(&[], b"", None, None).unwrap();
     c.resume(&mut a, &mut vec![]).unwrap();
     assert!(c.resize(&mut a, 1, None).unwrap());
     c.step_begin(&mut a, 1).unwrap();
-    let mut all = c.claim_all(vec![claim(&[5, 6])], true).unwrap();
-    let x = all[0].as_mut().expect("fits: one free, one evictable");
+    let mut x = claim(&c, &[5, 6]).expect("fits: one free, one evictable");
     c.commit(&mut a, &[7]).unwrap();
-    c.check(&[&a, x]).unwrap();
-    let mut copies = vec![];
+    c.check(&[&a, &x]).unwrap();
     assert!(
-        c.provide(x, 2, &mut copies).unwrap(),
+        c.provide(&mut x, 2, &mut vec![]).unwrap(),
         "what phase 1 counted is what phase 2 delivers"
     );
 }
 
-/// The same in a windowed pool.
+#[test]
+fn a_commit_in_flight_keeps_the_promise_to_a_batch() {
+    commit_in_flight_beside_a_promise(None);
+}
+
 #[test]
 fn a_commit_in_flight_keeps_the_promise_of_a_windowed_page() {
-    let c = core(1, vec![pool(3, Some(8))], 8);
-    serve(&c, &[7]);
-    let mut a = c.create(&[], b"", None, None).unwrap();
-    c.resume(&mut a, &mut vec![]).unwrap();
-    assert!(c.resize(&mut a, 1, None).unwrap());
-    c.step_begin(&mut a, 1).unwrap();
-    let mut all = c.claim_all(vec![claim(&[5, 6])], true).unwrap();
-    let x = all[0].as_mut().expect("fits: one free, one evictable");
-    c.commit(&mut a, &[7]).unwrap();
-    c.check(&[&a, x]).unwrap();
-    let mut copies = vec![];
-    assert!(
-        c.provide(x, 2, &mut copies).unwrap(),
-        "what phase 1 counted is what phase 2 delivers"
-    );
+    commit_in_flight_beside_a_promise(Some(8));
 }
 
 /// What a `provide` gave up of its promise is promised again when its copies fail.
 #[test]
 fn failed_copies_restore_the_whole_promise() {
-    let c = core(2, vec![pool(6, None)], 8);
-    serve(&c, &[1, 2]);
-    let mut all = c.claim_all(vec![claim(&[1, 9, 9, 9, 9, 9])], true).unwrap();
-    let x = all[0].as_mut().unwrap();
+    let c = core(2, vec![pool(6, None)], 8, PolicyKind::Lru);
+    serve(&c, &[1, 2], None);
+    let mut x = claim(&c, &[1, 9, 9, 9, 9, 9]).unwrap();
+    let x = &mut x;
     let before = c.available_tokens();
     let mut copies = vec![];
     assert!(c.provide(x, 2, &mut copies).unwrap()); // less than promised: the rest is given up

@@ -1,58 +1,9 @@
 //! The exact order of eviction on one thread, where a key changes behind the order's back.
-use kvpool_core::types::*;
-use kvpool_core::{Cache, Claim, Core};
 
-fn pool(n: u32, window: Option<u64>) -> PoolSpec {
-    PoolSpec {
-        name: "p".into(),
-        num_slots: n,
-        window,
-        sink_tokens: 0,
-    }
-}
-fn core(t: u32, pools: Vec<PoolSpec>, max_blocks: u32, policy: PolicyKind) -> Core {
-    Core::new(CoreConfig {
-        tokens_per_block: t,
-        pools,
-        max_blocks,
-        max_seq_len: Some(64),
-        partial_reuse: true,
-        hash_seed: 1,
-        policy,
-        collide: false,
-    })
-    .unwrap()
-}
-fn keep(priority: u8, duration: f64) -> Option<RetentionSpec> {
-    let retain = Retain { priority, duration };
-    Some(RetentionSpec {
-        ranges: vec![RangeSpec {
-            start: 0,
-            end: u64::MAX,
-            retain,
-        }],
-        decode: retain,
-    })
-}
-fn serve_open(c: &Core, tokens: &[i32], r: Option<RetentionSpec>) -> Cache {
-    let mut cache = c.create(tokens, b"", None, r).unwrap();
-    let mut copies = vec![];
-    assert!(c.resume(&mut cache, &mut copies).unwrap());
-    c.copies_done(&mut cache);
-    let have = c.info(&cache).unwrap().committed as usize;
-    assert!(c.resize(&mut cache, tokens.len() as u64, None).unwrap());
-    c.commit(&mut cache, &tokens[have..]).unwrap();
-    cache
-}
-fn serve(c: &Core, tokens: &[i32], r: Option<RetentionSpec>) {
-    let mut cache = serve_open(c, tokens, r);
-    c.close(&mut cache).unwrap();
-}
-fn cached(c: &Core, tokens: &[i32]) -> u64 {
-    let mut t = tokens.to_vec();
-    t.push(999);
-    c.probe(&t, b"", None).unwrap()
-}
+mod common;
+
+use common::{cached, claim, core, keep, pool, serve, serve_open};
+use kvpool_core::types::PolicyKind;
 
 /// A batch claim that is given back keeps the use of a cache that closed meanwhile.
 #[test]
@@ -60,20 +11,9 @@ fn a_discarded_claim_keeps_the_use_of_others() {
     let c = core(1, vec![pool(8, None)], 8, PolicyKind::Lru);
     serve(&c, &[1], None); // old
     let mut x = serve_open(&c, &[2], None);
-    let mut claims = c
-        .claim_all(
-            vec![Claim {
-                tokens: &[2, 3],
-                scope: b"",
-                epoch: None,
-                retention: None,
-                least: None,
-            }],
-            true,
-        )
-        .unwrap();
+    let mut held = claim(&c, &[2, 3]).unwrap();
     c.close(&mut x).unwrap(); // use of block 2: now, younger than block 1
-    c.close(claims[0].as_mut().unwrap()).unwrap();
+    c.close(&mut held).unwrap();
     c.check(&[]).unwrap();
     assert_eq!(c.evict(1), 1);
     assert_eq!(

@@ -274,38 +274,28 @@ impl Core {
         stop: bool,
     ) -> PyResult<(Vec<Option<bool>>, Copies)> {
         let core = self.core(py)?;
-        for (cache, tokens, most) in &caches {
-            with(py, cache.bind(py), |cache| {
-                let capacity = core.info(cache)?.history.saturating_add(*tokens).min(*most);
-                core.can_provide(cache, capacity)
-            })?;
+        let handles: Vec<Py<Cache>> = caches.iter().map(|(cache, ..)| cache.clone_ref(py)).collect();
+        let mut entered = enter_all(py, &handles)?;
+        if entered.len() != caches.len() {
+            return Err(PyValueError::new_err("caches: one is listed twice"));
+        }
+        // Everything that can be refused is refused before anything is provided.
+        let mut capacities = Vec::with_capacity(caches.len());
+        for ((cache, _), (_, tokens, most)) in entered.iter().zip(&caches) {
+            let history = outcome(py, core.info(cache))?.history;
+            let capacity = history.saturating_add(*tokens).min(*most);
+            outcome(py, core.can_provide(cache, capacity))?;
+            capacities.push(capacity);
         }
         let (mut provided, mut copies) = (Vec::with_capacity(caches.len()), Vec::new());
-        for (cache, tokens, most) in &caches {
-            let result = with(py, cache.bind(py), |cache| {
-                let capacity = core.info(cache)?.history.saturating_add(*tokens).min(*most);
-                let done = core.provide(cache, capacity, &mut copies)?;
-                if !done && core.is_in_work(cache) {
-                    core.close(cache)?;
-                    return Ok(None);
-                }
-                Ok(Some(done))
-            });
-            match result {
-                Ok(done) => provided.push(done),
-                Err(error) => {
-                    for ((cache, ..), done) in caches.iter().zip(provided) {
-                        if done == Some(true) {
-                            with(py, cache.bind(py), |cache| {
-                                core.copies_failed(cache);
-                                Ok(())
-                            })?;
-                        }
-                    }
-                    return Err(error);
-                }
+        for ((cache, _), capacity) in entered.iter_mut().zip(capacities) {
+            let mut done = Some(outcome(py, core.provide(cache, capacity, &mut copies))?);
+            if done == Some(false) && core.is_in_work(cache) {
+                outcome(py, core.close(cache))?;
+                done = None;
             }
-            if stop && provided.last() != Some(&Some(true)) {
+            provided.push(done);
+            if stop && done != Some(true) {
                 break;
             }
         }

@@ -204,9 +204,12 @@ impl Core {
         let unclaimed = self.tree.state(node.index()).refs() == 0;
         for pool in 0..self.pools.len() {
             let page = self.tree.page(pool, node.index());
-            let windowed = self.tree.windowed[pool];
-            let idle = cache.tables[pool][i] != 0 && page.slot() != 0 && page.claims() == 0;
-            if if windowed { idle } else { unclaimed } {
+            let costs = if self.tree.windowed[pool] {
+                cache.tables[pool][i] != 0 && page.slot() != 0 && page.claims() == 0
+            } else {
+                unclaimed
+            };
+            if costs {
                 if !self.pools[pool].reserve(1) {
                     return false; // what was had is given back with the purse
                 }

@@ -229,7 +229,6 @@ impl Core {
             }
         }
         self.in_work.sub(u64::from(std::mem::take(&mut cache.in_work)));
-        cache.undo = None;
     }
 
     fn claim_match(&self, scratch: &mut Scratch, cache: &mut Cache, tokens: &[i32]) {

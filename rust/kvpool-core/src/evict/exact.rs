@@ -37,11 +37,7 @@ impl Core {
         let page = self.tree.page(pool, index);
         let pages = &self.tree.pages[pool];
         let used = Stamp {
-            time: if self.is_timed() {
-                pages.time[index].get()
-            } else {
-                0
-            },
+            time: self.time(&pages.time[index]),
             count: pages.used[index].get(),
         };
         Key {
