@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kvpool.cli import main
 from kvpool.replay import plots
 from kvpool.replay.content import Contents
 from kvpool.replay.generated import Workload, generate
@@ -126,6 +127,13 @@ def test_runs_repeat() -> None:
 def test_request_longer_than_the_device_is_refused_and_counted() -> None:
     report = run(20, [TraceRequest(1, 0.0, 400, 1, tuple(range(25))), *WORKLOAD[:3]])
     assert report.too_long >= 1
+
+
+def test_run_in_which_all_are_refused_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["replay", "--limit", "3", "--device-blocks", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "longer than the device, refused" in out
+    assert "steps" in out
 
 
 def test_wrong_byte_ends_the_run_and_names_the_place() -> None:

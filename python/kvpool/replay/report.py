@@ -55,6 +55,7 @@ class Report:
     interrupted: bool = False
     wrong: str | None = None  # what was wrong with which byte
     seconds: float = 0.0
+    timed: bool = False  # in simulated time
     preempted: int = 0  # requests freed to be computed again
     simulated_s: float = 0.0
     step_us_sum: float = 0.0
@@ -98,7 +99,7 @@ def tables(report: Report) -> list[Table]:
     run.add_column("value", justify="right", no_wrap=True)
     run.add_row("requests", f"{report.requests:,}")
     if report.too_long:
-        verdict = "refused" if report.steps else "cut to it"
+        verdict = "refused" if report.timed else "cut to it"
         run.add_row(f"  longer than the device, {verdict}", f"{report.too_long:,}")
     run.add_row("prompt tokens", f"{report.prompt_tokens:,}")
     run.add_row("reused tokens", f"{report.reused_tokens:,}")
@@ -109,7 +110,7 @@ def tables(report: Report) -> list[Table]:
     run.add_row("  bound for any cache", f"{report.hit_rate_bound:.2%}")
     run.add_row("pages evicted", f"{report.evicted:,}")
     run.add_row("pages dropped", f"{report.dropped:,}")
-    if report.steps:
+    if report.timed:
         run.add_row("requests suspended", f"{report.suspended:,}")
         run.add_row("requests freed and recomputed", f"{report.preempted:,}")
         run.add_row("tokens recomputed", f"{report.recomputed_tokens:,}")

@@ -52,7 +52,7 @@ def run_timed(
     after so many requests one bit of every page is flipped. Raises ConfigError where the options allow no manager.
     """
     started = time.perf_counter()
-    report = Report()
+    report = Report(timed=True)
     contents = Contents(options.tokens_per_block, options.seed)
     with make_manager(options, contents.page_bytes) as manager:
         replay = _Timed(manager, options, report, contents, requests)
