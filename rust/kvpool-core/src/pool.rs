@@ -50,6 +50,8 @@ pub struct SlotPool {
     free: Stack,
     available: AtomicU32,
     owner: Vec<Field>,
+    /// Key of the block whose page a slot holds; written before the page is in the tree, read by who has taken it out.
+    key: Vec<Field>,
     taken: Counter,
     /// Units that claims of batches keep from call to call.
     pub promised: Counter,
@@ -63,6 +65,7 @@ impl SlotPool {
             free: Stack::full(num_slots),
             available: AtomicU32::new(num_slots),
             owner: (0..=num_slots).map(|_| Field::new(0)).collect(),
+            key: (0..=num_slots).map(|_| Field::new(0)).collect(),
             taken: Counter::default(),
             promised: Counter::default(),
             peak: Field::new(0),
@@ -141,6 +144,16 @@ impl SlotPool {
     /// Writes down who has a slot; only who has it does.
     pub fn set_owner(&self, slot: u32, owner: Owner) {
         self.owner[slot as usize].set(owner.to_u64());
+    }
+
+    /// Key of the block whose page the slot holds; only who has the slot asks.
+    pub fn key(&self, slot: u32) -> u64 {
+        self.key[slot as usize].get()
+    }
+
+    /// Writes down whose page the slot is about to hold.
+    pub fn set_key(&self, slot: u32, key: u64) {
+        self.key[slot as usize].set(key);
     }
 
     /// The free slots, for `check`.

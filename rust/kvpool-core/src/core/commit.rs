@@ -113,6 +113,7 @@ impl Core {
             let own = cache.tables[pool][i];
             if own != 0 {
                 let windowed = self.tree.windowed[pool];
+                self.pools[pool].set_key(own, key);
                 self.tree.set_page(pool, index, own, u64::from(windowed));
             }
         }
@@ -254,6 +255,7 @@ impl Core {
                     }
                 }
                 Claimed::Gone => {
+                    self.pools[pool].set_key(own, self.tree.nodes[index].key.get());
                     if self.tree.set_page(pool, index, own, 1) {
                         self.pools[pool].set_owner(own, Owner::Node(index as u32));
                         self.note_stored(pool, index);

@@ -160,8 +160,7 @@ impl Core {
             let covered = self.tree.windowed[pool] && self.pools[pool].reserve(1);
             if let Some(slot) = self.tree.strip(pool, dead) {
                 pages += 1;
-                let key = self.tree.nodes[dead.index()].key.get();
-                self.events.push(EventKind::Removed, pool, key, None);
+                self.note_removed(pool, slot);
                 if keep == Some(pool) {
                     kept = slot;
                 } else {
@@ -193,17 +192,16 @@ impl Core {
 
     /// Takes an unclaimed page of a windowed pool alone.
     fn take_idle_page(&self, pool: usize, index: usize) -> Option<u32> {
-        let (link, key) = (self.tree.at(index), self.tree.nodes[index].key.get());
         let slot = self.tree.take_page(pool, index)?;
-        // Born anew since the first look: the page was the new node's.
-        let anew = self.tree.at(index) != link;
-        let key = if anew {
-            self.tree.nodes[index].key.get()
-        } else {
-            key
-        };
-        self.events.push(EventKind::Removed, pool, key, None);
+        self.note_removed(pool, slot);
         Some(slot)
+    }
+
+    /// The page in a slot that the caller has taken out of the tree is gone. Its key stands at the slot: the node may be
+    /// another one's by now.
+    fn note_removed(&self, pool: usize, slot: u32) {
+        let key = self.pools[pool].key(slot);
+        self.events.push(EventKind::Removed, pool, key, None);
     }
 
     fn evict_page(&self, pool: usize) -> Option<u32> {
