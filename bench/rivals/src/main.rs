@@ -146,6 +146,7 @@ fn make_core(slots: usize, tokens_per_block: usize) -> Core {
         pools: vec![PoolSpec {
             name: "kv".into(),
             num_slots: slots as u32,
+            host_slots: 0,
             window: None,
             sink_tokens: 0,
         }],
@@ -154,6 +155,7 @@ fn make_core(slots: usize, tokens_per_block: usize) -> Core {
         partial_reuse: true,
         hash_seed: 1,
         policy: PolicyKind::Lru,
+        offload_min_priority: 30,
         collide: false,
     })
     .unwrap()

@@ -16,6 +16,8 @@ pub struct PoolSpec {
     pub name: String,
     /// Device slots, numbered `1..=num_slots`; slot 0 is the null page.
     pub num_slots: u32,
+    /// Host slots, numbered from 1 too; 0 without a host tier.
+    pub host_slots: u32,
     /// Tokens of the attention window; `None` is full attention.
     pub window: Option<u64>,
     /// Leading tokens that never leave the window.
@@ -59,6 +61,8 @@ pub struct CoreConfig {
     pub partial_reuse: bool,
     /// Key of the block hash.
     pub hash_seed: u64,
+    /// Lowest priority that merits a place on the host.
+    pub offload_min_priority: u8,
     /// Order within a priority.
     pub policy: PolicyKind,
     /// Test switch: every block gets the same hash, so only token comparison separates them.

@@ -1,9 +1,9 @@
 //! The words that carry the protocol, packed into 64 bits. Pure arithmetic; nothing here is shared.
 //!
 //! ```text
-//! State  [ version 36 | live 1 | refs 27 ]   of a node
+//! State  [ version 36 | live 1 | busy 1 | host 1 | refs 25 ]   of a node
 //! Link   [ born    36 | mark 1 | index 27 ]  to a node, at one incarnation
-//! Page   [ slot    32 | stale 1 | claims 31 ] of a node in one pool
+//! Page   [ slot 27 | host 1 | stale 1 | busy 1 | active 17 | claims 17 ] of a node in one pool
 //! ```
 //!
 //! `version` grows whenever refs leave 0 and whenever the node dies, so a CAS on a word that was
@@ -62,6 +62,20 @@ impl Link {
 /// The mark in a link word.
 pub const MARK: u64 = FLAG;
 
+/// The tier of a page or a block, and of a unit that pays for it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(usize)]
+pub enum Tier {
+    /// Memory of the accelerator.
+    Device = 0,
+    /// Pinned host memory.
+    Host = 1,
+}
+
+const BUSY: u64 = 1 << 26;
+const HOST: u64 = 1 << 25;
+const REFS: u64 = HOST - 1;
+
 /// Life of a node: `live` with refs 0 is evictable once it has no children; not `live` is owned by
 /// who killed or took it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -81,7 +95,27 @@ impl State {
     }
     /// Claims on it, and children of it that have refs.
     pub fn refs(self) -> u64 {
-        self.0 & LOW
+        self.0 & REFS
+    }
+    /// Whether its pages are on the move: it cannot be claimed or killed meanwhile.
+    pub fn is_busy(self) -> bool {
+        self.0 & BUSY != 0
+    }
+    /// Where its pages of full-attention pools are, and the units that pay for a claim on it.
+    pub fn tier(self) -> Tier {
+        if self.0 & HOST == 0 {
+            Tier::Device
+        } else {
+            Tier::Host
+        }
+    }
+    /// On the move from here on.
+    pub fn busy(self) -> Self {
+        Self(self.0 | BUSY)
+    }
+    /// At rest, on this tier.
+    pub fn settled(self, tier: Tier) -> Self {
+        Self(self.0 & !(BUSY | HOST) | if tier == Tier::Host { HOST } else { 0 })
     }
     /// dead → live with one reference.
     pub fn born(self) -> Self {
@@ -90,7 +124,7 @@ impl State {
     /// One reference more. The version grows when it is the first.
     pub fn claimed(self, keep_version: bool) -> Self {
         if self.refs() == 0 && !keep_version {
-            Self(self.stepped() | FLAG | 1)
+            Self(self.stepped() | FLAG | self.0 & HOST | 1)
         } else {
             Self(self.0 + 1)
         }
@@ -108,43 +142,90 @@ impl State {
     }
 }
 
-/// A page of a node in one pool. Claims are counted in windowed pools only.
+/// A page of a node in one pool. Claims are counted in windowed pools only, those of ACTIVE caches among them once more
+/// if there is a host tier.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Page(pub u64);
 
-const STALE: u64 = 1 << 31;
+/// Claims that a page can have; one more is refused.
+pub const MAX_CLAIMS: u64 = if cfg!(test) { 200 } else { (1 << 17) - 1 };
+/// Slots that a pool can have on a tier.
+pub const MAX_SLOTS: u32 = (1 << 27) - 1;
+
+const ACTIVE_SHIFT: u32 = 17;
+const ACTIVE: u64 = 1 << ACTIVE_SHIFT;
+const CLAIMS: u64 = ACTIVE - 1;
+const PAGE_BUSY: u64 = 1 << 34;
+const STALE: u64 = 1 << 35;
+const PAGE_HOST: u64 = 1 << 36;
+const SLOT_SHIFT: u32 = 37;
 
 impl Page {
     /// No page.
     pub const NONE: Self = Self(0);
 
-    /// A page with so many claims.
-    pub fn new(slot: u32, claims: u64) -> Self {
-        Self(u64::from(slot) << 32 | claims)
+    /// A page on the device with so many claims, of them so many by ACTIVE caches.
+    pub fn new(slot: u32, claims: u64, active: u64) -> Self {
+        Self(u64::from(slot) << SLOT_SHIFT | active << ACTIVE_SHIFT | claims)
     }
-    /// Its slot, 0 for no page.
+    /// Its slot, from 1; 0 for no page.
     pub fn slot(self) -> u32 {
-        (self.0 >> 32) as u32
+        (self.0 >> SLOT_SHIFT) as u32
+    }
+    /// Where the slot is.
+    pub fn tier(self) -> Tier {
+        if self.0 & PAGE_HOST == 0 {
+            Tier::Device
+        } else {
+            Tier::Host
+        }
     }
     /// Claims on the page itself.
     pub fn claims(self) -> u64 {
-        self.0 & (STALE - 1)
+        self.0 & CLAIMS
+    }
+    /// Those of ACTIVE caches.
+    pub fn active(self) -> u64 {
+        self.0 >> ACTIVE_SHIFT & CLAIMS
     }
     /// Whether it went stale under a cache and was not claimed as live since.
     pub fn is_stale(self) -> bool {
         self.0 & STALE != 0
     }
-    /// One claim more.
-    pub fn claimed(self) -> Self {
-        Self(self.0 + 1)
+    /// Whether it is on the move by itself: who takes the word away leaves the slot to the mover.
+    pub fn is_busy(self) -> bool {
+        self.0 & PAGE_BUSY != 0
+    }
+    /// One claim more, by an ACTIVE cache or not.
+    pub fn claimed(self, active: bool) -> Self {
+        Self(self.0 + 1 + if active { ACTIVE } else { 0 })
+    }
+    /// A claim became one of an ACTIVE cache.
+    pub fn pinned(self) -> Self {
+        Self(self.0 + ACTIVE)
+    }
+    /// A claim of an ACTIVE cache became one of a SUSPENDED cache.
+    pub fn unpinned(self) -> Self {
+        Self(self.0 - ACTIVE)
     }
     /// Held as live: no longer stale.
     pub fn fresh(self) -> Self {
         Self(self.0 & !STALE)
     }
     /// One claim less.
-    pub fn released(self, stale: bool) -> Self {
-        Self((self.0 - 1) | if stale { STALE } else { 0 })
+    pub fn released(self, stale: bool, active: bool) -> Self {
+        let less = self.0 - 1 - if active { ACTIVE } else { 0 };
+        Self(less | if stale { STALE } else { 0 })
+    }
+    /// On the move from here on.
+    pub fn busy(self) -> Self {
+        Self(self.0 | PAGE_BUSY)
+    }
+    /// At rest in this slot of this tier; claims and mark stay.
+    pub fn settled(self, tier: Tier, slot: u32) -> Self {
+        let rest = self.0 & (STALE | (ACTIVE - 1) | CLAIMS << ACTIVE_SHIFT);
+        let host = if tier == Tier::Host { PAGE_HOST } else { 0 };
+        Self(rest | host | u64::from(slot) << SLOT_SHIFT)
     }
 }
 
@@ -190,13 +271,36 @@ mod tests {
         assert!(Link::NIL.is_nil() && !link.is_nil());
         let state = State::NEW.born();
         assert_eq!((state.version(), state.is_live(), state.refs()), (0, true, 1));
+        assert!(!state.is_busy() && state.busy().is_busy() && state.busy().refs() == 1);
+        let down = state.busy().settled(Tier::Host);
+        assert_eq!((down.tier(), down.is_busy(), down.refs()), (Tier::Host, false, 1));
+        assert_eq!(down.released().claimed(false).tier(), Tier::Host);
+        assert_eq!(down.released().killed(), State(1 << VERSION_SHIFT));
         let free = state.released();
         assert_eq!(free.claimed(false).version(), 1);
         assert_eq!(free.claimed(false).refs(), 1);
         assert_eq!(free.killed(), State(1 << VERSION_SHIFT));
-        let page = Page::new(7, 1).released(true);
+        let page = Page::new(7, 1, 0).released(true, false);
         assert_eq!((page.slot(), page.claims(), page.is_stale()), (7, 0, true));
-        assert!(page.claimed().is_stale() && !page.claimed().fresh().is_stale());
+        assert!(page.claimed(false).is_stale() && !page.claimed(true).fresh().is_stale());
+        let most = Page::new(MAX_SLOTS, CLAIMS - 1, CLAIMS - 1).claimed(true).busy();
+        assert_eq!(
+            (most.claims(), most.active(), most.slot()),
+            (CLAIMS, CLAIMS, MAX_SLOTS)
+        );
+        assert!(most.is_busy() && !most.is_stale() && most.tier() == Tier::Device);
+        let host = most.settled(Tier::Host, 3);
+        assert_eq!(
+            (host.slot(), host.tier(), host.active(), host.is_busy()),
+            (3, Tier::Host, CLAIMS, false)
+        );
+        assert_eq!(
+            host.unpinned()
+                .released(true, true)
+                .settled(Tier::Device, 5)
+                .active(),
+            CLAIMS - 2
+        );
     }
 
     #[test]

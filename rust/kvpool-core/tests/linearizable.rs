@@ -281,6 +281,7 @@ fn history(threads: usize, slots: u32, steps: usize, evicts: bool) -> Vec<Event>
         pools: vec![PoolSpec {
             name: "kv".into(),
             num_slots: slots,
+            host_slots: 0,
             window: None,
             sink_tokens: 0,
         }],
@@ -289,6 +290,7 @@ fn history(threads: usize, slots: u32, steps: usize, evicts: bool) -> Vec<Event>
         partial_reuse: false,
         hash_seed: 1,
         policy: PolicyKind::Lru,
+        offload_min_priority: 30,
         collide: false,
     });
     let core = Arc::new(core.unwrap());

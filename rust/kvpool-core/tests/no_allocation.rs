@@ -47,6 +47,7 @@ fn run(policy: PolicyKind) {
     let pool = |name: &str, num_slots, window| PoolSpec {
         name: name.into(),
         num_slots,
+        host_slots: 0,
         window,
         sink_tokens: 0,
     };
@@ -58,6 +59,7 @@ fn run(policy: PolicyKind) {
         partial_reuse: true,
         hash_seed: 1,
         policy,
+        offload_min_priority: 30,
         collide: false,
     })
     .unwrap();

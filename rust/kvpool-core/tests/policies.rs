@@ -94,6 +94,7 @@ fn slru_survives_a_scan_that_lru_does_not() {
             pools: vec![PoolSpec {
                 name: "kv".into(),
                 num_slots: CAPACITY as u32,
+                host_slots: 0,
                 window: None,
                 sink_tokens: 0,
             }],
@@ -102,6 +103,7 @@ fn slru_survives_a_scan_that_lru_does_not() {
             partial_reuse: false,
             hash_seed: 3,
             policy,
+            offload_min_priority: 30,
             collide: false,
         })
         .unwrap();

@@ -72,6 +72,7 @@ fn run(pools: Vec<PoolSpec>, policy: PolicyKind, collide: bool, max_blocks: u32,
         partial_reuse: true,
         hash_seed: 7,
         policy,
+        offload_min_priority: 30,
         collide,
     };
     let core = Core::new(config).unwrap();
@@ -252,6 +253,7 @@ fn pool(name: &str, num_slots: u32, window: Option<u64>, sink_tokens: u64) -> Po
     PoolSpec {
         name: name.into(),
         num_slots,
+        host_slots: 0,
         window,
         sink_tokens,
     }

@@ -253,6 +253,7 @@ fn pool(name: &str, num_slots: u32, window: Option<u64>) -> PoolSpec {
     PoolSpec {
         name: name.into(),
         num_slots,
+        host_slots: 0,
         window,
         sink_tokens: 0,
     }
@@ -267,6 +268,7 @@ fn run(seed: u64, pools: &[PoolSpec], policy: PolicyKind, threads: u64, steps: u
         partial_reuse: true,
         hash_seed: seed,
         policy,
+        offload_min_priority: 30,
         collide: seed % 3 == 0,
     })
     .unwrap();

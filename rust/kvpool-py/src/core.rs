@@ -168,6 +168,7 @@ impl Core {
             .map(|(name, num_slots, window, sink_tokens)| PoolSpec {
                 name,
                 num_slots,
+                host_slots: 0,
                 window,
                 sink_tokens,
             })
@@ -180,6 +181,7 @@ impl Core {
             partial_reuse,
             hash_seed,
             policy,
+            offload_min_priority: 30,
             collide,
         };
         let core = kvpool_core::Core::new(config).map_err(|error| raise(py, error))?;

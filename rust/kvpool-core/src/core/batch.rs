@@ -98,6 +98,7 @@ mod tests {
         let pool = |name: &str, num_slots, window| PoolSpec {
             name: name.into(),
             num_slots,
+            host_slots: 0,
             window,
             sink_tokens: 0,
         };
@@ -109,6 +110,7 @@ mod tests {
             partial_reuse: true,
             hash_seed: 1,
             policy: PolicyKind::Lru,
+            offload_min_priority: 30,
             collide: false,
         })
         .unwrap()

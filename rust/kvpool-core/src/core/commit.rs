@@ -114,7 +114,8 @@ impl Core {
             if own != 0 {
                 let windowed = self.tree.windowed[pool];
                 self.pools[pool].set_key(own, key);
-                self.tree.set_page(pool, index, own, u64::from(windowed));
+                let active = u64::from(windowed && self.tiered);
+                self.tree.set_page(pool, index, own, u64::from(windowed), active);
             }
         }
         if let Err((dead, _)) = self
@@ -163,7 +164,7 @@ impl Core {
                 false
             }
             Claimed::Full => return Err(Refused::Full),
-            Claimed::Gone | Claimed::Unpaid => return Err(Refused::Changed),
+            Claimed::Gone | Claimed::Unpaid(_) => return Err(Refused::Changed),
         };
         if cache.retention.is_some() {
             self.raise_retain(index, retain);
@@ -223,16 +224,16 @@ impl Core {
     /// Claims a node, with units of its own if it would be the first claim and they can be had; `unpaid`: one's own
     /// pages must pay.
     fn claim_for(&self, node: Link, unpaid: &mut bool) -> Claimed {
-        let claimed = self.tree.claim(node, false);
-        if claimed != Claimed::Unpaid {
+        let claimed = self.tree.claim(node, None);
+        let Claimed::Unpaid(tier) = claimed else {
             return claimed;
-        }
-        *unpaid = !self.reserve_nodes(1);
-        let claimed = self.tree.claim(node, true);
+        };
+        *unpaid = !self.reserve_nodes(tier, 1);
+        let claimed = self.tree.claim(node, Some(tier));
         if claimed == Claimed::First {
             self.expire_at_claim(node.index());
         } else if !*unpaid {
-            self.unreserve_nodes(1);
+            self.unreserve_nodes(tier, 1);
         }
         claimed
     }
@@ -241,13 +242,14 @@ impl Core {
     /// one's own page must pay for it.
     fn take_over(&self, pool: usize, index: usize, own: u32) -> bool {
         loop {
-            match self.tree.claim_page(pool, index, false) {
-                Claimed::Unpaid => {
-                    let paid = self.pools[pool].reserve(1);
-                    match self.tree.claim_page(pool, index, true) {
+            match self.tree.claim_page(pool, index, None, self.tiered) {
+                Claimed::Unpaid(tier) => {
+                    let slots = &self.slots(tier)[pool];
+                    let paid = slots.reserve(1);
+                    match self.tree.claim_page(pool, index, Some(tier), self.tiered) {
                         Claimed::First => return !paid,
                         claimed => {
-                            self.pools[pool].unreserve(u32::from(paid));
+                            slots.unreserve(u32::from(paid));
                             if claimed == Claimed::Joined {
                                 return false;
                             }
@@ -256,7 +258,7 @@ impl Core {
                 }
                 Claimed::Gone => {
                     self.pools[pool].set_key(own, self.tree.nodes[index].key.get());
-                    if self.tree.set_page(pool, index, own, 1) {
+                    if self.tree.set_page(pool, index, own, 1, u64::from(self.tiered)) {
                         self.pools[pool].set_owner(own, Owner::Node(index as u32));
                         self.note_stored(pool, index);
                         return false;

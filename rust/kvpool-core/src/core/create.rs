@@ -5,7 +5,7 @@ use crate::cache::Cache;
 use crate::error::{CoreError, Result};
 use crate::tree::{Claimed, Holder, Root};
 use crate::types::{CacheState, RetentionSpec};
-use crate::words::{Link, Stamp};
+use crate::words::{Link, Stamp, Tier};
 use std::cell::Cell;
 
 /// The longest valid match of a prompt.
@@ -324,15 +324,24 @@ impl Core {
 
     /// Claims a page.
     pub(super) fn hold_page(&self, holder: Holder, pool: usize, index: usize) -> bool {
-        let mut paid = false;
+        let mut paid: Option<Tier> = None;
+        let active = self.pins(holder);
         let claimed = loop {
-            match self.tree.claim_page(pool, index, paid) {
-                Claimed::Unpaid if self.pools[pool].reserve(1) => paid = true,
+            match self.tree.claim_page(pool, index, paid, active) {
+                Claimed::Unpaid(tier) => {
+                    if let Some(before) = paid.take() {
+                        self.slots(before)[pool].unreserve(1); // it has moved since
+                    }
+                    if !self.slots(tier)[pool].reserve(1) {
+                        break Claimed::Unpaid(tier);
+                    }
+                    paid = Some(tier);
+                }
                 claimed => break claimed,
             }
         };
-        if paid && claimed != Claimed::First {
-            self.pools[pool].unreserve(1);
+        if let (Some(tier), true) = (paid, claimed != Claimed::First) {
+            self.slots(tier)[pool].unreserve(1);
         }
         let held = matches!(claimed, Claimed::First | Claimed::Joined);
         if held {
@@ -348,7 +357,7 @@ impl Core {
                 if slot != 0 && self.tree.windowed[pool] {
                     let idle =
                         self.release_page(cache.holder(), pool, cache.nodes[i].index(), Stamp::NONE, false);
-                    self.pools[pool].unreserve(u32::from(idle));
+                    self.announce(pool, idle);
                 }
             }
         }

@@ -4,8 +4,8 @@
 //! owner changes needs no atomics. An operation takes its whole need off `available` of all pools first;
 //! only then does it look for slots and evict. What is not enough is a value (`false`), and nothing has changed.
 //!
-//! - per pool: `available + promised + claimed + private == slots`
-//! - per pool: `free + active + held + cached + fenced == slots`
+//! - per pool and tier: `available + promised + claimed + private == slots`
+//! - per pool and tier: `free + active + held + cached + fenced == slots`
 
 mod batch;
 mod commit;
@@ -26,7 +26,10 @@ use crate::retention::Timing;
 use crate::sync::{unique, weak, AtomicU64, Counter, Field, Ordering, Weak};
 use crate::tree::{Claimed, Root, Tree};
 use crate::types::{CacheState, CoreConfig, Counters, PoolBooks};
-use crate::words::{Link, Stamp, MAX_NODES};
+use crate::words::{Link, Stamp, Tier, MAX_NODES, MAX_SLOTS};
+
+/// Units by [`Tier`], each of every full-attention pool.
+type Units = [u32; 2];
 
 /// What a cache tells of itself.
 #[derive(Debug, Clone, Copy)]
@@ -67,11 +70,16 @@ const EVENTS: usize = if cfg!(any(kvpool_loom, kvpool_shuttle)) {
 pub struct Core {
     pub(crate) config: CoreConfig,
     pub(crate) tree: Tree,
+    /// Device slots.
     pub(crate) pools: Vec<SlotPool>,
+    /// Host slots; none without a host tier.
+    pub(crate) hosts: Vec<SlotPool>,
     pub(crate) keeper: Keeper,
     pub(crate) counters: Tallies,
     /// The first full-attention pool.
     pub(crate) first_full: Option<usize>,
+    /// Whether there is a host tier.
+    pub(crate) tiered: bool,
     /// Tells its caches from those of another core.
     pub(crate) id: u64,
     /// What happened to the tree.
@@ -131,11 +139,21 @@ impl Core {
                 config.max_blocks
             )));
         }
+        for pool in &config.pools {
+            if pool.num_slots.max(pool.host_slots) > MAX_SLOTS {
+                return Err(CoreError::Value(format!(
+                    "pool {:?}: {} slots are above {MAX_SLOTS}, the most that a pool can have on a tier",
+                    pool.name,
+                    pool.num_slots.max(pool.host_slots)
+                )));
+            }
+        }
         let windowed: Vec<bool> = config.pools.iter().map(|p| p.window.is_some()).collect();
         Ok(Self {
             first_full: windowed.iter().position(|w| !w),
             keeper: Keeper::new(config.max_blocks, &windowed, config.policy),
             pools: config.pools.iter().map(|p| SlotPool::new(p.num_slots)).collect(),
+            hosts: config.pools.iter().map(|p| SlotPool::new(p.host_slots)).collect(),
             tree: Tree::new(
                 config.tokens_per_block as usize,
                 config.max_blocks,
@@ -144,6 +162,7 @@ impl Core {
                 config.collide,
             ),
             counters: Tallies::default(),
+            tiered: config.pools.iter().any(|pool| pool.host_slots > 0),
             id: unique(),
             events: Events::new(EVENTS),
             timing: (0..config.max_blocks).map(|_| Timing::new()).collect(),
@@ -169,21 +188,31 @@ impl Core {
 
     // -- promises ---------------------------------------------------------------------------
 
-    fn full_pools(&self) -> impl Iterator<Item = &crate::pool::SlotPool> {
-        self.pools
+    /// The slots of a tier, by pool.
+    pub(crate) fn slots(&self, tier: Tier) -> &[SlotPool] {
+        match tier {
+            Tier::Device => &self.pools,
+            Tier::Host => &self.hosts,
+        }
+    }
+
+    fn full_pools(&self, tier: Tier) -> impl Iterator<Item = &SlotPool> {
+        self.slots(tier)
             .iter()
             .zip(&self.tree.windowed)
             .filter_map(|(pool, windowed)| (!windowed).then_some(pool))
     }
 
-    /// Takes `n` slots off every full-attention pool, or nothing: the price of `n` nodes.
+    /// Takes `n` slots of a tier off every full-attention pool, or nothing: the price of `n` nodes there.
     ///
     /// Two callers that want the last slots of several pools in different order of arrival may both be refused.
-    fn reserve_nodes(&self, n: u32) -> bool {
-        for (taken, pool) in self.full_pools().enumerate() {
+    fn reserve_nodes(&self, tier: Tier, n: u32) -> bool {
+        for (taken, pool) in self.full_pools(tier).enumerate() {
             if !pool.reserve(n) {
                 if !weak(Weak::ReserveRollback) {
-                    self.full_pools().take(taken).for_each(|pool| pool.unreserve(n));
+                    self.full_pools(tier)
+                        .take(taken)
+                        .for_each(|pool| pool.unreserve(n));
                 }
                 return false;
             }
@@ -191,8 +220,14 @@ impl Core {
         true
     }
 
-    fn unreserve_nodes(&self, n: u32) {
-        self.full_pools().for_each(|pool| pool.unreserve(n));
+    fn unreserve_nodes(&self, tier: Tier, n: u32) {
+        self.full_pools(tier).for_each(|pool| pool.unreserve(n));
+    }
+
+    /// Gives units of both tiers back.
+    fn refund_nodes(&self, units: Units) {
+        self.unreserve_nodes(Tier::Device, units[Tier::Device as usize]);
+        self.unreserve_nodes(Tier::Host, units[Tier::Host as usize]);
     }
 
     // -- claims of paths ----------------------------------------------------------------------
@@ -207,36 +242,52 @@ impl Core {
             return Ok(());
         };
         loop {
-            match self.tree.claim(deepest, weak(Weak::PayLater)) {
+            match self
+                .tree
+                .claim(deepest, weak(Weak::PayLater).then_some(Tier::Device))
+            {
                 Claimed::Joined => return Ok(()),
                 Claimed::Gone => return Err(None),
                 Claimed::Full => return Err(Some(path.len() - 1)),
-                Claimed::First | Claimed::Unpaid => {}
+                Claimed::First | Claimed::Unpaid(_) => {}
             }
             // Blocks [0, held) are claimed by others, [held, len) by nobody.
             let mut held = path.len() - 1;
             while held > 0 && self.tree.state(path[held - 1].index()).refs() == 0 {
                 held -= 1;
             }
-            let need = (path.len() - held) as u32;
-            if !self.reserve_nodes(need) {
-                // As far as what is left reaches.
-                let left = self.full_pools().map(SlotPool::available).min().unwrap_or(0);
-                return Err(Some((held + left as usize).min(path.len() - 1)));
+            // Blocks on the device first, those on the host below them: what moves meanwhile is paid again in `claim_down`.
+            let on_host = path[held..]
+                .iter()
+                .filter(|node| self.tree.state(node.index()).tier() == Tier::Host)
+                .count() as u32;
+            let need = [(path.len() - held) as u32 - on_host, on_host];
+            if !self.reserve_nodes(Tier::Device, need[0]) {
+                return Err(Some(self.reach(Tier::Device, held, path.len())));
+            }
+            if !self.reserve_nodes(Tier::Host, need[1]) {
+                self.unreserve_nodes(Tier::Device, need[0]);
+                return Err(Some(self.reach(Tier::Host, held + need[0] as usize, path.len())));
             }
             let hold = if held > 0 {
-                self.tree.claim(path[held - 1], false)
+                self.tree.claim(path[held - 1], None)
             } else {
                 Claimed::Joined
             };
             if hold == Claimed::Joined {
                 return self.claim_down(path, held, need);
             }
-            self.unreserve_nodes(need);
+            self.refund_nodes(need);
             if hold == Claimed::Full {
                 return Err(Some(held - 1));
             } // else it was released since: look again
         }
+    }
+
+    /// Blocks of a path that can be claimed beyond the first `held` with what is left on a tier; fewer than all.
+    fn reach(&self, tier: Tier, held: usize, blocks: usize) -> usize {
+        let left = self.full_pools(tier).map(SlotPool::available).min();
+        (held + left.unwrap_or(0) as usize).min(blocks - 1)
     }
 
     /// Goes down from block `at - 1`, on which the caller has a reference, with `units` paid.
@@ -244,22 +295,24 @@ impl Core {
         &self,
         path: &[Link],
         mut at: usize,
-        mut units: u32,
+        mut units: Units,
     ) -> std::result::Result<(), Option<usize>> {
         let mut short = None;
         while at < path.len() {
-            match self.tree.claim(path[at], units > 0) {
+            let tier = self.tree.state(path[at].index()).tier();
+            let paid = (units[tier as usize] > 0).then_some(tier);
+            match self.tree.claim(path[at], paid) {
                 Claimed::First => {
-                    units -= 1; // our reference on the parent is the child's now
+                    units[tier as usize] -= 1; // our reference on the parent is the child's now
                     self.expire_at_claim(path[at].index());
                 }
                 Claimed::Joined if at > 0 => self.release_path(path[at - 1], Stamp::NONE, 0),
                 Claimed::Joined => {}
-                Claimed::Unpaid if self.reserve_nodes(1) => {
-                    units += 1;
+                Claimed::Unpaid(now) if self.reserve_nodes(now, 1) => {
+                    units[now as usize] += 1;
                     continue;
                 }
-                Claimed::Unpaid | Claimed::Full => {
+                Claimed::Unpaid(_) | Claimed::Full => {
                     short = Some(at);
                     break;
                 }
@@ -267,7 +320,7 @@ impl Core {
             }
             at += 1;
         }
-        self.unreserve_nodes(units);
+        self.refund_nodes(units);
         if at == path.len() {
             return Ok(());
         }
@@ -279,13 +332,21 @@ impl Core {
 
     /// Claims a child of a node that the caller holds (or a first block); the hold stays.
     fn claim_child(&self, parent: Link, child: Link) -> Claimed {
-        let mut units = 0;
-        if !parent.is_nil() && self.tree.claim(parent, false) != Claimed::Joined {
+        let mut paid = None;
+        if !parent.is_nil() && self.tree.claim(parent, None) != Claimed::Joined {
             return Claimed::Full;
         }
         let claimed = loop {
-            match self.tree.claim(child, units > 0) {
-                Claimed::Unpaid if self.reserve_nodes(1) => units = 1,
+            match self.tree.claim(child, paid) {
+                Claimed::Unpaid(tier) => {
+                    if let Some(before) = paid.take() {
+                        self.unreserve_nodes(before, 1); // it has moved since
+                    }
+                    if !self.reserve_nodes(tier, 1) {
+                        break Claimed::Unpaid(tier);
+                    }
+                    paid = Some(tier);
+                }
                 claimed => break claimed,
             }
         };
@@ -293,7 +354,9 @@ impl Core {
             self.expire_at_claim(child.index());
             return claimed;
         }
-        self.unreserve_nodes(units);
+        if let Some(tier) = paid {
+            self.unreserve_nodes(tier, 1);
+        }
         if !parent.is_nil() {
             self.release_path(parent, Stamp::NONE, 0);
         }
@@ -303,7 +366,7 @@ impl Core {
     /// One claim less on a node; the blocks whose last claim it was get `stamp` and `segment`, and become
     /// available again. Lock-free; linearized at the first CAS.
     fn release_path(&self, deepest: Link, stamp: Stamp, segment: u8) {
-        let mut freed = 0;
+        let mut freed = [0, 0];
         let mut index = deepest.index();
         loop {
             let parent = self.tree.parent(index); // read before the release: afterwards the node may go
@@ -315,14 +378,14 @@ impl Core {
                     rose.set(true);
                 }
             });
-            if !unclaimed {
+            let Some(tier) = unclaimed else {
                 if rose.get() {
                     self.keeper.report_leaf(index, true); // risen in vain: somebody claimed meanwhile
                 }
                 self.record_behind_claims(index, stamp);
                 break;
-            }
-            freed += 1;
+            };
+            freed[tier as usize] += 1;
             if rose.get() || self.tree.children(index) == 0 || self.expiry(index) != 0 {
                 self.keeper.report_leaf(index, rose.get());
             }
@@ -331,7 +394,7 @@ impl Core {
             }
             index = parent.index();
         }
-        self.unreserve_nodes(freed);
+        self.refund_nodes(freed);
     }
 
     /// A node stays claimed, maybe only by batches whose claims leave no trace: its use and that of its ancestors is
@@ -446,6 +509,7 @@ mod tests {
             pools: vec![PoolSpec {
                 name: "kv".into(),
                 num_slots: 8,
+                host_slots: 0,
                 window: None,
                 sink_tokens: 0,
             }],
@@ -454,6 +518,7 @@ mod tests {
             partial_reuse: false,
             hash_seed: 1,
             policy: PolicyKind::Lru,
+            offload_min_priority: 30,
             collide: false,
         });
         let core = core.unwrap();

@@ -13,6 +13,7 @@ fn core(slots: &[u32], max_blocks: u32) -> Arc<Core> {
     let pool = |&num_slots: &u32| PoolSpec {
         name: "full".into(),
         num_slots,
+        host_slots: 0,
         window: None,
         sink_tokens: 0,
     };
@@ -24,6 +25,7 @@ fn core(slots: &[u32], max_blocks: u32) -> Arc<Core> {
         partial_reuse: false,
         hash_seed: 1,
         policy: PolicyKind::Lru,
+        offload_min_priority: 30,
         collide: false,
     };
     Arc::new(Core::new(config).unwrap())
@@ -227,6 +229,7 @@ fn partial_match_and_evict() {
         let pool = PoolSpec {
             name: "full".into(),
             num_slots: 2,
+            host_slots: 0,
             window: None,
             sink_tokens: 0,
         };
@@ -238,6 +241,7 @@ fn partial_match_and_evict() {
             partial_reuse: true,
             hash_seed: 1,
             policy: PolicyKind::Lru,
+            offload_min_priority: 30,
             collide: false,
         };
         let core = Arc::new(Core::new(config).unwrap());

@@ -225,7 +225,7 @@ impl Core {
                     let held_in_vain = i >= s0 && i < e0;
                     let stamp = if held_in_vain { Stamp::NONE } else { stamp };
                     let idle = self.release_page(cache.holder(), pool, cache.nodes[i].index(), stamp, false);
-                    self.pools[pool].unreserve(u32::from(idle));
+                    self.announce(pool, idle);
                 }
                 if !live {
                     cache.tables[pool][i] = 0;
@@ -265,7 +265,7 @@ impl Core {
     fn hold_end(&self, cache: &Cache, keep: usize) -> bool {
         keep == 0
             || keep == cache.nodes.len()
-            || self.tree.claim(cache.nodes[keep - 1], false) == Claimed::Joined
+            || self.tree.claim(cache.nodes[keep - 1], None) == Claimed::Joined
     }
 
     /// The claim goes up to block `keep - 1`, which is held already.

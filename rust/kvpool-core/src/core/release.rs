@@ -7,11 +7,11 @@ use crate::pool::Owner;
 use crate::sync::Counter;
 use crate::tree::Holder;
 use crate::types::CacheState;
-use crate::words::{Link, Stamp};
+use crate::words::{Link, Stamp, Tier};
 
 impl Core {
-    /// One claim less on a page of a windowed pool. `stale`: because it fell out of the window. Returns
-    /// whether it is idle now; the caller then announces it by `unreserve`, or keeps the unit.
+    /// One claim less on a page of a windowed pool. `stale`: because it fell out of the window. If it is idle
+    /// now, the tier whose unit the caller announces, or keeps.
     pub(super) fn release_page(
         &self,
         holder: Holder,
@@ -19,7 +19,7 @@ impl Core {
         index: usize,
         stamp: Stamp,
         stale: bool,
-    ) -> bool {
+    ) -> Option<Tier> {
         let pages = &self.tree.pages[pool];
         pages.holders[index].sub(holder as u64);
         let page = self.tree.page(pool, index);
@@ -31,8 +31,8 @@ impl Core {
             }
         }
         let lowered = stale || page.is_stale();
-        let (idle, _) = self.tree.release_page(pool, index, stale);
-        if idle {
+        let idle = self.tree.release_page(pool, index, stale, self.pins(holder));
+        if idle.is_some() {
             self.keeper.report_page(pool, index, lowered);
         }
         idle
@@ -47,6 +47,27 @@ impl Core {
         } else {
             self.pools[pool].give(slot);
             cache.purse[pool] += 1;
+        }
+    }
+
+    /// Whether a claim by this holder keeps pages from moving down.
+    pub(super) fn pins(&self, holder: Holder) -> bool {
+        self.tiered && holder != Holder::Held
+    }
+
+    /// A page that became idle is available on its tier.
+    pub(super) fn announce(&self, pool: usize, idle: Option<Tier>) {
+        if let Some(tier) = idle {
+            self.slots(tier)[pool].unreserve(1);
+        }
+    }
+
+    /// As `announce`, but a unit of the device goes into the purse.
+    pub(super) fn refund(&self, cache: &mut Cache, pool: usize, idle: Option<Tier>) {
+        if idle == Some(Tier::Device) {
+            cache.purse[pool] += 1;
+        } else {
+            self.announce(pool, idle);
         }
     }
 
@@ -78,7 +99,7 @@ impl Core {
                         stamp = self.tick();
                     }
                     let idle = self.release_page(cache.holder(), pool, node.index(), stamp, true);
-                    cache.purse[pool] += u32::from(idle);
+                    self.refund(cache, pool, idle);
                 } else {
                     self.give_private(cache, pool, slot);
                 }
@@ -104,7 +125,7 @@ impl Core {
         for pool in 0..cache.source_pools {
             if self.tree.windowed[pool] {
                 let idle = self.release_page(holder, pool, source.index(), stamp, false);
-                self.pools[pool].unreserve(u32::from(idle));
+                self.announce(pool, idle);
             }
         }
         cache.source_pools = 0;
@@ -181,7 +202,7 @@ impl Core {
                     }
                     Some(node) if self.tree.windowed[pool] => {
                         let idle = self.release_page(cache.holder(), pool, node.index(), stamp, false);
-                        cache.purse[pool] += u32::from(idle);
+                        self.refund(cache, pool, idle);
                     }
                     Some(_) => {}
                 }

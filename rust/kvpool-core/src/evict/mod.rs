@@ -158,7 +158,8 @@ impl Core {
         for pool in 0..self.pools.len() {
             // A page of a windowed pool can be taken from the dead node by others too; cover its way as well.
             let covered = self.tree.windowed[pool] && self.pools[pool].reserve(1);
-            if let Some(slot) = self.tree.strip(pool, dead) {
+            if let Some(page) = self.tree.strip(pool, dead) {
+                let slot = page.slot();
                 pages += 1;
                 self.note_removed(pool, slot);
                 if keep == Some(pool) {
@@ -192,7 +193,7 @@ impl Core {
 
     /// Takes an unclaimed page of a windowed pool alone.
     fn take_idle_page(&self, pool: usize, index: usize) -> Option<u32> {
-        let slot = self.tree.take_page(pool, index)?;
+        let slot = self.tree.take_page(pool, index)?.slot();
         self.note_removed(pool, slot);
         Some(slot)
     }

@@ -13,7 +13,7 @@
 use super::lookup::pack;
 use super::{Root, Tree};
 use crate::sync::{fence, weak, Ordering, Weak};
-use crate::words::{Link, Page, State, MAX_REFS};
+use crate::words::{Link, Page, State, Tier, MAX_CLAIMS, MAX_REFS};
 
 /// A dead node in the hands of one owner, who publishes or recycles it.
 #[derive(Debug)]
@@ -27,11 +27,11 @@ pub enum Claimed {
     First,
     /// Others have it too: the caller's hold on the parent is one too many.
     Joined,
-    /// It would be the first claim, and the caller has no unit for it.
-    Unpaid,
+    /// It would be the first claim, and the caller has no unit of this tier for it.
+    Unpaid(Tier),
     /// It is no longer there.
     Gone,
-    /// It has as many references as can be counted.
+    /// It has as many references as can be counted, or it is on the move between tiers.
     Full,
 }
 
@@ -146,10 +146,10 @@ impl Tree {
 
     // -- claims -----------------------------------------------------------------------------
 
-    /// One reference more on a node. `paid`: the caller has a unit of every full-attention pool for it.
+    /// One reference more on a node. `paid`: the tier of which the caller has a unit of every full-attention pool for it.
     ///
     /// Lock-free; linearized at the CAS.
-    pub fn claim(&self, link: Link, paid: bool) -> Claimed {
+    pub fn claim(&self, link: Link, paid: Option<Tier>) -> Claimed {
         let n = &self.nodes[link.index()];
         loop {
             let now = self.state(link.index());
@@ -157,12 +157,12 @@ impl Tree {
             if !now.is_live() || other {
                 return Claimed::Gone;
             }
-            if now.refs() >= MAX_REFS {
+            if now.refs() >= MAX_REFS || now.is_busy() {
                 return Claimed::Full;
             }
             let first = now.refs() == 0;
-            if first && !paid {
-                return Claimed::Unpaid;
+            if first && paid != Some(now.tier()) {
+                return Claimed::Unpaid(now.tier());
             }
             let next = now.claimed(weak(Weak::ClaimVersion));
             // AcqRel: Acquire partner the CAS in `release` (what was done under the last claim is visible),
@@ -178,8 +178,8 @@ impl Tree {
     }
 
     /// One reference less. `last` runs before a release that will be the last one (it may run in vain).
-    /// Returns whether the node is unclaimed now. Lock-free; linearized at the CAS.
-    pub fn release(&self, index: usize, last: impl Fn(&super::Node)) -> bool {
+    /// If the node is unclaimed now, the tier on which it is: its unit is available there. Lock-free; linearized at the CAS.
+    pub fn release(&self, index: usize, last: impl Fn(&super::Node)) -> Option<Tier> {
         let n = &self.nodes[index];
         loop {
             let now = self.state(index);
@@ -197,7 +197,7 @@ impl Tree {
                 .state
                 .compare_exchange(now.0, next.0, success, Ordering::Relaxed); // Relaxed on failure: the loop loads again
             if swapped.is_ok() {
-                return now.refs() == 1;
+                return (now.refs() == 1).then(|| now.tier());
             }
         }
     }
@@ -208,7 +208,7 @@ impl Tree {
     /// calls [`Tree::bury`]. Lock-free, without a loop; linearized at the CAS.
     pub fn kill(&self, index: usize) -> Option<Dead> {
         let now = self.state(index);
-        if !now.is_live() || now.refs() > 0 || self.children(index) > 0 {
+        if !now.is_live() || now.is_busy() || now.refs() > 0 || self.children(index) > 0 {
             return None;
         }
         let now = if weak(Weak::KillChildren) {
@@ -216,7 +216,7 @@ impl Tree {
         } else {
             now
         };
-        if !now.is_live() || now.refs() > 0 {
+        if !now.is_live() || now.is_busy() || now.refs() > 0 {
             return None;
         }
         let n = &self.nodes[index];
@@ -252,10 +252,10 @@ impl Tree {
 
     // -- pages ------------------------------------------------------------------------------
 
-    /// Gives a node that the caller owns, or holds and knows to be without, a page. `false`: it has one.
-    pub fn set_page(&self, pool: usize, index: usize, slot: u32, claims: u64) -> bool {
+    /// Gives a node that the caller owns, or holds and knows to be without, a page on the device. `false`: it has one.
+    pub fn set_page(&self, pool: usize, index: usize, slot: u32, claims: u64, active: u64) -> bool {
         let word = &self.pages[pool].word[index];
-        let new = Page::new(slot, claims);
+        let new = Page::new(slot, claims, active);
         // AcqRel: partner the load in `page`: the slot's content was written before. Relaxed on failure: nothing is read.
         word.compare_exchange(Page::NONE.0, new.0, Ordering::AcqRel, Ordering::Relaxed)
             .is_ok()
@@ -277,50 +277,54 @@ impl Tree {
         }
     }
 
-    /// One claim more on the page of a claimed node in a windowed pool.
-    pub fn claim_page(&self, pool: usize, index: usize, paid: bool) -> Claimed {
+    /// One claim more on the page of a claimed node in a windowed pool, by an `active` cache or not. `paid`: the tier of
+    /// which the caller has a unit for it.
+    pub fn claim_page(&self, pool: usize, index: usize, paid: Option<Tier>, active: bool) -> Claimed {
         loop {
             let now = self.page(pool, index);
             if now.slot() == 0 {
                 return Claimed::Gone;
             }
-            let first = now.claims() == 0;
-            if first && !paid {
-                return Claimed::Unpaid;
+            if now.claims() >= MAX_CLAIMS || now.is_busy() {
+                return Claimed::Full;
             }
-            if self.change_page(pool, index, now, now.claimed()) {
+            let first = now.claims() == 0;
+            if first && paid != Some(now.tier()) {
+                return Claimed::Unpaid(now.tier());
+            }
+            if self.change_page(pool, index, now, now.claimed(active)) {
                 return if first { Claimed::First } else { Claimed::Joined };
             }
         }
     }
 
-    /// One claim less on a page. Returns whether it is idle now, and its slot.
-    pub fn release_page(&self, pool: usize, index: usize, stale: bool) -> (bool, u32) {
+    /// One claim less on a page, of an `active` cache or not. If it is idle now, the tier on which it is.
+    pub fn release_page(&self, pool: usize, index: usize, stale: bool, active: bool) -> Option<Tier> {
         loop {
             let now = self.page(pool, index);
             debug_assert!(now.claims() > 0, "release of an unclaimed page");
-            if self.change_page(pool, index, now, now.released(stale)) {
-                return (now.claims() == 1, now.slot());
+            if self.change_page(pool, index, now, now.released(stale, active)) {
+                return (now.claims() == 1).then(|| now.tier());
             }
         }
     }
 
     /// Takes the page of a node in a windowed pool if nobody claims it.
-    pub fn take_page(&self, pool: usize, index: usize) -> Option<u32> {
+    pub fn take_page(&self, pool: usize, index: usize) -> Option<Page> {
         let now = self.page(pool, index);
         let claimed = now.claims() > 0 && !weak(Weak::PageClaims);
-        if now.slot() == 0 || claimed || !self.change_page(pool, index, now, Page::NONE) {
+        if now.slot() == 0 || claimed || now.is_busy() || !self.change_page(pool, index, now, Page::NONE) {
             return None;
         }
-        Some(now.slot())
+        Some(now)
     }
 
-    /// Takes the page of a dead node, if it has one.
-    pub fn strip(&self, pool: usize, dead: &Dead) -> Option<u32> {
+    /// Takes the page of a dead node, if it has one. One that is busy stays its mover's.
+    pub fn strip(&self, pool: usize, dead: &Dead) -> Option<Page> {
         let word = &self.pages[pool].word[dead.index()];
         let page = Page(word.swap(Page::NONE.0, Ordering::AcqRel)); // AcqRel: partner the CAS in `change_page` of who takes the page alone
         debug_assert_eq!(page.claims(), 0, "a claimed page of a dead node");
-        (page.slot() != 0).then(|| page.slot())
+        (page.slot() != 0 && !page.is_busy()).then_some(page)
     }
 
     fn change_page(&self, pool: usize, index: usize, from: Page, to: Page) -> bool {

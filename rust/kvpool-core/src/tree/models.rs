@@ -3,7 +3,7 @@
 use super::{Claimed, Root, Tree};
 use crate::models::{fails, holds};
 use crate::sync::Weak;
-use crate::words::Link;
+use crate::words::{Link, Tier};
 use loom::sync::Arc;
 use loom::thread;
 
@@ -72,7 +72,10 @@ fn claim_against_eviction() {
             }
         })
     };
-    if matches!(tree.claim(a, true), Claimed::First | Claimed::Joined) {
+    if matches!(
+        tree.claim(a, Some(Tier::Device)),
+        Claimed::First | Claimed::Joined
+    ) {
         assert_eq!(
             tree.nodes[a.index()].key.get(),
             1,
@@ -107,7 +110,7 @@ fn claim_or_evict() {
             let tree = tree.clone();
             thread::spawn(move || tree.kill(a.index()).is_some())
         };
-        let claimed = tree.claim(a, true) == Claimed::First;
+        let claimed = tree.claim(a, Some(Tier::Device)) == Claimed::First;
         assert_ne!(other.join().unwrap(), claimed, "both or neither");
     });
 }
@@ -119,7 +122,7 @@ fn child_against_eviction() {
     let other = {
         let tree = tree.clone();
         thread::spawn(move || {
-            if tree.claim(a, true) == Claimed::First {
+            if tree.claim(a, Some(Tier::Device)) == Claimed::First {
                 let child = insert(&tree, &root, a, 2).unwrap();
                 tree.release(child.index(), |_| {});
                 tree.release(a.index(), |_| {});
@@ -347,13 +350,13 @@ fn page_claim_against_eviction() {
     let (tree, root) = tree(1, true, false);
     let dead = tree.take_node().unwrap();
     let a = tree.write(&dead, &root, Link::NIL, 1, &[1], 35);
-    assert!(tree.set_page(0, a.index(), 9, 0));
+    assert!(tree.set_page(0, a.index(), 9, 0, 0));
     tree.publish(dead, a, &root, Link::NIL, 1, &[1]).unwrap();
     let other = {
         let tree = tree.clone();
         thread::spawn(move || tree.take_page(0, a.index()))
     };
-    let claimed = tree.claim_page(0, a.index(), true) == Claimed::First;
+    let claimed = tree.claim_page(0, a.index(), Some(Tier::Device), false) == Claimed::First;
     let taken = other.join().unwrap();
     assert!(claimed != taken.is_some(), "a claimed page was evicted");
     assert!(!claimed || tree.page(0, a.index()).slot() == 9);
@@ -383,7 +386,10 @@ fn claim_insert_and_evict() {
         let inserter = {
             let tree = tree.clone();
             thread::spawn(move || {
-                if matches!(tree.claim(a, true), Claimed::First | Claimed::Joined) {
+                if matches!(
+                    tree.claim(a, Some(Tier::Device)),
+                    Claimed::First | Claimed::Joined
+                ) {
                     insert(&tree, &root, a, 2);
                 }
             })
@@ -391,7 +397,10 @@ fn claim_insert_and_evict() {
         let claimer = {
             let tree = tree.clone();
             thread::spawn(move || {
-                if matches!(tree.claim(a, true), Claimed::First | Claimed::Joined) {
+                if matches!(
+                    tree.claim(a, Some(Tier::Device)),
+                    Claimed::First | Claimed::Joined
+                ) {
                     tree.release(a.index(), |_| {});
                 }
             })

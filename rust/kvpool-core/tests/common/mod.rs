@@ -9,6 +9,7 @@ pub fn pool(num_slots: u32, window: Option<u64>) -> PoolSpec {
     PoolSpec {
         name: "p".into(),
         num_slots,
+        host_slots: 0,
         window,
         sink_tokens: 0,
     }
@@ -24,6 +25,7 @@ pub fn core(tokens_per_block: u32, pools: Vec<PoolSpec>, max_blocks: u32, policy
         partial_reuse: true,
         hash_seed: 1,
         policy,
+        offload_min_priority: 30,
         collide: false,
     })
     .unwrap()
