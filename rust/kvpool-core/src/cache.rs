@@ -61,6 +61,12 @@ pub struct Cache {
     pub(crate) in_work: bool,
     /// What the running batch would have to restore.
     pub(crate) undo: Option<Undo>,
+    /// Whether the nodes of its path are pinned to the device.
+    pub(crate) pinned: bool,
+    /// The last nodes of its path that are private blocks.
+    pub(crate) parked: usize,
+    /// Pages (pool, block, device slot) that the running call brings up.
+    pub(crate) onboards: Vec<(u32, u32, u32)>,
     /// Per pool: pages whose price is the unit of a fenced slot.
     pub(crate) debt: Vec<u32>,
     /// Launched steps that may still touch its slots.
@@ -81,6 +87,7 @@ pub(crate) struct Undo {
     /// Blocks of its tables; those behind have come since.
     pub blocks: usize,
     pub copying: bool,
+    pub pinned: bool,
     /// Who makes the copies.
     pub by: std::thread::ThreadId,
 }
@@ -115,6 +122,9 @@ impl Cache {
             promise_before: vec![0; pools],
             in_work: false,
             undo: None,
+            pinned: false,
+            parked: 0,
+            onboards: Vec::new(),
             debt: vec![0; pools],
             in_flight: 0,
             fenced: Vec::with_capacity(room * pools),

@@ -99,6 +99,13 @@ impl Core {
         }
     }
 
+    /// A claimed node is ranked as used at this time.
+    pub(crate) fn rank_time(&self, index: usize, stamp: Stamp) {
+        if self.is_timed() {
+            self.timing[index].time.raise(stamp.time);
+        }
+    }
+
     /// When the priority of an unclaimed node ends, 0 for never.
     pub(crate) fn expiry(&self, index: usize) -> u64 {
         self.time(&self.timing[index].expiry)

@@ -1,5 +1,7 @@
 //! Plain data shared by the core's parts.
 
+use crate::words::Tier;
+
 /// "No node", "no root": the end of an intrusive list.
 pub const NIL: u32 = u32::MAX;
 
@@ -138,12 +140,31 @@ impl CacheState {
     }
 }
 
-/// Copy of a page inside one pool: all bytes of slot `src` into slot `dst`.
+/// Copies pages between the tiers when the core needs it at once: before a page has a new place, and while the core owns
+/// both slots.
+pub trait Mover: std::fmt::Debug + Send + Sync {
+    /// All bytes of device slot `src` of a pool into its host slot `dst`, both from 1. `false`: it could not be done.
+    fn offload(&self, pool: usize, src: u32, dst: u32) -> bool;
+}
+
+/// Keeps books only.
+#[derive(Debug)]
+pub struct NoMover;
+
+impl Mover for NoMover {
+    fn offload(&self, _: usize, _: u32, _: u32) -> bool {
+        true
+    }
+}
+
+/// Copy of a page inside one pool: all bytes of slot `src` into device slot `dst`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PageCopy {
     /// Pool index.
     pub pool: u32,
-    /// Slot that is read.
+    /// Tier of `src`.
+    pub tier: Tier,
+    /// Slot that is read, from 1.
     pub src: u32,
     /// Slot that is written.
     pub dst: u32,
@@ -185,4 +206,8 @@ pub struct Counters {
     pub evicted: u64,
     /// Pages that left for good.
     pub dropped: u64,
+    /// Pages that moved from the device to the host.
+    pub offloaded: u64,
+    /// Pages that moved from the host to the device.
+    pub onboarded: u64,
 }

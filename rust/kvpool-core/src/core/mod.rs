@@ -14,6 +14,7 @@ mod create;
 mod models;
 mod provide;
 mod release;
+mod tiers;
 
 pub use batch::Claim;
 
@@ -25,7 +26,7 @@ use crate::pool::SlotPool;
 use crate::retention::Timing;
 use crate::sync::{unique, weak, AtomicU64, Counter, Field, Ordering, Weak};
 use crate::tree::{Claimed, Root, Tree};
-use crate::types::{CacheState, CoreConfig, Counters, PoolBooks};
+use crate::types::{CacheState, CoreConfig, Counters, Mover, NoMover, PoolBooks};
 use crate::words::{Link, Stamp, Tier, MAX_NODES, MAX_SLOTS};
 
 /// Units by [`Tier`], each of every full-attention pool.
@@ -56,6 +57,8 @@ pub(crate) struct Tallies {
     pub reused_blocks: Counter,
     pub evicted: Counter,
     pub dropped: Counter,
+    pub offloaded: Counter,
+    pub onboarded: Counter,
 }
 
 /// Unread events that are kept. The checkers look at the ring by itself.
@@ -78,6 +81,8 @@ pub struct Core {
     pub(crate) counters: Tallies,
     /// The first full-attention pool.
     pub(crate) first_full: Option<usize>,
+    /// Who copies pages to the host.
+    pub(crate) mover: Box<dyn Mover>,
     /// Whether there is a host tier.
     pub(crate) tiered: bool,
     /// Tells its caches from those of another core.
@@ -110,7 +115,11 @@ fn pending() -> CoreError {
 /// Asks for the largest tables before they are made: a failed `vec!` would end the process.
 fn check_memory(config: &CoreConfig) -> Result<()> {
     let nodes = config.max_blocks as usize;
-    let slots: usize = config.pools.iter().map(|pool| pool.num_slots as usize).sum();
+    let slots: usize = config
+        .pools
+        .iter()
+        .map(|pool| pool.num_slots as usize + pool.host_slots as usize)
+        .sum();
     let pools = config.pools.len();
     let per_node = Tree::bytes_per_node(config.tokens_per_block as usize, pools)
         + (1 + pools) * (Order::bytes_per_node() + 16)
@@ -125,8 +134,13 @@ fn check_memory(config: &CoreConfig) -> Result<()> {
 }
 
 impl Core {
-    /// An empty core. All sizes are fixed from here on.
+    /// An empty core that keeps books only. All sizes are fixed from here on.
     pub fn new(config: CoreConfig) -> Result<Self> {
+        Self::with_mover(config, Box::new(NoMover))
+    }
+
+    /// As `new`, with who copies pages to the host.
+    pub fn with_mover(config: CoreConfig, mover: Box<dyn Mover>) -> Result<Self> {
         if config.tokens_per_block == 0 || config.pools.is_empty() || config.max_blocks == 0 {
             return Err(CoreError::Value(
                 "tokens_per_block, pools and max_blocks must not be empty".into(),
@@ -148,24 +162,38 @@ impl Core {
                 )));
             }
         }
+        // Private blocks that are swapped out: no more than there are slots for them.
+        let tiered = config.pools.iter().any(|pool| pool.host_slots > 0);
+        let most = config.pools.iter().map(|pool| pool.num_slots + pool.host_slots).max();
+        let spare = if tiered { most } else { None };
+        let nodes = config.max_blocks + spare.unwrap_or(0);
+        if nodes > MAX_NODES {
+            return Err(CoreError::Value(format!(
+                "max_blocks: {} and {} slots are above {MAX_NODES}, the most nodes that a tree can have",
+                config.max_blocks,
+                nodes - config.max_blocks
+            )));
+        }
         let windowed: Vec<bool> = config.pools.iter().map(|p| p.window.is_some()).collect();
         Ok(Self {
             first_full: windowed.iter().position(|w| !w),
-            keeper: Keeper::new(config.max_blocks, &windowed, config.policy),
+            keeper: Keeper::new(nodes, &windowed, config.policy),
             pools: config.pools.iter().map(|p| SlotPool::new(p.num_slots)).collect(),
             hosts: config.pools.iter().map(|p| SlotPool::new(p.host_slots)).collect(),
             tree: Tree::new(
                 config.tokens_per_block as usize,
                 config.max_blocks,
+                spare,
                 windowed,
                 config.hash_seed,
                 config.collide,
             ),
             counters: Tallies::default(),
-            tiered: config.pools.iter().any(|pool| pool.host_slots > 0),
+            tiered,
+            mover,
             id: unique(),
             events: Events::new(EVENTS),
-            timing: (0..config.max_blocks).map(|_| Timing::new()).collect(),
+            timing: (0..nodes).map(|_| Timing::new()).collect(),
             in_work: Counter::default(),
             timed: Field::new(0),
             clock: Field::new(0),
@@ -481,6 +509,8 @@ impl Core {
             reused_blocks: self.counters.reused_blocks.get(),
             evicted: self.counters.evicted.get(),
             dropped: self.counters.dropped.get(),
+            offloaded: self.counters.offloaded.get(),
+            onboarded: self.counters.onboarded.get(),
         }
     }
 

@@ -18,7 +18,7 @@ use crate::words::{Link, Page, State, Tier, MAX_CLAIMS, MAX_REFS};
 /// A dead node in the hands of one owner, who publishes or recycles it.
 #[derive(Debug)]
 #[must_use = "a dead node that is dropped is lost: publish or recycle it"]
-pub struct Dead(u32);
+pub struct Dead(pub(super) u32);
 
 /// What came of a claim.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -52,7 +52,11 @@ impl Tree {
 
     /// Gives a dead node back.
     pub fn recycle(&self, dead: Dead) {
-        self.free.push(dead.0);
+        if self.is_block(dead.index()) {
+            self.free.push(dead.0);
+        } else {
+            self.spare.push(dead.0 - self.max_blocks);
+        }
     }
 
     /// Writes a node that nobody can see yet. Its pages are set by [`Tree::set_page`].
@@ -118,6 +122,7 @@ impl Tree {
                 .children
                 .fetch_add(1, Ordering::Relaxed); // Relaxed: the parent is claimed; the release of that claim orders it, see `Tree::kill`
         }
+        self.come_near(parent);
         n.state
             .store(self.state(link.index()).born().0, Ordering::Release); // Release: partner the load in `Tree::claim`: who sees it live sees its birth
         loop {
@@ -131,6 +136,7 @@ impl Tree {
                             .children
                             .fetch_sub(1, Ordering::Relaxed); // Relaxed: as the fetch_add above
                     }
+                    self.go_far(parent);
                     return Err((dead, other));
                 }
                 Ok(None) if self.by_key.publish(bucket, head, link) => break,
@@ -141,6 +147,7 @@ impl Tree {
             .by_first
             .bucket(Self::first_hash(&root.digest, parent, tokens[0]));
         while !self.by_first.publish(first, self.by_first.head(first), link) {}
+        self.adopt(parent, link);
         Ok(())
     }
 
@@ -232,6 +239,9 @@ impl Tree {
                 .children
                 .fetch_sub(1, Ordering::Relaxed); // Relaxed: nothing of the parent is read or written after it
         }
+        if now.tier() == Tier::Device {
+            self.go_far(parent);
+        }
         Some(Dead(index as u32))
     }
 
@@ -247,6 +257,7 @@ impl Tree {
             .unlink(self.by_key.bucket(n.key.get()), link, |link| self.is(link));
         let bucket = self.by_first.bucket(Self::first_hash(&root, parent, first));
         self.by_first.unlink(bucket, link, |link| self.is(link));
+        self.disown(parent, link);
         parent
     }
 
@@ -327,7 +338,7 @@ impl Tree {
         (page.slot() != 0 && !page.is_busy()).then_some(page)
     }
 
-    fn change_page(&self, pool: usize, index: usize, from: Page, to: Page) -> bool {
+    pub(super) fn change_page(&self, pool: usize, index: usize, from: Page, to: Page) -> bool {
         let word = &self.pages[pool].word[index];
         // AcqRel: partner the load in `page`: what was done with the page before is visible to its next owner.
         // Relaxed on failure: the caller loads again or gives up.

@@ -12,6 +12,7 @@
 
 mod life;
 mod lookup;
+mod moves;
 #[cfg(all(test, kvpool_loom))]
 mod models;
 
@@ -45,6 +46,10 @@ pub struct Node {
     pub holders: Counter,
     /// Nodes below.
     children: AtomicU32,
+    /// Nodes below that are on the device.
+    near: AtomicU32,
+    /// ACTIVE caches, and batches in work, whose path contains this node; counted with a host tier only.
+    pins: AtomicU64,
     /// Blocks before this one.
     pub depth: Field,
     /// Retention priority.
@@ -124,20 +129,35 @@ pub struct Tree {
     pub windowed: Vec<bool>,
     by_key: Chains,
     by_first: Chains,
+    /// Children by parent; with a host tier only.
+    by_parent: Option<Chains>,
     free: Stack,
+    /// Nodes beyond `max_blocks`, for private blocks of SUSPENDED caches.
+    spare: Stack,
+    max_blocks: u32,
     seq: Counter,
 }
 
 impl Tree {
-    /// An empty tree of at most `max_blocks` nodes of `t` tokens.
-    pub fn new(t: usize, max_blocks: u32, windowed: Vec<bool>, seed: u64, collide: bool) -> Self {
-        let n = max_blocks as usize;
+    /// An empty tree of at most `max_blocks` nodes of `t` tokens. `spare`: private blocks that SUSPENDED caches can have
+    /// beside, if there is a host tier.
+    pub fn new(
+        t: usize,
+        max_blocks: u32,
+        spare: Option<u32>,
+        windowed: Vec<bool>,
+        seed: u64,
+        collide: bool,
+    ) -> Self {
+        let n = max_blocks as usize + spare.unwrap_or(0) as usize;
         let node = || Node {
             state: AtomicU64::new(State::NEW.0),
             born: AtomicU64::new(0),
             key: Field::new(0),
             parent: Field::new(Link::NIL.0),
             children: AtomicU32::new(0),
+            near: AtomicU32::new(0),
+            pins: AtomicU64::new(0),
             depth: Field::new(0),
             used: Field::new(0),
             priority: Field::new(0),
@@ -161,12 +181,15 @@ impl Tree {
             seed,
             collide,
             nodes: (0..n).map(|_| node()).collect(),
-            tokens: (0..n * t.div_ceil(2)).map(|_| Field::new(0)).collect(),
+            tokens: (0..max_blocks as usize * t.div_ceil(2)).map(|_| Field::new(0)).collect(),
             pages: windowed.iter().map(pages).collect(),
             windowed,
             by_key: Chains::new(max_blocks),
             by_first: Chains::new(max_blocks),
+            by_parent: spare.map(|_| Chains::new(max_blocks)),
             free: Stack::full(max_blocks),
+            spare: Stack::full(spare.unwrap_or(0)),
+            max_blocks,
             seq: Counter::default(),
         }
     }
@@ -255,6 +278,21 @@ impl Tree {
         state.is_live() && state.refs() == 0 && self.children(index) == 0
     }
 
+    /// Whether it is a block of the tree, not a private one of a SUSPENDED cache.
+    pub fn is_block(&self, index: usize) -> bool {
+        index < self.max_blocks as usize
+    }
+
+    /// Nodes below that are on the device.
+    pub fn near(&self, index: usize) -> u32 {
+        self.nodes[index].near.load(Ordering::Relaxed) // Relaxed: a hint for the order of eviction
+    }
+
+    /// ACTIVE caches whose path contains the node.
+    pub fn pins(&self, index: usize) -> u64 {
+        self.nodes[index].pins.load(Ordering::SeqCst) // SeqCst: partner the fetch_add in `Tree::pin`, after the CAS in `Tree::seize`
+    }
+
     /// Nodes below.
     pub fn children(&self, index: usize) -> u32 {
         self.nodes[index].children.load(Ordering::Relaxed) // Relaxed: ordered by the Acquire load of the state before it, see `Tree::kill`
@@ -298,6 +336,7 @@ impl Tree {
 
     /// The free nodes, for `check`.
     pub fn free_nodes(&self) -> Vec<u32> {
-        self.free.indices()
+        let spare = self.spare.indices().into_iter().map(|index| index + self.max_blocks);
+        self.free.indices().into_iter().chain(spare).collect()
     }
 }

@@ -1,0 +1,271 @@
+//! Up and down, as seen by one cache: what keeps its pages on the device, what lets them go, what brings them back.
+
+use super::Core;
+use crate::cache::Cache;
+use crate::pool::Owner;
+use crate::types::PageCopy;
+use crate::words::{Link, Stamp, Tier};
+
+impl Core {
+    /// Pins the path to the device. `false`: a block is on the move; nothing is pinned then.
+    pub(super) fn pin(&self, cache: &mut Cache) -> bool {
+        if !self.tiered || cache.pinned {
+            return true;
+        }
+        let source = (!cache.source.is_nil()).then_some(cache.source);
+        for (i, node) in cache.nodes.iter().chain(&source).enumerate() {
+            if !self.tree.pin(node.index()) {
+                for node in cache.nodes.iter().chain(&source).take(i) {
+                    self.unpin_node(node.index());
+                }
+                return false;
+            }
+        }
+        cache.pinned = true;
+        true
+    }
+
+    /// The path may move down.
+    pub(super) fn unpin(&self, cache: &mut Cache) {
+        if !std::mem::take(&mut cache.pinned) {
+            return;
+        }
+        let source = (!cache.source.is_nil()).then_some(cache.source);
+        for node in cache.nodes.iter().chain(&source) {
+            self.unpin_node(node.index());
+        }
+    }
+
+    pub(super) fn unpin_node(&self, index: usize) {
+        if self.tree.unpin(index) && self.tree.near(index) == 0 {
+            self.keeper.report_leaf(index, false);
+        }
+    }
+
+    /// SUSPENDED and no step may touch it: its pages may move down, ranked as released now.
+    pub(super) fn lower(&self, cache: &mut Cache) {
+        if !self.tiered || !cache.pinned {
+            return;
+        }
+        let stamp = self.tick();
+        self.park(cache);
+        for i in 0..cache.nodes.len() {
+            let index = cache.nodes[i].index();
+            self.rank_use(index, stamp);
+            for pool in (0..self.pools.len()).filter(|&pool| self.tree.windowed[pool]) {
+                if cache.tables[pool].get(i).is_some_and(|&slot| slot != 0) {
+                    let pages = &self.tree.pages[pool];
+                    if !self.tree.page(pool, index).is_stale() {
+                        pages.used[index].raise(stamp.count);
+                        pages.time[index].raise(stamp.time);
+                    }
+                    self.keeper.report_page(pool, index, false);
+                }
+            }
+        }
+        self.unpin(cache);
+    }
+
+    /// Private blocks become nodes that nobody can find, as far as there are any left.
+    fn park(&self, cache: &mut Cache) {
+        let blocks = cache.tables[0].len();
+        let holder = cache.holder();
+        let deepest = cache.deepest();
+        while cache.nodes.len() < blocks {
+            let i = cache.nodes.len();
+            let Some(dead) = self.tree.take_spare() else {
+                break;
+            };
+            let index = dead.index();
+            let retain = cache.retain(i as u64 * self.t());
+            self.first_retain(index, crate::types::Retain { duration: f64::INFINITY, ..retain });
+            for pool in 0..self.pools.len() {
+                let slot = cache.tables[pool][i];
+                if slot != 0 {
+                    let windowed = self.tree.windowed[pool];
+                    self.tree.set_page(pool, index, slot, u64::from(windowed), 0);
+                    self.pools[pool].set_owner(slot, Owner::Node(index as u32));
+                    if windowed {
+                        self.tree.pages[pool].used[index].set(0);
+                        self.tree.pages[pool].time[index].set(0);
+                        self.tree.pages[pool].holders[index].add(holder as u64);
+                    }
+                }
+            }
+            let node = self
+                .tree
+                .park(dead, &cache.root, cache.deepest(), i as u64, retain.priority);
+            self.tree.pin(index); // nobody else knows it
+            cache.nodes.push(node);
+            cache.parked += 1;
+        }
+        if cache.parked > 0 {
+            if !deepest.is_nil() {
+                self.tree.nodes[deepest.index()].holders.sub(holder as u64);
+            }
+            self.tree.nodes[cache.deepest().index()].holders.add(holder as u64);
+        }
+    }
+
+    /// Private blocks are the cache's own again. All of them are on the device, and pinned.
+    fn unpark(&self, cache: &mut Cache) {
+        if cache.parked == 0 {
+            return;
+        }
+        let holder = cache.holder() as u64;
+        self.tree.nodes[cache.deepest().index()].holders.sub(holder);
+        while cache.parked > 0 {
+            let i = cache.nodes.len() - 1;
+            let index = cache.deepest().index();
+            for pool in 0..self.pools.len() {
+                if self.tree.windowed[pool] && self.tree.page(pool, index).slot() != 0 {
+                    self.tree.pages[pool].holders[index].sub(holder);
+                    self.tree.release_page(pool, index, false, true);
+                }
+            }
+            self.tree.unpin(index);
+            let Some(dead) = self.tree.dissolve(index) else {
+                debug_assert!(false, "a pinned block is on the move");
+                break;
+            };
+            for pool in 0..self.pools.len() {
+                if let Some(page) = self.tree.strip(pool, &dead) {
+                    cache.tables[pool][i] = page.slot();
+                    self.pools[pool].set_owner(page.slot(), cache.private_owner());
+                }
+            }
+            self.tree.recycle(dead);
+            cache.nodes.pop();
+            cache.parked -= 1;
+        }
+        if let Some(deepest) = cache.nodes.last() {
+            self.tree.nodes[deepest.index()].holders.add(holder);
+        }
+    }
+
+    /// Where a block's page of a pool is, if it has one.
+    fn place(&self, pool: usize, node: Link) -> Option<Tier> {
+        let page = self.tree.page(pool, node.index());
+        (page.slot() != 0).then(|| page.tier())
+    }
+
+    /// Live pages of a pool that are on the host.
+    pub(super) fn far(&self, cache: &Cache, pool: usize) -> u32 {
+        if !self.tiered || cache.state == crate::types::CacheState::Active {
+            return 0;
+        }
+        let live = cache.nodes.iter().zip(&cache.tables[pool]).filter(|(_, &slot)| slot != 0);
+        live.filter(|(&node, _)| self.place(pool, node) == Some(Tier::Host)).count() as u32
+    }
+
+    /// A device slot for every live page on the host, out of the purse. `false`: one could not be found.
+    pub(super) fn take_up(&self, cache: &mut Cache, copies: &mut Vec<PageCopy>) -> bool {
+        if !self.tiered || cache.state == crate::types::CacheState::Active {
+            return true;
+        }
+        for pool in 0..self.pools.len() {
+            for i in 0..cache.nodes.len() {
+                let index = cache.nodes[i].index();
+                let page = self.tree.page(pool, index);
+                if cache.tables[pool][i] == 0 || page.tier() == Tier::Device {
+                    continue;
+                }
+                if cache.purse[pool] == 0 && !self.pools[pool].reserve(1) {
+                    return false;
+                }
+                cache.purse[pool] = cache.purse[pool].max(1);
+                let Some(dst) = self.take_slot(pool) else {
+                    return false;
+                };
+                cache.purse[pool] -= 1;
+                self.pools[pool].set_owner(dst, cache.private_owner());
+                copies.push(PageCopy {
+                    pool: pool as u32,
+                    tier: Tier::Host,
+                    src: page.slot(),
+                    dst,
+                });
+                cache.onboards.push((pool as u32, i as u32, dst));
+            }
+            self.pools[pool].note_peak();
+        }
+        true
+    }
+
+    /// The copies to the device are made: pages change their tier, private blocks are the cache's own again.
+    pub(super) fn land(&self, cache: &mut Cache) {
+        if !self.tiered {
+            return;
+        }
+        let onboards = std::mem::take(&mut cache.onboards);
+        for (i, &node) in cache.nodes.iter().enumerate() {
+            let mine = || onboards.iter().filter(move |&&(_, block, _)| block as usize == i);
+            if mine().next().is_some() {
+                self.land_block(node, mine().map(|&(pool, _, dst)| (pool as usize, dst)));
+            }
+        }
+        self.unpark(cache);
+        for pool in 0..self.pools.len() {
+            for i in 0..cache.nodes.len() {
+                if cache.tables[pool][i] != 0 {
+                    cache.tables[pool][i] = self.tree.page(pool, cache.nodes[i].index()).slot();
+                }
+            }
+        }
+    }
+
+    /// The pages of a block that the caller pins come up into these slots; where others were faster they are given back.
+    fn land_block(&self, node: Link, slots: impl Iterator<Item = (usize, u32)> + Clone) {
+        let index = node.index();
+        let full = slots.clone().filter(|&(pool, _)| !self.tree.windowed[pool]);
+        let seized = full.clone().next().is_some() && self.tree.seize(index).is_some();
+        let up = seized && self.tree.state(index).tier() == Tier::Host;
+        for (pool, dst) in full {
+            if up {
+                let from = self.tree.place_page(pool, index, Tier::Device, dst);
+                self.came_up(pool, index, from.slot(), dst);
+            } else {
+                self.pools[pool].give(dst);
+                self.pools[pool].unreserve(1);
+            }
+        }
+        if seized {
+            self.tree.settle(index, Tier::Device);
+        }
+        for (pool, dst) in slots.filter(|&(pool, _)| self.tree.windowed[pool]) {
+            match self.tree.raise_page(pool, index, dst) {
+                Some(from) => self.came_up(pool, index, from.slot(), dst),
+                None => {
+                    self.pools[pool].give(dst);
+                    self.pools[pool].unreserve(1);
+                }
+            }
+        }
+    }
+
+    fn came_up(&self, pool: usize, index: usize, from: u32, to: u32) {
+        let key = self.hosts[pool].key(from);
+        self.pools[pool].set_key(to, key);
+        self.pools[pool].set_owner(to, Owner::Node(index as u32));
+        self.hosts[pool].give(from);
+        self.hosts[pool].unreserve(1); // it was claimed there, and is claimed here
+        self.counters.onboarded.add(1);
+        if self.tree.is_block(index) {
+            self.note_moved(pool, key, Tier::Device);
+        }
+    }
+
+    /// The copies to the device could not be made: the slots are given back.
+    pub(super) fn stay_down(&self, cache: &mut Cache) {
+        for (pool, _, dst) in std::mem::take(&mut cache.onboards) {
+            self.pools[pool as usize].give(dst);
+            cache.purse[pool as usize] += 1;
+        }
+    }
+
+    /// Ranks a claimed node as used now, without starting the clock of its retention.
+    fn rank_use(&self, index: usize, stamp: Stamp) {
+        self.tree.nodes[index].used.raise(stamp.count);
+        self.rank_time(index, stamp);
+    }
+}
