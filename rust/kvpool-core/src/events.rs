@@ -11,6 +11,7 @@
 //! push: wait-free. drain: lock-free for one reader; a second one meanwhile gets nothing.
 
 use crate::sync::{fence, weak, AtomicU64, Counter, Field, Ordering, Sole, Weak};
+use crate::words::Tier;
 
 /// What happened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -19,6 +20,8 @@ pub enum EventKind {
     Stored,
     /// A page of a block left the tree.
     Removed,
+    /// A page of a block changed its tier.
+    Moved,
 }
 
 /// One page of one block.
@@ -28,6 +31,8 @@ pub struct Event {
     pub number: u64,
     /// What happened.
     pub kind: EventKind,
+    /// Tier on which the page is, of a removed one where it was.
+    pub tier: Tier,
     /// In which pool.
     pub pool: u32,
     /// Key of the block: the hash of its whole prefix and scope.
@@ -37,8 +42,10 @@ pub struct Event {
 }
 
 const WRITING: u64 = 1;
-const STORED: u64 = 1;
-const HAS_PARENT: u64 = 2;
+const KIND: u64 = 3;
+const HAS_PARENT: u64 = 4;
+const HOST: u64 = 8;
+const POOL_SHIFT: u32 = 4;
 
 #[derive(Debug)]
 struct Slot {
@@ -74,7 +81,7 @@ impl Events {
     }
 
     /// Adds an event. Wait-free.
-    pub fn push(&self, kind: EventKind, pool: usize, key: u64, parent: Option<u64>) {
+    pub fn push(&self, kind: EventKind, tier: Tier, pool: usize, key: u64, parent: Option<u64>) {
         if self.slots.is_empty() {
             return;
         }
@@ -95,9 +102,10 @@ impl Events {
             return;
         }
         fence(Ordering::Release); // Release: partner the fence in `read`: who sees a field of ours sees that we write
-        let stored = if kind == EventKind::Stored { STORED } else { 0 };
         let has_parent = if parent.is_some() { HAS_PARENT } else { 0 };
-        slot.what.set((pool as u64) << 2 | has_parent | stored);
+        let host = if tier == Tier::Host { HOST } else { 0 };
+        slot.what
+            .set((pool as u64) << POOL_SHIFT | host | has_parent | kind as u64);
         slot.key.set(key);
         slot.parent.set(parent.unwrap_or(0));
         slot.state.store(number << 1, Ordering::Release); // Release: partner the load in `read`: the fields are there
@@ -141,12 +149,17 @@ impl Events {
         }
         Read::Event(Event {
             number,
-            kind: if what & STORED != 0 {
-                EventKind::Stored
-            } else {
-                EventKind::Removed
+            kind: match what & KIND {
+                0 => EventKind::Stored,
+                1 => EventKind::Removed,
+                _ => EventKind::Moved,
             },
-            pool: (what >> 2) as u32,
+            tier: if what & HOST == 0 {
+                Tier::Device
+            } else {
+                Tier::Host
+            },
+            pool: (what >> POOL_SHIFT) as u32,
             key,
             parent: (what & HAS_PARENT != 0).then_some(parent),
         })
@@ -168,14 +181,20 @@ mod tests {
         let events = Events::new(4);
         let mut out = Vec::new();
         for key in 1..=3 {
-            events.push(EventKind::Stored, 7, key, (key > 1).then_some(key - 1));
+            events.push(
+                EventKind::Stored,
+                Tier::Device,
+                7,
+                key,
+                (key > 1).then_some(key - 1),
+            );
         }
         events.drain(2, &mut out);
         events.drain(9, &mut out);
         let seen: Vec<_> = out.iter().map(|e| (e.number, e.pool, e.key, e.parent)).collect();
         assert_eq!(seen, [(1, 7, 1, None), (2, 7, 2, Some(1)), (3, 7, 3, Some(2))]);
         for key in 4..=10 {
-            events.push(EventKind::Removed, 0, key, None);
+            events.push(EventKind::Removed, Tier::Device, 0, key, None);
         }
         out.clear();
         events.drain(9, &mut out);
@@ -191,7 +210,7 @@ mod tests {
     #[test]
     fn without_room_nothing_is_kept() {
         let events = Events::new(0);
-        events.push(EventKind::Stored, 0, 1, None);
+        events.push(EventKind::Stored, Tier::Device, 0, 1, None);
         let mut out = Vec::new();
         events.drain(9, &mut out);
         assert!(out.is_empty());

@@ -218,7 +218,7 @@ fn events_are_whole() {
     let writers: Vec<_> = (0..2u64)
         .map(|i| {
             let events = events.clone();
-            thread::spawn(move || events.push(EventKind::Stored, i as usize, i, Some(i)))
+            thread::spawn(move || events.push(EventKind::Stored, Tier::Device, i as usize, i, Some(i)))
         })
         .collect();
     let mut seen = Vec::new();

@@ -6,7 +6,7 @@ use crate::error::{CoreError, Result};
 use crate::pool::Owner;
 use crate::tree::Claimed;
 use crate::types::Retain;
-use crate::words::{Link, Stamp};
+use crate::words::{Link, Stamp, Tier};
 
 /// Why a block did not enter the tree.
 enum Refused {
@@ -118,12 +118,18 @@ impl Core {
                 self.tree.set_page(pool, index, own, u64::from(windowed), active);
             }
         }
+        if self.tiered {
+            self.tree.pin(index); // before anybody sees it
+        }
         if let Err((dead, _)) = self
             .tree
             .publish(dead, link, &cache.root, parent, key, &cache.tail)
         {
             for pool in 0..self.pools.len() {
                 self.tree.unset_page(pool, &dead);
+            }
+            if self.tiered {
+                self.tree.unpin(index);
             }
             self.tree.recycle(dead);
             return Err(Refused::Changed);
@@ -166,6 +172,10 @@ impl Core {
             Claimed::Full => return Err(Refused::Full),
             Claimed::Gone | Claimed::Unpaid(_) => return Err(Refused::Changed),
         };
+        if self.tiered && !self.bring_up(cache, node, claimed && unpaid) {
+            self.release_path(node, Stamp::NONE, 0);
+            return Err(Refused::Full);
+        }
         if cache.retention.is_some() {
             self.raise_retain(index, retain);
         }
@@ -179,7 +189,7 @@ impl Core {
             let owes = if windowed {
                 self.take_over(pool, index, own)
             } else {
-                claimed && unpaid
+                claimed && unpaid && self.tree.page(pool, index).slot() != own
             };
             let theirs = self.tree.page(pool, index).slot();
             if windowed {
@@ -199,6 +209,40 @@ impl Core {
         Ok(changed)
     }
 
+    /// Pins a block that the caller has claimed. If it is on the host the caller's own pages become the tree's. `false`: it
+    /// is on the move.
+    fn bring_up(&self, cache: &mut Cache, node: Link, unpaid: bool) -> bool {
+        let (i, index) = (cache.nodes.len(), node.index());
+        if !self.tree.pin(index) {
+            return false;
+        }
+        if self.tree.state(index).tier() == Tier::Device {
+            return true;
+        }
+        if self.tree.seize(index).is_none() {
+            self.unpin_node(index);
+            return false;
+        }
+        for pool in (0..self.pools.len()).filter(|&pool| !self.tree.windowed[pool]) {
+            let own = cache.tables[pool][i];
+            let key = self.tree.nodes[index].key.get();
+            self.pools[pool].set_key(own, key);
+            self.pools[pool].set_owner(own, Owner::Node(index as u32));
+            let page = self.tree.place_page(pool, index, Tier::Device, own);
+            self.replaced(pool, key, page.slot(), !unpaid);
+        }
+        self.tree.settle(index, Tier::Device);
+        true
+    }
+
+    /// A page on the host gave way to one's own. `paid`: its claims were paid for.
+    fn replaced(&self, pool: usize, key: u64, slot: u32, paid: bool) {
+        self.hosts[pool].give(slot);
+        self.hosts[pool].unreserve(u32::from(paid));
+        self.counters.dropped.add(1);
+        self.note_moved(pool, key, Tier::Device);
+    }
+
     /// In flight one's own slots come back later only: the units for pages that nobody claims must be had now, or the
     /// block stays private. Others may have been promised them.
     fn prepay(&self, cache: &mut Cache, node: Link) -> bool {
@@ -206,11 +250,12 @@ impl Core {
         let unclaimed = self.tree.state(node.index()).refs() == 0;
         for pool in 0..self.pools.len() {
             let page = self.tree.page(pool, node.index());
-            let costs = if self.tree.windowed[pool] {
-                cache.tables[pool][i] != 0 && page.slot() != 0 && page.claims() == 0
-            } else {
-                unclaimed
-            };
+            let costs = page.tier() == Tier::Device
+                && if self.tree.windowed[pool] {
+                    cache.tables[pool][i] != 0 && page.slot() != 0 && page.claims() == 0
+                } else {
+                    unclaimed
+                };
             if costs {
                 if !self.pools[pool].reserve(1) {
                     return false; // what was had is given back with the purse
@@ -242,6 +287,17 @@ impl Core {
     /// one's own page must pay for it.
     fn take_over(&self, pool: usize, index: usize, own: u32) -> bool {
         loop {
+            if let Some(page) = self.tree.replace_page(pool, index, own) {
+                let key = self.tree.nodes[index].key.get();
+                self.pools[pool].set_key(own, key);
+                self.pools[pool].set_owner(own, Owner::Node(index as u32));
+                if page.is_busy() {
+                    self.note_stored(pool, index); // its mover frees both slots
+                } else {
+                    self.replaced(pool, key, page.slot(), page.claims() > 0);
+                }
+                return false;
+            }
             match self.tree.claim_page(pool, index, None, self.tiered) {
                 Claimed::Unpaid(tier) => {
                     let slots = &self.slots(tier)[pool];
@@ -250,7 +306,7 @@ impl Core {
                         Claimed::First => return !paid,
                         claimed => {
                             slots.unreserve(u32::from(paid));
-                            if claimed == Claimed::Joined {
+                            if matches!(claimed, Claimed::Joined | Claimed::Full) {
                                 return false;
                             }
                         }

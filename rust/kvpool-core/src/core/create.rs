@@ -245,6 +245,9 @@ impl Core {
                 }
             }
             if self.hold(scratch, cache, found) {
+                if cache.in_work {
+                    self.pin(cache); // if a block is on the move it is pinned when it is provided
+                }
                 break found;
             }
             most = if found.source.is_nil() {

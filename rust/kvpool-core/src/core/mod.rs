@@ -164,7 +164,11 @@ impl Core {
         }
         // Private blocks that are swapped out: no more than there are slots for them.
         let tiered = config.pools.iter().any(|pool| pool.host_slots > 0);
-        let most = config.pools.iter().map(|pool| pool.num_slots + pool.host_slots).max();
+        let most = config
+            .pools
+            .iter()
+            .map(|pool| pool.num_slots + pool.host_slots)
+            .max();
         let spare = if tiered { most } else { None };
         let nodes = config.max_blocks + spare.unwrap_or(0);
         if nodes > MAX_NODES {
@@ -177,7 +181,7 @@ impl Core {
         let windowed: Vec<bool> = config.pools.iter().map(|p| p.window.is_some()).collect();
         Ok(Self {
             first_full: windowed.iter().position(|w| !w),
-            keeper: Keeper::new(nodes, &windowed, config.policy),
+            keeper: Keeper::new(nodes, tiered, &windowed, config.policy),
             pools: config.pools.iter().map(|p| SlotPool::new(p.num_slots)).collect(),
             hosts: config.pools.iter().map(|p| SlotPool::new(p.host_slots)).collect(),
             tree: Tree::new(
@@ -448,7 +452,13 @@ impl Core {
         let parent = self.tree.parent(index);
         let above = (!parent.is_nil()).then(|| self.tree.nodes[parent.index()].key.get());
         let key = self.tree.nodes[index].key.get();
-        self.events.push(EventKind::Stored, pool, key, above);
+        self.events
+            .push(EventKind::Stored, Tier::Device, pool, key, above);
+    }
+
+    /// A page of a block is on this tier now.
+    pub(crate) fn note_moved(&self, pool: usize, key: u64, tier: Tier) {
+        self.events.push(EventKind::Moved, tier, pool, key, None);
     }
 
     /// Keys that the full blocks of a prompt have in the events.
@@ -494,7 +504,8 @@ impl Core {
 
     /// Largest capacity that one new unmatched cache could get now.
     pub fn available_tokens(&self) -> u64 {
-        let slots = self.pools.iter().map(SlotPool::available).min().unwrap_or(0);
+        let slots = (0..self.pools.len()).map(|pool| self.reachable(pool)).min();
+        let slots = slots.unwrap_or(0);
         let tokens = u64::from(slots) * self.t();
         self.config.max_seq_len.map_or(tokens, |most| tokens.min(most))
     }

@@ -98,7 +98,14 @@ impl Core {
         self.can_provide(cache, capacity)?;
         let capacity = capacity.max(cache.capacity);
         let new = capacity.div_ceil(self.t()) as usize;
+        let pinned = cache.pinned;
+        if !self.pin(cache) {
+            return Ok(false);
+        }
         if !self.reserve_need(cache, cache.history, new) {
+            if !pinned {
+                self.unpin(cache);
+            }
             return Ok(false);
         }
         cache.undo = Some(Undo {
@@ -106,12 +113,13 @@ impl Core {
             capacity: cache.capacity,
             blocks: cache.tables[0].len(),
             copying: cache.copying,
+            pinned,
             by: std::thread::current().id(),
         });
         let made = copies.len();
-        let copied = self.take_copy(cache, copies);
+        let up = self.take_copy(cache, copies) && self.take_up(cache, copies);
         let old = cache.tables[0].len();
-        if !copied || !(0..self.pools.len()).all(|pool| self.grow(cache, pool, old, new)) {
+        if !up || !(0..self.pools.len()).all(|pool| self.grow(cache, pool, old, new)) {
             copies.truncate(made);
             self.copies_failed(cache);
             return Ok(false);
@@ -132,9 +140,11 @@ impl Core {
                 return false;
             };
             cache.purse[pool] -= 1;
+            let page = self.tree.page(pool, cache.source.index());
             copies.push(PageCopy {
                 pool: pool as u32,
-                src: self.tree.page(pool, cache.source.index()).slot(),
+                tier: page.tier(),
+                src: page.slot(),
                 dst,
             });
             cache.tables[pool].push(dst);
@@ -150,7 +160,9 @@ impl Core {
         if cache.core != self.id {
             return;
         }
-        cache.undo = None;
+        if cache.undo.take().is_some() {
+            self.land(cache);
+        }
         if cache.in_work && cache.state == CacheState::Active {
             self.settle(cache);
         }
@@ -168,6 +180,7 @@ impl Core {
         let Some(undo) = cache.undo.take() else {
             return;
         };
+        self.stay_down(cache);
         for pool in 0..self.pools.len() {
             while cache.tables[pool].len() > undo.blocks {
                 let slot = cache.tables[pool].pop().unwrap_or(0);
@@ -189,6 +202,9 @@ impl Core {
         cache.capacity = undo.capacity;
         cache.copying = undo.copying;
         self.set_holder(cache, undo.state);
+        if !undo.pinned {
+            self.unpin(cache);
+        }
         self.empty_purse(cache);
     }
 
@@ -285,6 +301,11 @@ impl Core {
             n.holders.add(cache.holder() as u64);
             cache.key = n.key.get();
         }
+        if cache.pinned {
+            cache.nodes[keep..]
+                .iter()
+                .for_each(|node| self.unpin_node(node.index()));
+        }
         self.release_path(deepest, stamp, 0);
         cache.nodes.truncate(keep);
     }
@@ -293,6 +314,9 @@ impl Core {
     pub fn suspend(&self, cache: &mut Cache) -> Result<()> {
         self.ready(cache)?;
         self.set_holder(cache, CacheState::Suspended);
+        if cache.in_flight == 0 {
+            self.lower(cache);
+        }
         Ok(())
     }
 
@@ -371,20 +395,29 @@ impl Core {
         // Blocks [old, new) that are not in [s, e).
         let stale = e.min(new).saturating_sub(s.max(old));
         let grown = new.saturating_sub(old).saturating_sub(stale);
-        ((copy + grown) as u32).saturating_sub(back)
+        ((copy + grown) as u32 + self.far(cache, pool)).saturating_sub(back)
     }
 
     /// Takes the whole need into the purse, in all pools or none: what was promised first, the rest off `available`.
     pub(super) fn reserve_need(&self, cache: &mut Cache, history: u64, new: usize) -> bool {
-        for pool in 0..self.pools.len() {
-            let more = self
-                .need(cache, pool, history, new)
-                .saturating_sub(cache.promise[pool]);
-            if !self.pools[pool].reserve(more) {
-                self.empty_purse(cache);
+        let more = |cache: &Cache, pool: usize| {
+            self.need(cache, pool, history, new)
+                .saturating_sub(cache.promise[pool])
+        };
+        let mut pool = 0;
+        let mut tried = !self.tiered;
+        while pool < self.pools.len() {
+            let units = more(cache, pool);
+            if self.pools[pool].reserve(units) {
+                cache.purse[pool] = units;
+                pool += 1;
+                continue;
+            }
+            self.empty_purse(cache);
+            if std::mem::replace(&mut tried, true) || !self.make_room(|pool| more(cache, pool)) {
                 return false;
             }
-            cache.purse[pool] = more;
+            pool = 0;
         }
         for pool in 0..self.pools.len() {
             let promised = std::mem::take(&mut cache.promise[pool]);

@@ -122,6 +122,9 @@ impl Core {
             return;
         }
         let holder = cache.holder();
+        if cache.pinned {
+            self.unpin_node(source.index());
+        }
         for pool in 0..cache.source_pools {
             if self.tree.windowed[pool] {
                 let idle = self.release_page(holder, pool, source.index(), stamp, false);
@@ -188,6 +191,7 @@ impl Core {
     /// Blocks go last to first, so that the prefix is the youngest; all get one stamp.
     fn release_all(&self, cache: &mut Cache, stamp: Stamp) {
         self.release_source(cache, stamp);
+        self.unpin(cache);
         let nodes = std::mem::take(&mut cache.nodes);
         for pool in 0..self.pools.len() {
             let table = std::mem::take(&mut cache.tables[pool]);
@@ -213,6 +217,9 @@ impl Core {
                 .holders
                 .sub(cache.holder() as u64);
             self.release_path(deepest, stamp, cache.segment);
+        }
+        for node in nodes.iter().rev().take(std::mem::take(&mut cache.parked)) {
+            self.bury_parked(*node);
         }
         self.drop_fence(cache);
         self.empty_purse(cache);
@@ -261,6 +268,9 @@ impl Core {
         } else {
             self.drop_fence(cache);
             self.empty_purse(cache);
+            if cache.state == CacheState::Suspended {
+                self.lower(cache);
+            }
         }
         Ok(closed)
     }
@@ -291,6 +301,9 @@ impl Core {
             let live = cache.nodes.iter().zip(table).filter(|(_, &slot)| slot != 0);
             for node in live.map(|(node, _)| node).chain(&source) {
                 change(&self.tree.pages[pool].holders[node.index()]);
+                if self.pins(from) != self.pins(to) {
+                    self.tree.pin_page(pool, node.index(), self.pins(to));
+                }
             }
         }
     }

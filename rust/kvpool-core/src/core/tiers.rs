@@ -78,7 +78,13 @@ impl Core {
             };
             let index = dead.index();
             let retain = cache.retain(i as u64 * self.t());
-            self.first_retain(index, crate::types::Retain { duration: f64::INFINITY, ..retain });
+            self.first_retain(
+                index,
+                crate::types::Retain {
+                    duration: f64::INFINITY,
+                    ..retain
+                },
+            );
             for pool in 0..self.pools.len() {
                 let slot = cache.tables[pool][i];
                 if slot != 0 {
@@ -103,7 +109,9 @@ impl Core {
             if !deepest.is_nil() {
                 self.tree.nodes[deepest.index()].holders.sub(holder as u64);
             }
-            self.tree.nodes[cache.deepest().index()].holders.add(holder as u64);
+            self.tree.nodes[cache.deepest().index()]
+                .holders
+                .add(holder as u64);
         }
     }
 
@@ -154,8 +162,13 @@ impl Core {
         if !self.tiered || cache.state == crate::types::CacheState::Active {
             return 0;
         }
-        let live = cache.nodes.iter().zip(&cache.tables[pool]).filter(|(_, &slot)| slot != 0);
-        live.filter(|(&node, _)| self.place(pool, node) == Some(Tier::Host)).count() as u32
+        let live = cache
+            .nodes
+            .iter()
+            .zip(&cache.tables[pool])
+            .filter(|(_, &slot)| slot != 0);
+        live.filter(|(&node, _)| self.place(pool, node) == Some(Tier::Host))
+            .count() as u32
     }
 
     /// A device slot for every live page on the host, out of the purse. `false`: one could not be found.

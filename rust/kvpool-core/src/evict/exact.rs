@@ -1,17 +1,16 @@
 //! The exact order: run only by the one thread that is inside.
 
-use super::order::Key;
-use super::Orders;
+use super::order::{Key, Order};
+use super::{Orders, Which};
 use crate::core::Core;
 use crate::inbox::{LOWERED, ROSE};
-use crate::tree::Dead;
-use crate::words::Stamp;
+use crate::words::{Stamp, Tier};
 use std::cmp::Reverse;
 
 impl Core {
     // -- keys -------------------------------------------------------------------------------
 
-    fn rank(&self, index: usize) -> i16 {
+    pub(super) fn rank(&self, index: usize) -> i16 {
         let n = &self.tree.nodes[index];
         if n.epoch.get() < self.epoch() {
             -1
@@ -20,7 +19,7 @@ impl Core {
         }
     }
 
-    fn leaf_key(&self, index: usize) -> Key {
+    pub(super) fn leaf_key(&self, index: usize) -> Key {
         let n = &self.tree.nodes[index];
         Key {
             priority: self.rank(index),
@@ -32,7 +31,7 @@ impl Core {
         }
     }
 
-    fn page_key(&self, pool: usize, index: usize) -> Key {
+    pub(super) fn page_key(&self, pool: usize, index: usize) -> Key {
         let n = &self.tree.nodes[index];
         let page = self.tree.page(pool, index);
         let pages = &self.tree.pages[pool];
@@ -54,66 +53,108 @@ impl Core {
         }
     }
 
-    fn is_idle(&self, pool: usize, index: usize) -> bool {
+    /// Whether a node may be the next to leave a tier.
+    pub(super) fn is_victim(&self, tier: Tier, index: usize) -> bool {
+        let tree = &self.tree;
+        if !self.tiered || self.first_full.is_none() {
+            return tier == Tier::Device && tree.is_leaf(index);
+        }
+        let state = tree.state(index);
+        if !state.is_live() || state.is_busy() || state.tier() != tier {
+            return false;
+        }
+        match tier {
+            Tier::Device => tree.near(index) == 0 && tree.pins(index) == 0,
+            Tier::Host => state.refs() == 0 && tree.children(index) == 0,
+        }
+    }
+
+    /// Whether a page of a windowed pool may be the next to leave a tier.
+    pub(super) fn is_idle(&self, tier: Tier, pool: usize, index: usize) -> bool {
         let page = self.tree.page(pool, index);
-        page.slot() != 0 && page.claims() == 0 && self.tree.state(index).is_live()
+        let claimed = match tier {
+            Tier::Device if self.tiered => page.active() > 0,
+            _ => page.claims() > 0,
+        };
+        let here = page.slot() != 0 && page.tier() == tier && !page.is_busy();
+        here && !claimed && self.tree.state(index).is_live()
+    }
+
+    fn tiers(&self) -> &'static [Tier] {
+        if self.tiered {
+            &[Tier::Device, Tier::Host]
+        } else {
+            &[Tier::Device]
+        }
     }
 
     // -- the exact order: inside only ---------------------------------------------------------
 
-    fn queue_leaf(&self, orders: &mut Orders, index: usize, lowered: bool) {
+    pub(super) fn queue_leaf(&self, orders: &mut Orders, index: usize, lowered: bool) {
         let node = self.tree.at(index);
-        if lowered {
-            orders.leaves.forget(node); // also of a node that is no leaf now: it may become one
-        }
-        if !self.tree.is_leaf(index) || orders.leaves.has(node) {
-            return;
-        }
-        if orders.leaves.is_full() {
-            return self.rebuild_leaves(orders);
-        }
-        orders.leaves.push(self.leaf_key(index), node);
-    }
-
-    fn queue_page(&self, orders: &mut Orders, pool: usize, index: usize, lowered: bool) {
-        let node = self.tree.at(index);
-        if lowered {
-            orders.pages[pool].forget(node);
-        }
-        if !self.is_idle(pool, index) || orders.pages[pool].has(node) {
-            return;
-        }
-        if orders.pages[pool].is_full() {
-            return self.rebuild_pages(orders, pool);
-        }
-        orders.pages[pool].push(self.page_key(pool, index), node);
-    }
-
-    fn rebuild_leaves(&self, orders: &mut Orders) {
-        orders.leaves.clear();
-        for index in 0..self.tree.nodes.len() {
-            if self.tree.is_leaf(index) {
-                orders.leaves.push(self.leaf_key(index), self.tree.at(index));
+        for &tier in self.tiers() {
+            let order = &mut orders.leaves[tier as usize];
+            if lowered {
+                order.forget(node); // also of a node that is no leaf now: it may become one
+            }
+            if !self.is_victim(tier, index) || order.has(node) {
+                continue;
+            }
+            if order.is_full() {
+                self.rebuild_leaves(orders, tier);
+            } else {
+                order.push(self.leaf_key(index), node);
             }
         }
     }
 
-    fn rebuild_pages(&self, orders: &mut Orders, pool: usize) {
-        orders.pages[pool].clear();
+    pub(super) fn queue_page(&self, orders: &mut Orders, pool: usize, index: usize, lowered: bool) {
+        let node = self.tree.at(index);
+        for &tier in self.tiers() {
+            let order = &mut orders.pages[tier as usize][pool];
+            if lowered {
+                order.forget(node);
+            }
+            if !self.is_idle(tier, pool, index) || order.has(node) {
+                continue;
+            }
+            if order.is_full() {
+                self.rebuild_pages(orders, tier, pool);
+            } else {
+                order.push(self.page_key(pool, index), node);
+            }
+        }
+    }
+
+    fn rebuild_leaves(&self, orders: &mut Orders, tier: Tier) {
+        let order = &mut orders.leaves[tier as usize];
+        order.clear();
         for index in 0..self.tree.nodes.len() {
-            if self.is_idle(pool, index) {
-                orders.pages[pool].push(self.page_key(pool, index), self.tree.at(index));
+            if self.is_victim(tier, index) {
+                order.push(self.leaf_key(index), self.tree.at(index));
+            }
+        }
+    }
+
+    fn rebuild_pages(&self, orders: &mut Orders, tier: Tier, pool: usize) {
+        let order = &mut orders.pages[tier as usize][pool];
+        order.clear();
+        for index in 0..self.tree.nodes.len() {
+            if self.is_idle(tier, pool, index) {
+                order.push(self.page_key(pool, index), self.tree.at(index));
             }
         }
     }
 
     /// Takes what was reported since, and a new epoch, into the orders.
-    fn catch_up(&self, orders: &mut Orders) {
+    pub(super) fn catch_up(&self, orders: &mut Orders) {
         if orders.epoch != self.epoch() {
             orders.epoch = self.epoch();
-            self.rebuild_leaves(orders);
-            for pool in (0..self.pools.len()).filter(|&pool| self.tree.windowed[pool]) {
-                self.rebuild_pages(orders, pool);
+            for &tier in self.tiers() {
+                self.rebuild_leaves(orders, tier);
+                for pool in (0..self.pools.len()).filter(|&pool| self.tree.windowed[pool]) {
+                    self.rebuild_pages(orders, tier, pool);
+                }
             }
         }
         let mut reports = std::mem::take(&mut orders.reports);
@@ -184,7 +225,7 @@ impl Core {
         }
     }
 
-    fn catch_up_pages(&self, orders: &mut Orders, pool: usize) {
+    pub(super) fn catch_up_pages(&self, orders: &mut Orders, pool: usize) {
         let mut reports = std::mem::take(&mut orders.reports);
         self.keeper.pages[pool].take_all(&mut reports);
         for &index in &reports {
@@ -212,38 +253,90 @@ impl Core {
         }
     }
 
-    pub(super) fn next_leaf(&self, orders: &mut Orders) -> Option<Dead> {
+    /// The next leaf leaves the device: down, or for good. Returns its slot in pool `keep` and the pages that left.
+    pub(super) fn next_leaf(
+        &self,
+        orders: &mut Orders,
+        keep: Option<usize>,
+        which: Which,
+    ) -> Option<(u32, u64)> {
         self.catch_up(orders);
-        while let Some((key, node)) = orders.leaves.pop() {
-            if !self.tree.is_live(node) || !self.tree.is_leaf(node.index()) {
+        let mut gone = None;
+        while let Some((key, node)) = orders.leaves[0].pop() {
+            let index = node.index();
+            if !self.tree.is_live(node) || !self.is_victim(Tier::Device, index) {
                 continue; // who releases or uncovers it reports it again
             }
-            let now = self.leaf_key(node.index());
+            let now = self.leaf_key(index);
             if now > key {
-                orders.leaves.push(now, node);
-            } else if let Some(dead) = self.tree.kill(node.index()) {
+                orders.leaves[0].push(now, node);
+                continue;
+            }
+            let claimed = self.tree.state(index).refs() > 0;
+            if self.tiered {
+                gone = match claimed || which == Which::Any {
+                    true => self.move_down(orders, index, keep),
+                    false => None,
+                };
+                if gone.is_some() {
+                    break;
+                }
+            }
+            if claimed || which == Which::Claimed {
+                orders.aside.push((now, node));
+                continue;
+            }
+            self.drop_below(index);
+            if let Some(dead) = self.tree.kill(index) {
                 orders.policy.removed(self.tree.nodes[dead.index()].key.get());
-                return Some(dead);
+                gone = Some(self.bury(dead, keep));
+                break;
             }
         }
-        None
+        self.put_back(orders, |orders| &mut orders.leaves[0]);
+        gone
     }
 
-    pub(super) fn next_page(&self, orders: &mut Orders, pool: usize) -> Option<(usize, u32)> {
+    /// What could not go is in its order again.
+    pub(super) fn put_back(&self, orders: &mut Orders, order: impl Fn(&mut Orders) -> &mut Order) {
+        while let Some((key, node)) = orders.aside.pop() {
+            order(orders).push(key, node);
+        }
+    }
+
+    /// The next page of a windowed pool leaves the device: down, or for good. Returns its slot.
+    pub(super) fn next_page(&self, orders: &mut Orders, pool: usize, which: Which) -> Option<u32> {
         self.catch_up(orders);
         self.catch_up_pages(orders, pool);
-        while let Some((key, node)) = orders.pages[pool].pop() {
+        let mut gone = None;
+        while let Some((key, node)) = orders.pages[0][pool].pop() {
             let index = node.index();
-            if !self.tree.is_live(node) || !self.is_idle(pool, index) {
+            if !self.tree.is_live(node) || !self.is_idle(Tier::Device, pool, index) {
                 continue;
             }
             let now = self.page_key(pool, index);
             if now > key {
-                orders.pages[pool].push(now, node);
-            } else if let Some(slot) = self.take_idle_page(pool, index) {
-                return Some((index, slot));
+                orders.pages[0][pool].push(now, node);
+                continue;
+            }
+            let claimed = self.tree.page(pool, index).claims() > 0;
+            if self.tiered && (claimed || which == Which::Any) {
+                gone = self.move_page(orders, pool, index);
+                if gone.is_some() {
+                    break;
+                }
+            }
+            if claimed || which == Which::Claimed {
+                orders.aside.push((now, node));
+                continue;
+            }
+            if let Some(page) = self.take_idle_page(pool, index) {
+                self.remove_if_empty(node);
+                gone = Some(page.slot());
+                break;
             }
         }
-        None
+        self.put_back(orders, |orders| &mut orders.pages[0][pool]);
+        gone
     }
 }

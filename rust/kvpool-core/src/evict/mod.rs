@@ -7,6 +7,7 @@
 mod exact;
 pub mod order;
 pub mod policy;
+mod tiers;
 
 pub use order::{Key, Order};
 pub use policy::{Lru, Policy, Slru};
@@ -17,7 +18,7 @@ use crate::inbox::{Inbox, IDLE, LOWERED, ROSE};
 use crate::sync::{Counter, Sole};
 use crate::tree::Dead;
 use crate::types::PolicyKind;
-use crate::words::Link;
+use crate::words::{Link, Page, Tier};
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
@@ -25,11 +26,24 @@ use std::collections::BinaryHeap;
 /// of handing slots on can hide them for so long.
 const ROUNDS: usize = 16;
 
+/// Which pages a search for a victim may take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Which {
+    /// Whatever comes first.
+    Any,
+    /// Only those that SUSPENDED caches claim: they move down.
+    Claimed,
+}
+
 /// What only the thread inside may touch.
 #[derive(Debug)]
 struct Orders {
-    leaves: Order,
-    pages: Vec<Order>,
+    /// By tier.
+    leaves: [Order; 2],
+    /// By tier, by pool.
+    pages: [Vec<Order>; 2],
+    /// Entries that could not go, to be put back.
+    aside: Vec<(Key, Link)>,
     policy: Box<dyn Policy>,
     /// (expiry, node); those that do not hold any more are skipped.
     expiries: BinaryHeap<Reverse<(u64, Link)>>,
@@ -49,7 +63,8 @@ pub struct Keeper {
 
 impl Keeper {
     /// For a tree of `nodes` blocks; pools that have a window have an order of their own.
-    pub fn new(nodes: u32, windowed: &[bool], policy: PolicyKind) -> Self {
+    pub fn new(nodes: u32, tiered: bool, windowed: &[bool], policy: PolicyKind) -> Self {
+        let far = if tiered { nodes } else { 0 };
         let own = |&windowed: &bool| if windowed { nodes } else { 0 };
         let policy: Box<dyn Policy> = match policy {
             PolicyKind::Lru => Box::new(Lru),
@@ -61,8 +76,15 @@ impl Keeper {
             cursor: Counter::default(),
             wants_keys: policy.wants_keys(),
             orders: Sole::new(Orders {
-                leaves: Order::new(nodes as usize),
-                pages: windowed.iter().map(own).map(|n| Order::new(n as usize)).collect(),
+                leaves: [Order::new(nodes as usize), Order::new(far as usize)],
+                pages: [
+                    windowed.iter().map(own).map(|n| Order::new(n as usize)).collect(),
+                    windowed
+                        .iter()
+                        .map(|&windowed| Order::new(if windowed { far as usize } else { 0 }))
+                        .collect(),
+                ],
+                aside: Vec::new(),
                 policy,
                 expiries: BinaryHeap::with_capacity(2 * nodes as usize + 64),
                 epoch: 0,
@@ -114,27 +136,34 @@ impl Core {
         (from..count).chain(0..from)
     }
 
-    /// Kills the next leaf in order, or any if another thread is inside. The caller buries it.
-    fn kill_leaf(&self) -> Option<Dead> {
-        if let Some(mut orders) = self.keeper.orders.enter() {
-            if let Some(dead) = self.next_leaf(&mut orders) {
-                return Some(dead);
-            }
-        }
-        self.scan().find_map(|index| self.tree.kill(index))
+    /// Makes the next leaf in order leave the device, or any if another thread is inside; keeps the slot of one pool for
+    /// the caller, who has a promise there. Returns that slot.
+    fn evict_leaf(&self, keep: Option<usize>) -> Option<u32> {
+        let covered = self.cover(keep);
+        let slot = self.leave_device(keep);
+        self.uncover(covered);
+        slot
     }
 
-    /// Evicts one leaf with its pages, keeping the slot of one pool for the caller, who has a promise there.
-    /// Returns the dead node, that slot, and how many pages went.
-    fn evict_leaf(&self, keep: Option<usize>) -> Option<(Dead, u32, u64)> {
-        let covered = self.cover(keep);
-        let Some(dead) = self.kill_leaf() else {
-            self.uncover(covered);
-            return None;
-        };
-        let (slot, pages) = self.strip(&dead, keep);
-        self.uncover(covered);
-        Some((dead, slot, pages))
+    fn leave_device(&self, keep: Option<usize>) -> Option<u32> {
+        if let Some(mut orders) = self.keeper.orders.enter() {
+            if let Some((slot, pages)) = self.next_leaf(&mut orders, keep, Which::Any) {
+                self.counters.evicted.add(pages);
+                return Some(slot);
+            }
+        }
+        let dead = self.scan().find_map(|index| self.tree.kill(index))?;
+        let (slot, pages) = self.bury(dead, keep);
+        self.counters.evicted.add(pages);
+        Some(slot)
+    }
+
+    /// Strips a killed node, keeping a slot for the caller, and gives it back. Returns that slot and the pages that left
+    /// the device.
+    fn bury(&self, dead: Dead, keep: Option<usize>) -> (u32, u64) {
+        let gone = self.strip(&dead, keep);
+        self.tree.recycle(dead);
+        gone
     }
 
     /// Takes the pages that an eviction is going to carry to the free stacks off `available` meanwhile, so that nobody
@@ -152,31 +181,42 @@ impl Core {
         }
     }
 
-    /// Frees the pages of a killed node, keeps the slot of one pool for the caller, and buries it.
+    /// Frees the pages of a killed node, keeps the device slot of one pool for the caller, and takes it out of the tables.
+    /// Returns that slot and the pages that left the device.
     fn strip(&self, dead: &Dead, keep: Option<usize>) -> (u32, u64) {
-        let (mut kept, mut pages) = (0, 0);
+        let (mut kept, mut near, mut far) = (0, 0, 0);
         for pool in 0..self.pools.len() {
             // A page of a windowed pool can be taken from the dead node by others too; cover its way as well.
             let covered = self.tree.windowed[pool] && self.pools[pool].reserve(1);
             if let Some(page) = self.tree.strip(pool, dead) {
+                if self.tree.is_block(dead.index()) {
+                    self.note_removed(pool, page);
+                }
                 let slot = page.slot();
-                pages += 1;
-                self.note_removed(pool, slot);
-                if keep == Some(pool) {
-                    kept = slot;
-                } else {
-                    self.pools[pool].give(slot);
+                match page.tier() {
+                    Tier::Host => {
+                        far += 1;
+                        self.hosts[pool].give(slot);
+                    }
+                    Tier::Device if keep == Some(pool) => {
+                        near += 1;
+                        kept = slot;
+                    }
+                    Tier::Device => {
+                        near += 1;
+                        self.pools[pool].give(slot);
+                    }
                 }
             }
             self.pools[pool].unreserve(u32::from(covered));
         }
-        self.counters.dropped.add(pages);
+        self.counters.dropped.add(near + far);
         let parent = self.tree.bury(dead);
         if !parent.is_nil() {
             self.keeper.report_leaf(parent.index(), false);
             self.remove_if_empty(parent);
         }
-        (kept, pages)
+        (kept, near)
     }
 
     /// Without a full-attention pool a node can lose its last page before it is a leaf.
@@ -186,35 +226,53 @@ impl Core {
             return;
         }
         if let Some(dead) = self.tree.kill(index) {
-            self.strip(&dead, None);
-            self.tree.recycle(dead);
+            self.bury(dead, None);
+        }
+    }
+
+    /// A private block whose cache is closed. One that is on the move is buried by the mover.
+    pub(crate) fn bury_parked(&self, node: Link) {
+        if self.tree.is_live(node) {
+            if let Some(dead) = self.tree.kill(node.index()) {
+                self.bury(dead, None);
+            }
         }
     }
 
     /// Takes an unclaimed page of a windowed pool alone.
-    fn take_idle_page(&self, pool: usize, index: usize) -> Option<u32> {
-        let slot = self.tree.take_page(pool, index)?.slot();
-        self.note_removed(pool, slot);
-        Some(slot)
-    }
-
-    /// The page in a slot that the caller has taken out of the tree is gone. Its key stands at the slot: the node may be
-    /// another one's by now.
-    fn note_removed(&self, pool: usize, slot: u32) {
-        let key = self.pools[pool].key(slot);
-        self.events.push(EventKind::Removed, pool, key, None);
-    }
-
-    fn evict_page(&self, pool: usize) -> Option<u32> {
-        let inside = match self.keeper.orders.enter() {
-            Some(mut orders) => self.next_page(&mut orders, pool),
-            None => None,
-        };
-        let any = |index| Some((index, self.take_idle_page(pool, index)?));
-        let (index, slot) = inside.or_else(|| self.scan().find_map(any))?;
+    fn take_idle_page(&self, pool: usize, index: usize) -> Option<Page> {
+        let page = self.tree.take_page(pool, index)?;
+        self.note_removed(pool, page);
         self.counters.dropped.add(1);
-        self.remove_if_empty(self.tree.at(index));
-        Some(slot)
+        Some(page)
+    }
+
+    /// The page that the caller has taken out of the tree is gone. Its key stands at the slot: the node may be another
+    /// one's by now.
+    fn note_removed(&self, pool: usize, page: Page) {
+        let key = self.slots(page.tier())[pool].key(page.slot());
+        self.events.push(EventKind::Removed, page.tier(), pool, key, None);
+    }
+
+    /// A device slot of a windowed pool by eviction.
+    fn evict_page(&self, pool: usize) -> Option<u32> {
+        if let Some(mut orders) = self.keeper.orders.enter() {
+            if let Some(slot) = self.next_page(&mut orders, pool, Which::Any) {
+                return Some(slot);
+            }
+        }
+        self.scan().find_map(|index| {
+            if self.tree.page(pool, index).tier() == Tier::Host {
+                return None;
+            }
+            let page = self.take_idle_page(pool, index)?;
+            self.remove_if_empty(self.tree.at(index));
+            if page.tier() == Tier::Device {
+                return Some(page.slot());
+            }
+            self.hosts[pool].give(page.slot()); // it moved meanwhile
+            None
+        })
     }
 
     // -- what the rest of the core calls ------------------------------------------------------
@@ -240,9 +298,7 @@ impl Core {
                     self.counters.evicted.add(1);
                     return Some(slot);
                 }
-            } else if let Some((dead, slot, pages)) = self.evict_leaf(Some(pool)) {
-                self.tree.recycle(dead);
-                self.counters.evicted.add(pages);
+            } else if let Some(slot) = self.evict_leaf(Some(pool)) {
                 if slot != 0 {
                     return Some(slot);
                 }
@@ -256,15 +312,25 @@ impl Core {
         if let Some(dead) = self.tree.take_node() {
             return Some(dead);
         }
-        let (dead, _, pages) = self.evict_leaf(None)?;
-        self.counters.evicted.add(pages);
-        Some(dead)
+        let covered = self.cover(None);
+        let inside = match self.keeper.orders.enter() {
+            Some(mut orders) => self.next_node(&mut orders),
+            None => None,
+        };
+        let blocks = self.scan().filter(|&index| self.tree.is_block(index));
+        let dead = inside.or_else(|| { blocks }.find_map(|index| self.tree.kill(index)));
+        if let Some(dead) = &dead {
+            let (_, pages) = self.strip(dead, None);
+            self.counters.evicted.add(pages);
+        }
+        self.uncover(covered);
+        dead
     }
 
     /// Up to `blocks` leaves in order leave the device. Returns how many did; fewer if the rest is promised to an operation that runs meanwhile.
     pub fn evict(&self, blocks: u64) -> u64 {
         let mut done = 0;
-        while done < blocks && self.drop_leaf(true) {
+        while done < blocks && !self.is_all_promised() && self.evict_leaf(None).is_some() {
             done += 1;
         }
         done
@@ -272,22 +338,30 @@ impl Core {
 
     /// Drops all that is unclaimed, and not promised to an operation that runs meanwhile.
     pub fn clear(&self) {
-        while self.drop_leaf(false) {}
-        for pool in (0..self.pools.len()).filter(|&pool| self.tree.windowed[pool]) {
-            loop {
-                let covered = self.pools[pool].reserve(1);
-                if !covered && self.is_promised_away(pool) {
-                    break;
-                }
-                let slot = self.evict_page(pool);
-                if let Some(slot) = slot {
-                    self.pools[pool].give(slot);
-                }
-                self.pools[pool].unreserve(u32::from(covered));
-                if slot.is_none() {
-                    break;
-                }
+        while !self.is_all_promised() && self.drop_leaf() {}
+        for tier in [Tier::Device, Tier::Host] {
+            for pool in (0..self.pools.len()).filter(|&pool| self.tree.windowed[pool]) {
+                self.clear_pages(tier, pool);
             }
+        }
+    }
+
+    fn clear_pages(&self, tier: Tier, pool: usize) {
+        for index in 0..self.tree.nodes.len() {
+            let page = self.tree.page(pool, index);
+            if page.slot() == 0 || page.claims() > 0 || page.tier() != tier {
+                continue;
+            }
+            let slots = &self.slots(tier)[pool];
+            let covered = slots.reserve(1);
+            if !covered && slots.available() == 0 && slots.promised.get() == 0 {
+                return;
+            }
+            if let Some(page) = self.take_idle_page(pool, index) {
+                self.slots(page.tier())[pool].give(page.slot());
+                self.remove_if_empty(self.tree.at(index));
+            }
+            slots.unreserve(u32::from(covered));
         }
     }
 
@@ -297,20 +371,20 @@ impl Core {
         self.pools[pool].available() == 0 && self.pools[pool].promised.get() == 0
     }
 
-    /// Drops the next leaf. `evicted`: it counts as evicted.
-    fn drop_leaf(&self, evicted: bool) -> bool {
-        if let Some(pool) = self.first_full {
-            if self.is_promised_away(pool) {
-                return false;
-            }
-        }
-        let Some((dead, _, pages)) = self.evict_leaf(None) else {
-            return false;
+    fn is_all_promised(&self) -> bool {
+        self.first_full.is_some_and(|pool| self.is_promised_away(pool)) && !self.tiered
+    }
+
+    /// Drops an unclaimed leaf, whatever its tier.
+    fn drop_leaf(&self) -> bool {
+        let covered = self.cover(None);
+        let inside = match self.keeper.orders.enter() {
+            Some(mut orders) => self.next_node(&mut orders),
+            None => None,
         };
-        self.tree.recycle(dead);
-        if evicted {
-            self.counters.evicted.add(pages);
-        }
-        true
+        let dead = inside.or_else(|| self.scan().find_map(|index| self.tree.kill(index)));
+        let dropped = dead.map(|dead| self.bury(dead, None)).is_some();
+        self.uncover(covered);
+        dropped
     }
 }

@@ -251,6 +251,9 @@ impl Tree {
         let n = &self.nodes[index];
         let link = self.at(index);
         let parent = self.parent(index);
+        if !self.is_block(index) {
+            return parent;
+        }
         let root = [n.scope[0].get(), n.scope[1].get()];
         let first = self.tokens(index).next().unwrap_or(0);
         self.by_key

@@ -12,9 +12,9 @@
 
 mod life;
 mod lookup;
-mod moves;
 #[cfg(all(test, kvpool_loom))]
 mod models;
+mod moves;
 
 pub use life::{Claimed, Dead};
 
@@ -181,7 +181,9 @@ impl Tree {
             seed,
             collide,
             nodes: (0..n).map(|_| node()).collect(),
-            tokens: (0..max_blocks as usize * t.div_ceil(2)).map(|_| Field::new(0)).collect(),
+            tokens: (0..max_blocks as usize * t.div_ceil(2))
+                .map(|_| Field::new(0))
+                .collect(),
             pages: windowed.iter().map(pages).collect(),
             windowed,
             by_key: Chains::new(max_blocks),
@@ -336,7 +338,11 @@ impl Tree {
 
     /// The free nodes, for `check`.
     pub fn free_nodes(&self) -> Vec<u32> {
-        let spare = self.spare.indices().into_iter().map(|index| index + self.max_blocks);
+        let spare = self
+            .spare
+            .indices()
+            .into_iter()
+            .map(|index| index + self.max_blocks);
         self.free.indices().into_iter().chain(spare).collect()
     }
 }

@@ -166,6 +166,21 @@ impl Tree {
         }
     }
 
+    /// A page of a windowed pool that is on the host gives way to the caller's own, with a claim of an ACTIVE cache more.
+    /// Returns it.
+    pub fn replace_page(&self, pool: usize, index: usize, own: u32) -> Option<Page> {
+        loop {
+            let now = self.page(pool, index);
+            if now.slot() == 0 || now.tier() == Tier::Device {
+                return None;
+            }
+            let next = now.settled(Tier::Device, own).claimed(true).fresh();
+            if self.change_page(pool, index, now, next) {
+                return Some(now);
+            }
+        }
+    }
+
     /// The claimed page of a windowed pool comes up into a device slot. Returns where it was; `None`: it is up already.
     pub fn raise_page(&self, pool: usize, index: usize, slot: u32) -> Option<Page> {
         loop {
