@@ -7,6 +7,7 @@ use crate::core::Core;
 use crate::pool::Owner;
 use crate::tree::Holder;
 use crate::types::PoolBooks;
+use crate::words::Tier;
 
 /// What a page in the tree is, the strongest last.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -48,16 +49,16 @@ fn node_uses(core: &Core) -> Vec<Use> {
     uses
 }
 
-/// Slots of every pool by what they are.
-pub fn books(core: &Core) -> Vec<PoolBooks> {
+/// Slots of every pool on a tier by what they are.
+pub fn books(core: &Core, tier: Tier) -> Vec<PoolBooks> {
     let uses = node_uses(core);
     (0..core.pools.len())
-        .map(|pool| pool_books(core, pool, &uses))
+        .map(|pool| pool_books(core, tier, pool, &uses))
         .collect()
 }
 
-fn pool_books(core: &Core, pool: usize, uses: &[Use]) -> PoolBooks {
-    let slots = &core.pools[pool];
+fn pool_books(core: &Core, tier: Tier, pool: usize, uses: &[Use]) -> PoolBooks {
+    let slots = &core.slots(tier)[pool];
     let mut books = PoolBooks {
         slots: slots.num_slots(),
         peak: slots.peak(),

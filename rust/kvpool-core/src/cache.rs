@@ -65,6 +65,8 @@ pub struct Cache {
     pub(crate) pinned: bool,
     /// The last nodes of its path that are private blocks.
     pub(crate) parked: usize,
+    /// Per pool: pages on the host that the running call must bring up.
+    pub(crate) far: Vec<u32>,
     /// Pages (pool, block, device slot) that the running call brings up.
     pub(crate) onboards: Vec<(u32, u32, u32)>,
     /// Per pool: pages whose price is the unit of a fenced slot.
@@ -125,6 +127,7 @@ impl Cache {
             pinned: false,
             parked: 0,
             onboards: Vec::new(),
+            far: vec![0; pools],
             debt: vec![0; pools],
             in_flight: 0,
             fenced: Vec::with_capacity(room * pools),

@@ -7,7 +7,8 @@ use crate::cache::Cache;
 use crate::core::Core;
 use crate::error::{CoreError, Result};
 use crate::pool::Owner;
-use crate::words::Link;
+use crate::types::CacheState;
+use crate::words::{Link, Tier};
 
 macro_rules! ensure {
     ($holds:expr, $($message:tt)+) => {
@@ -21,12 +22,19 @@ macro_rules! ensure {
 pub fn check(core: &Core, caches: &[&Cache]) -> Result<()> {
     check_tree(core)?;
     check_refs(core, caches)?;
+    if core.tiered {
+        check_tiers(core, caches)?;
+    }
     for pool in 0..core.pools.len() {
         if core.tree.windowed[pool] {
             check_claims(core, caches, pool)?;
         }
-        check_slots(core, caches, pool)?;
-        check_available(core, caches, pool)?;
+        check_slots(core, caches, Tier::Device, pool)?;
+        check_available(core, caches, Tier::Device, pool)?;
+        if core.tiered {
+            check_slots(core, caches, Tier::Host, pool)?;
+            check_available(core, caches, Tier::Host, pool)?;
+        }
     }
     Ok(())
 }
@@ -40,7 +48,7 @@ fn check_tree(core: &Core) -> Result<()> {
     let mut children = vec![0u32; tree.nodes.len()];
     for i in live(core) {
         let (node, parent) = (&tree.nodes[i], tree.parent(i));
-        let tokens: Vec<i32> = tree.tokens(i).collect();
+        let block = tree.is_block(i);
         let mut depth = 0;
         if !parent.is_nil() {
             ensure!(
@@ -51,16 +59,19 @@ fn check_tree(core: &Core) -> Result<()> {
             depth = tree.nodes[parent.index()].depth.get() + 1;
             children[parent.index()] += 1;
             let before = tree.nodes[parent.index()].key.get();
-            let key = tree.extend_key(before, &tokens);
-            ensure!(key == node.key.get(), "node {i}: key != hash of its prefix");
+            let is_hash = || tree.extend_key(before, &tree.tokens(i).collect::<Vec<i32>>()) == node.key.get();
+            ensure!(!block || is_hash(), "node {i}: key != hash of its prefix");
         }
         ensure!(
-            depth == node.depth.get(),
+            depth == node.depth.get() || !block,
             "node {i}: depth {} != {depth}",
             node.depth.get()
         );
-        let found = tree.child(&tree.root_of(i), parent, node.key.get(), &tokens);
-        ensure!(found == Some(tree.at(i)), "node {i}: look-up finds {found:?}");
+        if block {
+            let tokens: Vec<i32> = tree.tokens(i).collect();
+            let found = tree.child(&tree.root_of(i), parent, node.key.get(), &tokens);
+            ensure!(found == Some(tree.at(i)), "node {i}: look-up finds {found:?}");
+        }
         for pool in (0..core.pools.len()).filter(|&pool| !tree.windowed[pool]) {
             ensure!(
                 tree.page(pool, i).slot() != 0,
@@ -133,6 +144,48 @@ fn check_refs(core: &Core, caches: &[&Cache]) -> Result<()> {
     Ok(())
 }
 
+fn check_tiers(core: &Core, caches: &[&Cache]) -> Result<()> {
+    let tree = &core.tree;
+    let (mut pins, mut near) = (vec![0u64; tree.nodes.len()], vec![0u32; tree.nodes.len()]);
+    for cache in caches.iter().filter(|cache| cache.pinned) {
+        let source = (!cache.source.is_nil()).then_some(cache.source);
+        for node in cache.nodes.iter().chain(&source) {
+            pins[node.index()] += 1;
+        }
+    }
+    for i in live(core) {
+        let (state, parent) = (tree.state(i), tree.parent(i));
+        ensure!(!state.is_busy(), "node {i}: busy outside of any call");
+        if state.tier() == Tier::Device && !parent.is_nil() {
+            near[parent.index()] += 1;
+            ensure!(
+                tree.state(parent.index()).tier() == Tier::Device,
+                "node {i}: on the device below its parent on the host"
+            );
+        }
+        for pool in 0..core.pools.len() {
+            let page = tree.page(pool, i);
+            ensure!(!page.is_busy(), "pool {pool} node {i}: busy outside of any call");
+            ensure!(
+                tree.windowed[pool] || page.tier() == state.tier(),
+                "pool {pool} node {i}: on the {:?}, its block on the {:?}",
+                page.tier(),
+                state.tier()
+            );
+        }
+    }
+    for i in live(core) {
+        let (pinned, counted) = (tree.pins(i), tree.near(i));
+        ensure!(pinned == pins[i], "node {i}: pins {pinned} != {}", pins[i]);
+        ensure!(
+            counted == near[i],
+            "node {i}: children on the device {counted} != {}",
+            near[i]
+        );
+    }
+    Ok(())
+}
+
 fn check_claims(core: &Core, caches: &[&Cache], pool: usize) -> Result<()> {
     let tree = &core.tree;
     let (mut claims, mut holders) = (vec![0u64; tree.nodes.len()], vec![0u64; tree.nodes.len()]);
@@ -144,8 +197,9 @@ fn check_claims(core: &Core, caches: &[&Cache], pool: usize) -> Result<()> {
         for (&node, &slot) in cache.nodes.iter().zip(&cache.tables[pool]) {
             if slot != 0 {
                 let page = tree.page(pool, node.index()).slot();
+                let moves = core.tiered && cache.state != CacheState::Active;
                 ensure!(
-                    page == slot,
+                    page == slot || (moves && page != 0),
                     "pool {pool}: a cache holds slot {slot} of {node:?}, which has {page}"
                 );
                 claim(node);
@@ -174,16 +228,19 @@ fn check_claims(core: &Core, caches: &[&Cache], pool: usize) -> Result<()> {
     Ok(())
 }
 
-fn check_slots(core: &Core, caches: &[&Cache], pool: usize) -> Result<()> {
-    let slots = &core.pools[pool];
+fn check_slots(core: &Core, caches: &[&Cache], tier: Tier, pool: usize) -> Result<()> {
+    let slots = &core.slots(tier)[pool];
     let mut owners = vec![Vec::new(); slots.num_slots() as usize + 1];
     for slot in slots.free_slots() {
         owners[slot as usize].push(Owner::Free);
     }
     for i in live(core) {
-        owners[core.tree.page(pool, i).slot() as usize].push(Owner::Node(i as u32));
+        let page = core.tree.page(pool, i);
+        if page.tier() == tier {
+            owners[page.slot() as usize].push(Owner::Node(i as u32));
+        }
     }
-    for cache in caches {
+    for cache in caches.iter().filter(|_| tier == Tier::Device) {
         for &slot in cache.tables[pool].iter().skip(cache.nodes.len()) {
             owners[slot as usize].push(cache.private_owner());
         }
@@ -213,7 +270,7 @@ fn check_slots(core: &Core, caches: &[&Cache], pool: usize) -> Result<()> {
         taken + free == all,
         "pool {pool}: taken {taken} + free {free} != slots {all}"
     );
-    let books = &core.books()[pool];
+    let books = &core.books(tier)[pool];
     let sum = books.free + books.active + books.held + books.cached + books.fenced;
     ensure!(
         sum == books.slots && u64::from(books.free) == free,
@@ -223,9 +280,10 @@ fn check_slots(core: &Core, caches: &[&Cache], pool: usize) -> Result<()> {
     Ok(())
 }
 
-fn check_available(core: &Core, caches: &[&Cache], pool: usize) -> Result<()> {
+fn check_available(core: &Core, caches: &[&Cache], tier: Tier, pool: usize) -> Result<()> {
     let tree = &core.tree;
-    let free = core.pools[pool].free_slots().len();
+    let slots = &core.slots(tier)[pool];
+    let free = slots.free_slots().len();
     let evictable = live(core).filter(|&i| {
         let page = tree.page(pool, i);
         let claimed = if tree.windowed[pool] {
@@ -233,17 +291,18 @@ fn check_available(core: &Core, caches: &[&Cache], pool: usize) -> Result<()> {
         } else {
             tree.state(i).refs() > 0
         };
-        page.slot() != 0 && !claimed
+        page.slot() != 0 && page.tier() == tier && !claimed
     });
     let evictable = evictable.count();
-    let debt: u32 = caches.iter().map(|cache| cache.debt[pool]).sum();
-    let promised: u32 = caches.iter().map(|cache| cache.promise[pool]).sum();
-    let available = core.pools[pool].available();
+    let own = |cache: &&&Cache| tier == Tier::Device && cache.core == core.id;
+    let debt: u32 = caches.iter().filter(own).map(|cache| cache.debt[pool]).sum();
+    let promised: u32 = caches.iter().filter(own).map(|cache| cache.promise[pool]).sum();
+    let available = slots.available();
     ensure!(
         available as usize + promised as usize == free + evictable + debt as usize,
-        "pool {pool}: available {available} + promised {promised} != free {free} + evictable {evictable}"
+        "pool {pool} on the {tier:?}: available {available} + promised {promised} != free {free} + evictable {evictable}"
     );
-    let counted = core.pools[pool].promised.get();
+    let counted = slots.promised.get();
     ensure!(
         counted == u64::from(promised),
         "pool {pool}: promised {counted} != what claims of batches keep = {promised}"

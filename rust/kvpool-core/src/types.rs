@@ -164,6 +164,8 @@ pub struct PageCopy {
     pub pool: u32,
     /// Tier of `src`.
     pub tier: Tier,
+    /// Whether the page itself comes up; else a private copy is made of it.
+    pub up: bool,
     /// Slot that is read, from 1.
     pub src: u32,
     /// Slot that is written.

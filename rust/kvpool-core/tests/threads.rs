@@ -6,6 +6,7 @@
 use kvpool_core::events::EventKind;
 use kvpool_core::sync::{AtomicU64, Ordering};
 use kvpool_core::types::{CoreConfig, PageCopy, PolicyKind, PoolSpec, Retain, RetentionSpec};
+use kvpool_core::words::Tier;
 use kvpool_core::{Cache, Claim, Core};
 use std::collections::HashMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -228,7 +229,7 @@ impl Run<'_> {
                 }
                 9 if rng.below(20) == 0 => self.core.clear(),
                 10 => {
-                    for books in self.core.books() {
+                    for books in self.core.books(Tier::Device) {
                         let sum = books.free + books.active + books.held + books.cached + books.fenced;
                         assert_eq!(sum, books.slots);
                     }
@@ -298,7 +299,7 @@ fn run(seed: u64, pools: &[PoolSpec], policy: PolicyKind, threads: u64, steps: u
     core.clear();
     core.check(&[])
         .unwrap_or_else(|error| panic!("seed {seed}: {error}"));
-    for books in core.books() {
+    for books in core.books(Tier::Device) {
         assert_eq!(books.free, books.slots, "seed {seed}: a page was lost");
     }
     let (mut events, mut stored) = (Vec::new(), HashMap::new());

@@ -6,7 +6,10 @@
 
 use crate::cache::{distinct, Cache};
 use kvpool_core::events::{Event, EventKind};
-use kvpool_core::types::{CoreConfig, PageCopy, PolicyKind, PoolSpec, RangeSpec, Retain, RetentionSpec};
+use kvpool_core::types::{
+    CoreConfig, Mover, NoMover, PageCopy, PolicyKind, PoolSpec, RangeSpec, Retain, RetentionSpec,
+};
+use kvpool_core::words::Tier;
 use kvpool_core::{Claim, CoreError};
 use pyo3::buffer::PyBuffer;
 use pyo3::exceptions::{PyMemoryError, PyValueError};
@@ -54,7 +57,26 @@ fn bytes_of(values: &[i32]) -> Vec<u8> {
 }
 
 type Entered<'a> = MutexGuard<'a, kvpool_core::Cache>;
-type Copies = Vec<(u32, u32, u32)>;
+/// (pool, whether the source is on the host, source slot, destination slot)
+type Copies = Vec<(u32, bool, u32, u32)>;
+fn plan(copies: &[PageCopy]) -> Copies {
+    let copy = |c: &PageCopy| (c.pool, c.tier == Tier::Host, c.src, c.dst);
+    copies.iter().map(copy).collect()
+}
+
+/// Pages to the host by a Python callable (pool, device slot, host slot) -> whether it is done, both slots from 1.
+#[derive(Debug)]
+struct Offload(Py<PyAny>);
+
+impl Mover for Offload {
+    fn offload(&self, pool: usize, src: u32, dst: u32) -> bool {
+        Python::attach(|py| {
+            let done = self.0.call1(py, (pool, src, dst));
+            done.and_then(|done| done.extract(py)).unwrap_or(false)
+        })
+    }
+}
+
 /// ([(start, end, priority, seconds)], decode priority, decode seconds)
 type Ranges = (Vec<(u64, Option<u64>, u8, Option<f64>)>, u8, Option<f64>);
 
@@ -138,14 +160,15 @@ fn outcome<T>(py: Python<'_>, result: kvpool_core::Result<T>) -> PyResult<T> {
 
 #[pymethods]
 impl Core {
-    /// Pools: (name, num_slots, window or None, sink_tokens).
+    /// Pools: (name, device slots, host slots, window or None, sink_tokens). offload(pool, device slot, host slot) -> whether
+    /// the page was copied, both slots from 1.
     #[new]
-    #[pyo3(signature = (*, tokens_per_block, pools, max_blocks, max_seq_len=None, partial_reuse=true, hash_seed=0, policy="lru", collide=false, clock=None))]
+    #[pyo3(signature = (*, tokens_per_block, pools, max_blocks, max_seq_len=None, partial_reuse=true, hash_seed=0, policy="lru", collide=false, clock=None, offload_min_priority=30, offload=None))]
     #[allow(clippy::too_many_arguments)]
     fn new(
         py: Python<'_>,
         tokens_per_block: u32,
-        pools: Vec<(String, u32, Option<u64>, u64)>,
+        pools: Vec<(String, u32, u32, Option<u64>, u64)>,
         max_blocks: u32,
         max_seq_len: Option<u64>,
         partial_reuse: bool,
@@ -153,6 +176,8 @@ impl Core {
         policy: &str,
         collide: bool,
         clock: Option<Py<PyAny>>,
+        offload_min_priority: u8,
+        offload: Option<Py<PyAny>>,
     ) -> PyResult<Self> {
         let policy = match policy {
             "lru" => PolicyKind::Lru,
@@ -165,10 +190,10 @@ impl Core {
         };
         let pools = pools
             .into_iter()
-            .map(|(name, num_slots, window, sink_tokens)| PoolSpec {
+            .map(|(name, num_slots, host_slots, window, sink_tokens)| PoolSpec {
                 name,
                 num_slots,
-                host_slots: 0,
+                host_slots,
                 window,
                 sink_tokens,
             })
@@ -181,10 +206,14 @@ impl Core {
             partial_reuse,
             hash_seed,
             policy,
-            offload_min_priority: 30,
+            offload_min_priority,
             collide,
         };
-        let core = kvpool_core::Core::new(config).map_err(|error| raise(py, error))?;
+        let mover: Box<dyn Mover> = match offload {
+            Some(call) => Box::new(Offload(call)),
+            None => Box::new(NoMover),
+        };
+        let core = kvpool_core::Core::with_mover(config, mover).map_err(|error| raise(py, error))?;
         Ok(Self { core, clock })
     }
 
@@ -225,7 +254,7 @@ impl Core {
         let mut copies: Vec<PageCopy> = Vec::new();
         let core = self.core(py)?;
         let resumed = with(py, cache, |cache| core.resume(cache, &mut copies))?;
-        Ok((resumed, copies.iter().map(|c| (c.pool, c.src, c.dst)).collect()))
+        Ok((resumed, plan(&copies)))
     }
 
     /// Claims of a batch, in order: (tokens, scope, epoch, retention, fewest new tokens or None). `promised`: a claim is
@@ -301,7 +330,7 @@ impl Core {
                 break;
             }
         }
-        Ok((provided, copies.iter().map(|c| (c.pool, c.src, c.dst)).collect()))
+        Ok((provided, plan(&copies)))
     }
 
     /// The copies of the last `resume` or `provide` are made.
@@ -496,10 +525,18 @@ impl Core {
 
     /// -> [(number, stored, pool, key, parent key or None)] since the last call, at most `most`
     #[allow(clippy::type_complexity)]
-    fn drain_events(&self, most: usize) -> Vec<(u64, bool, u32, u64, Option<u64>)> {
+    #[allow(clippy::type_complexity)]
+    fn drain_events(&self, most: usize) -> Vec<(u64, &'static str, u32, bool, u64, Option<u64>)> {
         let mut events = Vec::new();
         self.core.events.drain(most, &mut events);
-        let event = |e: &Event| (e.number, e.kind == EventKind::Stored, e.pool, e.key, e.parent);
+        let event = |e: &Event| {
+            let kind = match e.kind {
+                EventKind::Stored => "stored",
+                EventKind::Removed => "removed",
+                EventKind::Moved => "moved",
+            };
+            (e.number, kind, e.pool, e.tier == Tier::Host, e.key, e.parent)
+        };
         events.iter().map(event).collect()
     }
 
@@ -548,8 +585,10 @@ impl Core {
     fn stats<'py>(
         &self,
         py: Python<'py>,
+        host: bool,
     ) -> PyResult<(Bound<'py, PyDict>, Vec<(u32, u32, u32, u32, u32, u32, u32)>)> {
-        let (counters, books) = py.detach(|| (self.core.counters(), self.core.books()));
+        let tier = if host { Tier::Host } else { Tier::Device };
+        let (counters, books) = py.detach(|| (self.core.counters(), self.core.books(tier)));
         let dict = PyDict::new(py);
         dict.set_item("requests", counters.requests)?;
         dict.set_item("prompt_tokens", counters.prompt_tokens)?;
@@ -558,6 +597,8 @@ impl Core {
         dict.set_item("reused_blocks", counters.reused_blocks)?;
         dict.set_item("evicted", counters.evicted)?;
         dict.set_item("dropped", counters.dropped)?;
+        dict.set_item("offloaded", counters.offloaded)?;
+        dict.set_item("onboarded", counters.onboarded)?;
         let books = books
             .iter()
             .map(|b| (b.slots, b.free, b.active, b.held, b.cached, b.fenced, b.peak))

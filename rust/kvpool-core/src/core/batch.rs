@@ -70,7 +70,10 @@ impl Core {
             let all = cache.prompt.len() as u64;
             let capacity = least.map_or(all, |n| cache.history.saturating_add(n).min(all));
             let blocks = capacity.max(cache.capacity).div_ceil(self.t()) as usize;
-            if self.reserve_need(cache, cache.history, blocks) {
+            self.look_far(cache, &[]);
+            let room = self.reserve_need(cache, cache.history, blocks);
+            cache.far.fill(0);
+            if room {
                 if promised {
                     cache.promise.swap_with_slice(&mut cache.purse);
                     for (pool, &units) in self.pools.iter().zip(&cache.promise) {

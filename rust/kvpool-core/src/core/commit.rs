@@ -292,7 +292,9 @@ impl Core {
                 self.pools[pool].set_key(own, key);
                 self.pools[pool].set_owner(own, Owner::Node(index as u32));
                 if page.is_busy() {
-                    self.note_stored(pool, index); // its mover frees both slots
+                    // Its mover frees both slots; what its claims paid is available again.
+                    self.pools[pool].unreserve(u32::from(page.claims() > 0));
+                    self.note_stored(pool, index);
                 } else {
                     self.replaced(pool, key, page.slot(), page.claims() > 0);
                 }

@@ -525,9 +525,9 @@ impl Core {
         }
     }
 
-    /// Books of every pool. Writes nothing, waits for nobody; each slot counts once whatever others do.
-    pub fn books(&self) -> Vec<PoolBooks> {
-        crate::books::books(self)
+    /// Books of every pool on a tier. Writes nothing, waits for nobody; each slot counts once whatever others do.
+    pub fn books(&self, tier: Tier) -> Vec<PoolBooks> {
+        crate::books::books(self, tier)
     }
 
     /// Recomputes all books from scratch. `caches` are all that are open or in flight; nobody else is in a call.

@@ -102,7 +102,10 @@ impl Core {
         if !self.pin(cache) {
             return Ok(false);
         }
-        if !self.reserve_need(cache, cache.history, new) {
+        self.look_far(cache, copies);
+        let room = self.reserve_need(cache, cache.history, new);
+        cache.far.fill(0);
+        if !room {
             if !pinned {
                 self.unpin(cache);
             }
@@ -144,6 +147,7 @@ impl Core {
             copies.push(PageCopy {
                 pool: pool as u32,
                 tier: page.tier(),
+                up: false,
                 src: page.slot(),
                 dst,
             });
@@ -395,7 +399,7 @@ impl Core {
         // Blocks [old, new) that are not in [s, e).
         let stale = e.min(new).saturating_sub(s.max(old));
         let grown = new.saturating_sub(old).saturating_sub(stale);
-        ((copy + grown) as u32 + self.far(cache, pool)).saturating_sub(back)
+        ((copy + grown) as u32 + cache.far[pool]).saturating_sub(back)
     }
 
     /// Takes the whole need into the purse, in all pools or none: what was promised first, the rest off `available`.

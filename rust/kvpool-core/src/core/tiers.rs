@@ -3,8 +3,8 @@
 use super::Core;
 use crate::cache::Cache;
 use crate::pool::Owner;
-use crate::types::PageCopy;
-use crate::words::{Link, Stamp, Tier};
+use crate::types::{CacheState, PageCopy, Retain};
+use crate::words::{Link, Page, Stamp, Tier};
 
 impl Core {
     /// Pins the path to the device. `false`: a block is on the move; nothing is pinned then.
@@ -80,7 +80,7 @@ impl Core {
             let retain = cache.retain(i as u64 * self.t());
             self.first_retain(
                 index,
-                crate::types::Retain {
+                Retain {
                     duration: f64::INFINITY,
                     ..retain
                 },
@@ -151,36 +151,33 @@ impl Core {
         }
     }
 
-    /// Where a block's page of a pool is, if it has one.
-    fn place(&self, pool: usize, node: Link) -> Option<Tier> {
-        let page = self.tree.page(pool, node.index());
-        (page.slot() != 0).then(|| page.tier())
-    }
-
-    /// Live pages of a pool that are on the host.
-    pub(super) fn far(&self, cache: &Cache, pool: usize) -> u32 {
-        if !self.tiered || cache.state == crate::types::CacheState::Active {
-            return 0;
+    /// Counts the live pages that are on the host and that `copies` does not bring up already.
+    pub(super) fn look_far(&self, cache: &mut Cache, copies: &[PageCopy]) {
+        cache.far.fill(0);
+        if !self.tiered || cache.state == CacheState::Active {
+            return;
         }
-        let live = cache
-            .nodes
-            .iter()
-            .zip(&cache.tables[pool])
-            .filter(|(_, &slot)| slot != 0);
-        live.filter(|(&node, _)| self.place(pool, node) == Some(Tier::Host))
-            .count() as u32
+        for pool in 0..self.pools.len() {
+            for (&node, &slot) in cache.nodes.iter().zip(&cache.tables[pool]) {
+                let page = self.tree.page(pool, node.index());
+                if slot != 0 && page.tier() == Tier::Host && !comes_up(copies, pool, page) {
+                    cache.far[pool] += 1;
+                }
+            }
+        }
     }
 
     /// A device slot for every live page on the host, out of the purse. `false`: one could not be found.
     pub(super) fn take_up(&self, cache: &mut Cache, copies: &mut Vec<PageCopy>) -> bool {
-        if !self.tiered || cache.state == crate::types::CacheState::Active {
+        if !self.tiered || cache.state == CacheState::Active {
             return true;
         }
         for pool in 0..self.pools.len() {
             for i in 0..cache.nodes.len() {
                 let index = cache.nodes[i].index();
                 let page = self.tree.page(pool, index);
-                if cache.tables[pool][i] == 0 || page.tier() == Tier::Device {
+                let up = page.tier() == Tier::Device || comes_up(copies, pool, page);
+                if cache.tables[pool][i] == 0 || up {
                     continue;
                 }
                 if cache.purse[pool] == 0 && !self.pools[pool].reserve(1) {
@@ -195,6 +192,7 @@ impl Core {
                 copies.push(PageCopy {
                     pool: pool as u32,
                     tier: Tier::Host,
+                    up: true,
                     src: page.slot(),
                     dst,
                 });
@@ -281,4 +279,11 @@ impl Core {
         self.tree.nodes[index].used.raise(stamp.count);
         self.rank_time(index, stamp);
     }
+}
+
+/// Whether an earlier request of the batch brings this page up.
+fn comes_up(copies: &[PageCopy], pool: usize, page: Page) -> bool {
+    copies.iter().any(|copy| {
+        copy.tier == Tier::Host && copy.src == page.slot() && copy.pool as usize == pool && copy.up
+    })
 }

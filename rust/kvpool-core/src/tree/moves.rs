@@ -166,12 +166,12 @@ impl Tree {
         }
     }
 
-    /// A page of a windowed pool that is on the host gives way to the caller's own, with a claim of an ACTIVE cache more.
+    /// A page of a windowed pool that is on the host or on its way there gives way to the caller's own, with a claim of an ACTIVE cache more.
     /// Returns it.
     pub fn replace_page(&self, pool: usize, index: usize, own: u32) -> Option<Page> {
         loop {
             let now = self.page(pool, index);
-            if now.slot() == 0 || now.tier() == Tier::Device {
+            if now.slot() == 0 || (now.tier() == Tier::Device && !now.is_busy()) {
                 return None;
             }
             let next = now.settled(Tier::Device, own).claimed(true).fresh();
