@@ -46,6 +46,7 @@ class Batches:
     _core: Core
     _caches: dict[int | str, KVCache]
     _pages: dict[str, ByteArray]
+    _host_pages: dict[str, ByteArray]
     _closed: bool
 
     def _open(self) -> None:
@@ -111,13 +112,14 @@ class Batches:
 
     # -- copies ---------------------------------------------------------------------------------
 
-    def _copy(self, copies: Sequence[tuple[int, int, int]]) -> None:
+    def _copy(self, copies: Sequence[tuple[int, bool, int, int]]) -> None:
         if self._pages:
-            for pool, source, destination in copies:
-                pages = self._pages[self.config.pools[pool].name]
-                pages[destination] = pages[source]
+            for pool, host, source, destination in copies:
+                name = self.config.pools[pool].name
+                pages = self._pages[name]
+                pages[destination] = self._host_pages[name][source - 1] if host else pages[source]
 
-    def _make(self, handles: list[Cache], copies: Sequence[tuple[int, int, int]]) -> None:
+    def _make(self, handles: list[Cache], copies: Sequence[tuple[int, bool, int, int]]) -> None:
         """The copies for these caches; if they fail the caches are as before."""
         try:
             self._copy(copies)

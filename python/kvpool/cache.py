@@ -103,7 +103,7 @@ class KVCache(Closing):
         return resumed
 
     def suspend(self) -> None:
-        """Give up the place: SUSPENDED. On the device tier alone the pages stay."""
+        """Give up the place: SUSPENDED. Its pages may move down to the host; without one they stay."""
         self._manager._core.suspend([self._handle])
 
     def resize(self, capacity: int, history_length: int | None = None) -> bool:

@@ -1,14 +1,14 @@
-"""Pools, tree and caches of one device: configuration, memory, block tables, steps, books.
+"""Pools, tree and caches of one device and its host tier: configuration, memory, block tables, steps, books.
 
 The manager holds no state of a page: it converts arguments, calls the core once per operation and
-makes the copies that the core asks for. On the device tier alone suspended pages stay where they are.
+makes the copies that the core asks for, at once.
 `cache.py` has what one request's cache can do, `batches.py` the calls by batch.
 """
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,11 +66,11 @@ class Stats:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """A page of a block entered or left the tree.
+    """A page of a block entered the tree, changed its tier, or left.
 
-    number: from 1, without gaps unless events were lost. kind: "stored" or "removed". key, parent: 64-bit keys of the
-    block and of the one before it (None: it is the first, or the event is a removal); `block_keys` tells those of a
-    prompt. tier: where the page is, of a removed one where it was.
+    number: from 1, without gaps unless events were lost. kind: "stored", "moved" or "removed". key, parent: 64-bit keys of the
+    block and of the one before it (None: it is the first, or the event is no "stored"); `block_keys` tells those of a
+    prompt. tier: where the page is now, of a removed one where it was.
     """
 
     number: int
@@ -79,6 +79,20 @@ class Event:
     parent: int | None
     pool: str
     tier: str
+
+
+def _offload(
+    config: CacheConfig, device: Mapping[str, ByteArray], host: Mapping[str, ByteArray]
+) -> Callable[[int, int, int], bool]:
+    """What the core calls to copy a page down: (pool, device slot, host slot from 1). Holds no manager."""
+    pairs = [(device[pool.name], host[pool.name]) for pool in config.pools]
+
+    def offload(pool: int, source: int, destination: int) -> bool:
+        near, far = pairs[pool]
+        far[destination - 1] = near[source]
+        return True
+
+    return offload
 
 
 class KVCacheManager(Batches, Closing):
@@ -101,8 +115,6 @@ class KVCacheManager(Batches, Closing):
     ) -> None:
         if not isinstance(config, CacheConfig):
             raise ConfigError(f"config: {config!r} is not a kvpool.CacheConfig")
-        if config.host_bytes:
-            raise ConfigError(f"host_bytes: {config.host_bytes} - the host tier is not available yet; use 0")
         if device not in ("cpu", None):
             raise ConfigError(f"device: {device!r} - only 'cpu' and None are available yet")
         if policy not in ("lru", "slru"):
@@ -111,20 +123,27 @@ class KVCacheManager(Batches, Closing):
         self.plan = plan_pools(config) if plan is None else self._checked(plan, config)
         self._pool_index = {pool.name: i for i, pool in enumerate(config.pools)}
         slots = [self.plan.num_slots[pool.name] for pool in config.pools]
+        host = [self.plan.host_slots.get(pool.name, 0) for pool in config.pools]
+        self._tiers = ("device", "host") if any(host) else ("device",)
         self._pages = self._make_pages(device, buffers)
+        self._host_pages = self._make_host_pages(device) if any(host) else {}
         max_blocks = config.max_blocks
         if max_blocks is None:
             longest = -(-(config.max_seq_len or 0) // config.tokens_per_block)
-            max_blocks = max(*slots, 2 * longest, 1)
+            max_blocks = max(*map(sum, zip(slots, host, strict=True)), 2 * longest, 1)
         self._core = _core.Core(
             tokens_per_block=config.tokens_per_block,
-            pools=[(p.name, n, p.window, p.sink_tokens) for p, n in zip(config.pools, slots, strict=True)],
+            pools=[
+                (p.name, n, m, p.window, p.sink_tokens) for p, n, m in zip(config.pools, slots, host, strict=True)
+            ],
             max_blocks=max_blocks,
             max_seq_len=config.max_seq_len,
             partial_reuse=config.partial_reuse,
             hash_seed=secrets.randbits(64) if config.hash_seed is None else config.hash_seed,
             policy=policy,
             clock=config.clock,
+            offload_min_priority=config.offload_min_priority,
+            offload=_offload(config, self._pages, self._host_pages) if self._host_pages else None,
         )
         self._caches: dict[int | str, KVCache] = {}
         self._closed = False
@@ -135,10 +154,14 @@ class KVCacheManager(Batches, Closing):
         if sorted(plan.num_slots) != sorted(names):
             raise ConfigError(f"plan.num_slots: pools {sorted(plan.num_slots)} are not the config's {sorted(names)}")
         for name in names:
-            if not 1 <= plan.num_slots[name] < 2**31 - 1:
-                raise ConfigError(f"plan.num_slots[{name!r}]: {plan.num_slots[name]} is not in 1..2**31-2")
-        if any(plan.host_slots.values()):
-            raise ConfigError(f"plan.host_slots: {plan.host_slots} - the host tier is not available yet; use 0")
+            if not 1 <= plan.num_slots[name] < 2**27:
+                raise ConfigError(f"plan.num_slots[{name!r}]: {plan.num_slots[name]} is not in 1..2**27-1")
+        host = {name: plan.host_slots.get(name, 0) for name in names}
+        for name, slots in host.items():
+            if not 0 <= slots < 2**27 or (slots == 0 and any(host.values())):
+                raise ConfigError(
+                    f"plan.host_slots[{name!r}]: {slots} is not in 1..2**27-1; give every pool some, or none any"
+                )
         return plan
 
     def _make_pages(self, device: str | None, buffers: Mapping[str, Any] | None) -> dict[str, ByteArray]:
@@ -164,6 +187,21 @@ class KVCacheManager(Batches, Closing):
                         "be allocated; lower device_bytes, or use device=None for books only"
                     ) from error
             pages[pool.name][0] = 0
+        return pages
+
+    def _make_host_pages(self, device: str | None) -> dict[str, ByteArray]:
+        if device is None:
+            return {}
+        pages = {}
+        for pool in self.config.pools:
+            shape = (self.plan.host_slots[pool.name], pool.page_bytes)
+            try:
+                pages[pool.name] = np.zeros(shape, np.uint8)
+            except (MemoryError, ValueError) as error:
+                raise MemoryError(
+                    f"host_bytes: pool {pool.name!r} needs {shape[0] * shape[1]} bytes of memory, which cannot be "
+                    "allocated; lower host_bytes"
+                ) from error
         return pages
 
     def _pool(self, pool: str) -> int:
@@ -231,15 +269,21 @@ class KVCacheManager(Batches, Closing):
         return self._core.available_tokens()
 
     def pages(self, pool: str, tier: str = "device") -> ByteArray:
-        """Pages of a pool, zero-copy: (num_slots + 1, page_bytes) uint8; row 0 is the null page."""
-        if tier == "host":
-            raise LogicError("pages: there is no host tier")
-        if tier != "device":
+        """Pages of a pool, zero-copy: (num_slots + 1, page_bytes) uint8, row 0 the null page; on the host (host_slots,
+        page_bytes).
+
+        LogicError: device=None, or no host tier.
+        """
+        if tier not in ("device", "host"):
             raise ValueError(f"tier: {tier!r} is none of 'device', 'host'")
         self._pool(pool)
         if not self._pages:
             raise LogicError("pages: device=None keeps books only")
-        return self._pages[pool]
+        if tier == "device":
+            return self._pages[pool]
+        if not self._host_pages:
+            raise LogicError("pages: there is no host tier; set host_bytes")
+        return self._host_pages[pool]
 
     def _handles(self, caches: Iterable[KVCache]) -> list[_core.Cache]:
         handles = []
@@ -304,8 +348,8 @@ class KVCacheManager(Batches, Closing):
         events = self._core.drain_events(count(most, "most"))
         names = [pool.name for pool in self.config.pools]
         return [
-            Event(number, "stored" if stored else "removed", key, parent, names[pool], "device")
-            for number, stored, pool, key, parent in events
+            Event(number, kind, key, parent, names[pool], "host" if host else "device")
+            for number, kind, pool, host, key, parent in events
         ]
 
     def block_keys(self, tokens: Tokens, scope: Scope | None = None) -> list[int]:
@@ -316,12 +360,13 @@ class KVCacheManager(Batches, Closing):
 
     def stats(self) -> Stats:
         """Counters since construction and the books of every pool. Disturbs nobody."""
-        counters, books = self._core.stats()
-        pools = {
-            pool.name: {"device": dict(zip(_BOOKS, book, strict=True))}
-            for pool, book in zip(self.config.pools, books, strict=True)
-        }
-        return Stats(**counters, offloaded=0, onboarded=0, pools=pools)
+        counters: dict[str, int] = {}
+        pools: dict[str, dict[str, dict[str, int]]] = {pool.name: {} for pool in self.config.pools}
+        for tier in self._tiers:
+            counters, books = self._core.stats(tier == "host")
+            for pool, book in zip(self.config.pools, books, strict=True):
+                pools[pool.name][tier] = dict(zip(_BOOKS, book, strict=True))
+        return Stats(**counters, pools=pools)
 
     def check(self) -> None:
         """Recompute all books; `InvariantError` names the equation that broke, or the written null page."""

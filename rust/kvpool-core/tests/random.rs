@@ -4,6 +4,7 @@
 //! content of every page is tracked, under both policies and with every hash forced to collide.
 
 use kvpool_core::types::{CacheState, CoreConfig, PolicyKind, PoolSpec, RangeSpec, Retain, RetentionSpec};
+use kvpool_core::words::Tier;
 use kvpool_core::{Cache, Core};
 use proptest::prelude::*;
 use std::collections::HashMap;
@@ -157,10 +158,13 @@ fn run(pools: Vec<PoolSpec>, policy: PolicyKind, collide: bool, max_blocks: u32,
                 let info = core.info(&one.cache).unwrap();
                 let capacity = (info.capacity + by).min(24);
                 let history = (info.history + ahead).min(capacity);
-                let before = (core.books(), info.capacity);
+                let before = (core.books(Tier::Device), info.capacity);
                 match core.resize(&mut one.cache, capacity, Some(history)) {
                     Ok(true) => assert_eq!(core.info(&one.cache).unwrap().capacity, capacity),
-                    Ok(false) => assert_eq!((core.books(), core.info(&one.cache).unwrap().capacity), before),
+                    Ok(false) => assert_eq!(
+                        (core.books(Tier::Device), core.info(&one.cache).unwrap().capacity),
+                        before
+                    ),
                     Err(_) => assert_ne!(info.state, CacheState::Active),
                 }
             }
@@ -213,7 +217,7 @@ fn run(pools: Vec<PoolSpec>, policy: PolicyKind, collide: bool, max_blocks: u32,
             Op::Clear => {
                 core.clear();
                 assert!(
-                    core.books().iter().all(|books| books.cached == 0),
+                    core.books(Tier::Device).iter().all(|books| books.cached == 0),
                     "clear left cached pages"
                 );
             }
@@ -244,7 +248,7 @@ fn run(pools: Vec<PoolSpec>, policy: PolicyKind, collide: bool, max_blocks: u32,
     }
     core.clear();
     core.check(&[]).unwrap();
-    for books in core.books() {
+    for books in core.books(Tier::Device) {
         assert_eq!(books.free, books.slots, "a page was lost");
     }
 }
