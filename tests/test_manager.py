@@ -535,12 +535,11 @@ def test_longer_than_max_seq_len() -> None:
 
 @pytest.mark.parametrize(
     ("field", "options"),
-    [("host_bytes", {"host_bytes": 100}), ("device", {"device": "cuda"}), ("policy", {"policy": "fifo"})],
+    [("device", {"device": "cuda"}), ("policy", {"policy": "fifo"})],
 )
 def test_what_is_not_available_is_refused(field: str, options: dict[str, Any]) -> None:
-    host = options.pop("host_bytes", 0)
     with pytest.raises(ConfigError, match=field):
-        KVCacheManager(CacheConfig(T, [PoolConfig("kv", 8)], 100, host_bytes=host), **options)
+        KVCacheManager(CacheConfig(T, [PoolConfig("kv", 8)], 100), **options)
 
 
 def test_tables_too_large_for_memory_are_a_memory_error() -> None:

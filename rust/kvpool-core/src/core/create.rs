@@ -3,7 +3,7 @@
 use super::Core;
 use crate::cache::Cache;
 use crate::error::{CoreError, Result};
-use crate::tree::{Claimed, Holder, Root};
+use crate::tree::{Claimed, Root};
 use crate::types::{CacheState, RetentionSpec};
 use crate::words::{Link, Stamp, Tier};
 use std::cell::Cell;
@@ -303,7 +303,7 @@ impl Core {
             for i in 0..cache.nodes.len() {
                 let index = cache.nodes[i].index();
                 let live = i < s || i >= e;
-                if live && windowed && !self.hold_page(cache.holder(), pool, index) {
+                if live && windowed && !self.hold_page(cache, pool, index) {
                     self.unhold(cache);
                     return false;
                 }
@@ -315,7 +315,7 @@ impl Core {
                 cache.tables[pool].push(slot);
             }
             if !found.source.is_nil() && windowed {
-                if !self.hold_page(cache.holder(), pool, found.source.index()) {
+                if !self.hold_page(cache, pool, found.source.index()) {
                     self.unhold(cache);
                     return false;
                 }
@@ -326,11 +326,10 @@ impl Core {
     }
 
     /// Claims a page.
-    pub(super) fn hold_page(&self, holder: Holder, pool: usize, index: usize) -> bool {
+    pub(super) fn hold_page(&self, cache: &Cache, pool: usize, index: usize) -> bool {
         let mut paid: Option<Tier> = None;
-        let active = self.pins(holder);
         let claimed = loop {
-            match self.tree.claim_page(pool, index, paid, active) {
+            match self.tree.claim_page(pool, index, paid, cache.pinned) {
                 Claimed::Unpaid(tier) => {
                     if let Some(before) = paid.take() {
                         self.slots(before)[pool].unreserve(1); // it has moved since
@@ -348,7 +347,7 @@ impl Core {
         }
         let held = matches!(claimed, Claimed::First | Claimed::Joined);
         if held {
-            self.tree.pages[pool].holders[index].add(holder as u64);
+            self.tree.pages[pool].holders[index].add(cache.holder() as u64);
         }
         held
     }
@@ -358,8 +357,7 @@ impl Core {
         for pool in 0..self.pools.len() {
             for (i, slot) in std::mem::take(&mut cache.tables[pool]).into_iter().enumerate() {
                 if slot != 0 && self.tree.windowed[pool] {
-                    let idle =
-                        self.release_page(cache.holder(), pool, cache.nodes[i].index(), Stamp::NONE, false);
+                    let idle = self.release_page(cache, pool, cache.nodes[i].index(), Stamp::NONE, false);
                     self.announce(pool, idle);
                 }
             }

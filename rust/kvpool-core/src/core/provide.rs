@@ -75,7 +75,7 @@ impl Core {
             return Ok(true);
         }
         let mut resumed = self.provide(cache, cache.capacity, copies)?;
-        if !resumed {
+        if !resumed && !cache.source.is_nil() {
             self.shorten(cache);
             resumed = self.provide(cache, cache.capacity, copies)?;
         }
@@ -244,7 +244,7 @@ impl Core {
                 if slot != 0 && !live && self.tree.windowed[pool] {
                     let held_in_vain = i >= s0 && i < e0;
                     let stamp = if held_in_vain { Stamp::NONE } else { stamp };
-                    let idle = self.release_page(cache.holder(), pool, cache.nodes[i].index(), stamp, false);
+                    let idle = self.release_page(cache, pool, cache.nodes[i].index(), stamp, false);
                     self.announce(pool, idle);
                 }
                 if !live {
@@ -271,7 +271,7 @@ impl Core {
             for i in (0..keep).filter(|&i| i < s || i >= e) {
                 let index = cache.nodes[i].index();
                 if cache.tables[pool][i] == 0 {
-                    if self.tree.windowed[pool] && !self.hold_page(cache.holder(), pool, index) {
+                    if self.tree.windowed[pool] && !self.hold_page(cache, pool, index) {
                         return false; // what is held in vain is released with the rest by `shorten`
                     }
                     cache.tables[pool][i] = self.tree.page(pool, index).slot();

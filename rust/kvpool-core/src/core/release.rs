@@ -5,7 +5,6 @@ use crate::cache::Cache;
 use crate::error::{CoreError, Result};
 use crate::pool::Owner;
 use crate::sync::Counter;
-use crate::tree::Holder;
 use crate::types::CacheState;
 use crate::words::{Link, Stamp, Tier};
 
@@ -14,14 +13,14 @@ impl Core {
     /// now, the tier whose unit the caller announces, or keeps.
     pub(super) fn release_page(
         &self,
-        holder: Holder,
+        cache: &Cache,
         pool: usize,
         index: usize,
         stamp: Stamp,
         stale: bool,
     ) -> Option<Tier> {
         let pages = &self.tree.pages[pool];
-        pages.holders[index].sub(holder as u64);
+        pages.holders[index].sub(cache.holder() as u64);
         let page = self.tree.page(pool, index);
         let last = page.claims() == 1 || self.in_work.get() > 0; // see `record_behind_claims`
         if stamp != Stamp::NONE && (stale || (last && !page.is_stale())) {
@@ -31,7 +30,7 @@ impl Core {
             }
         }
         let lowered = stale || page.is_stale();
-        let idle = self.tree.release_page(pool, index, stale, self.pins(holder));
+        let idle = self.tree.release_page(pool, index, stale, cache.pinned);
         if idle.is_some() {
             self.keeper.report_page(pool, index, lowered);
         }
@@ -48,11 +47,6 @@ impl Core {
             self.pools[pool].give(slot);
             cache.purse[pool] += 1;
         }
-    }
-
-    /// Whether a claim by this holder keeps pages from moving down.
-    pub(super) fn pins(&self, holder: Holder) -> bool {
-        self.tiered && holder != Holder::Held
     }
 
     /// A page that became idle is available on its tier.
@@ -98,7 +92,7 @@ impl Core {
                     if stamp == Stamp::NONE {
                         stamp = self.tick();
                     }
-                    let idle = self.release_page(cache.holder(), pool, node.index(), stamp, true);
+                    let idle = self.release_page(cache, pool, node.index(), stamp, true);
                     self.refund(cache, pool, idle);
                 } else {
                     self.give_private(cache, pool, slot);
@@ -127,7 +121,7 @@ impl Core {
         }
         for pool in 0..cache.source_pools {
             if self.tree.windowed[pool] {
-                let idle = self.release_page(holder, pool, source.index(), stamp, false);
+                let idle = self.release_page(cache, pool, source.index(), stamp, false);
                 self.announce(pool, idle);
             }
         }
@@ -205,7 +199,7 @@ impl Core {
                         cache.purse[pool] += 1;
                     }
                     Some(node) if self.tree.windowed[pool] => {
-                        let idle = self.release_page(cache.holder(), pool, node.index(), stamp, false);
+                        let idle = self.release_page(cache, pool, node.index(), stamp, false);
                         self.refund(cache, pool, idle);
                     }
                     Some(_) => {}
@@ -301,9 +295,6 @@ impl Core {
             let live = cache.nodes.iter().zip(table).filter(|(_, &slot)| slot != 0);
             for node in live.map(|(node, _)| node).chain(&source) {
                 change(&self.tree.pages[pool].holders[node.index()]);
-                if self.pins(from) != self.pins(to) {
-                    self.tree.pin_page(pool, node.index(), self.pins(to));
-                }
             }
         }
     }

@@ -7,7 +7,8 @@ use crate::types::{CacheState, PageCopy, Retain};
 use crate::words::{Link, Page, Stamp, Tier};
 
 impl Core {
-    /// Pins the path to the device. `false`: a block is on the move; nothing is pinned then.
+    /// Pins the path, and the pages that are claimed in windowed pools, to their place. `false`: a block is on the move;
+    /// nothing is pinned then.
     pub(super) fn pin(&self, cache: &mut Cache) -> bool {
         if !self.tiered || cache.pinned {
             return true;
@@ -22,6 +23,7 @@ impl Core {
             }
         }
         cache.pinned = true;
+        self.pin_pages(cache);
         true
     }
 
@@ -30,9 +32,25 @@ impl Core {
         if !std::mem::take(&mut cache.pinned) {
             return;
         }
+        self.pin_pages(cache);
         let source = (!cache.source.is_nil()).then_some(cache.source);
         for node in cache.nodes.iter().chain(&source) {
             self.unpin_node(node.index());
+        }
+    }
+
+    /// Claims on pages count as those of an ACTIVE cache, or no longer.
+    fn pin_pages(&self, cache: &Cache) {
+        let source = (!cache.source.is_nil()).then_some(cache.source);
+        for pool in (0..self.pools.len()).filter(|&pool| self.tree.windowed[pool]) {
+            let live = cache.nodes.iter().zip(&cache.tables[pool]);
+            let live = live.filter(|(_, &slot)| slot != 0).map(|(node, _)| node);
+            for node in live.chain(source.iter().filter(|_| pool < cache.source_pools)) {
+                self.tree.pin_page(pool, node.index(), cache.pinned);
+                if !cache.pinned {
+                    self.keeper.report_page(pool, node.index(), false);
+                }
+            }
         }
     }
 
@@ -59,7 +77,6 @@ impl Core {
                         pages.used[index].raise(stamp.count);
                         pages.time[index].raise(stamp.time);
                     }
-                    self.keeper.report_page(pool, index, false);
                 }
             }
         }
@@ -89,7 +106,8 @@ impl Core {
                 let slot = cache.tables[pool][i];
                 if slot != 0 {
                     let windowed = self.tree.windowed[pool];
-                    self.tree.set_page(pool, index, slot, u64::from(windowed), 0);
+                    self.tree
+                        .set_page(pool, index, slot, u64::from(windowed), u64::from(windowed));
                     self.pools[pool].set_owner(slot, Owner::Node(index as u32));
                     if windowed {
                         self.tree.pages[pool].used[index].set(0);

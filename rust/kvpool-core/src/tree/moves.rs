@@ -73,7 +73,7 @@ impl Tree {
         let pins = &self.nodes[index].pins;
         pins.fetch_add(1, Ordering::SeqCst); // SeqCst: partner the CAS in `seize`: it sees the pin, or the load below sees it busy
         if State(self.nodes[index].state.load(Ordering::SeqCst)).is_busy() {
-            pins.fetch_sub(1, Ordering::SeqCst); // SeqCst: as above
+            pins.fetch_sub(1, Ordering::SeqCst); // SeqCst: partner the CAS in `seize`
             return false;
         } // SeqCst: partner the CAS in `seize`
         true
