@@ -82,7 +82,7 @@ def group() -> None:
     type=click.IntRange(min=0, max=MAX_BLOCKS),
     default=0,
     show_default=True,
-    help="Slots in host memory. Only 0 until the host tier is built.",
+    help="Slots in host memory, where evicted pages go; 0: no host tier.",
 )
 @click.option(
     "--policy",
@@ -134,7 +134,7 @@ def replay(
     Requests arrive at their timestamps in simulated time, several are active at once, and their answers are
     generated token by token; with --sequential they come one after the other. A simulated engine writes a
     recognisable pattern into every page that it computes, and each page is compared with it, byte for byte,
-    whenever it is reused. The result is a table of hit rates, evictions
+    whenever it is reused and after it came back from the host. The result is a table of hit rates, evictions
     and slots. Without TRACE a workload of conversations is generated from the seed (3,000 requests, or as
     many as --limit says).
 
@@ -145,18 +145,16 @@ def replay(
     \b
     Examples:
       kvpool replay
-      kvpool replay trace.jsonl --device-blocks 4000 --html plots.html
+      kvpool replay trace.jsonl --device-blocks 4000 --host-blocks 20000 --html plots.html
       kvpool replay trace.jsonl --sequential --json -
     """
     trace_format = _format(trace, trace_format)
-    if host_blocks:
-        raise click.UsageError(f"--host-blocks {host_blocks} is not available yet: there is no host tier; use 0")
     if html_path is not None and sequential:
         raise click.UsageError("--html: --sequential has no time to plot over; leave one of them out")
     if sequential and trace_format == "azure":
         raise click.UsageError("--sequential: an azure trace has no prefixes to match; leave it out")
     tokens_per_id = TOKENS_PER_ID if trace_format == "mooncake" else tokens_per_block
-    options = Options(tokens_per_block, device_blocks, policy, seed, tokens_per_id)
+    options = Options(tokens_per_block, device_blocks, policy, seed, tokens_per_id, host_blocks)
     requests = _requests(trace, trace_format, limit, options)
     for name, path in (("--json", json_path), ("--html", html_path)):
         _check_writable(name, path, trace)
@@ -258,12 +256,13 @@ def _check_memory(options: Options, page_bytes: int) -> None:
 
 def _bytes_needed(options: Options, page_bytes: int) -> int:
     """Bytes of pages and of the tree's tokens; the tree's nodes come on top."""
-    return options.device_blocks * (page_bytes + 4 * options.tokens_per_block)
+    return (options.device_blocks + options.host_blocks) * (page_bytes + 4 * options.tokens_per_block)
 
 
 def _too_big(options: Options, page_bytes: int) -> click.UsageError:
     return click.UsageError(
-        f"not enough memory: --device-blocks {options.device_blocks} of {options.tokens_per_block} tokens need "
+        f"not enough memory: --device-blocks {options.device_blocks} and --host-blocks "
+        f"{options.host_blocks} of {options.tokens_per_block} tokens need "
         f"{_bytes_needed(options, page_bytes):,} bytes"
     )
 

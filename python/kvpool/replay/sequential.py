@@ -30,21 +30,25 @@ PAGE_BYTES = 256  # small: a replay proves who owns a page, not how fast it is c
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How to run. `device_blocks`: slots of the device, exactly. `tokens_per_id`: of a hash id, in timed replay."""
+    """How to run. `device_blocks`, `host_blocks`: slots of the tiers, exactly (0: no host tier). `tokens_per_id`: of a hash
+    id, in timed replay.
+    """
 
     tokens_per_block: int = 512
     device_blocks: int = 10_000
     policy: Literal["lru", "slru"] = "lru"
     seed: int = 0
     tokens_per_id: int = 512
+    host_blocks: int = 0
 
 
 def make_manager(options: Options, page_bytes: int = PAGE_BYTES) -> KVCacheManager:
-    """A manager with one full-attention pool of just `device_blocks` slots (and its null page)."""
+    """A manager with one full-attention pool of just `device_blocks` slots (and its null page), and `host_blocks`."""
     config = CacheConfig(
         tokens_per_block=options.tokens_per_block,
         pools=(PoolConfig(POOL, page_bytes),),
         device_bytes=(options.device_blocks + 1) * page_bytes,
+        host_bytes=options.host_blocks * page_bytes,
         hash_seed=options.seed,
     )
     return KVCacheManager(config, device="cpu", policy=options.policy)

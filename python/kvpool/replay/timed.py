@@ -3,10 +3,11 @@
 Scheduling is plain, to exercise the manager (a real scheduler comes later). One step:
 
 1. generation first: one token for each request whose prompt is computed, oldest first. When memory runs out the
-   newest running request gives way: without a tier below suspending it would free nothing, so it is freed, waits as the
-   oldest and is computed again.
+   newest running request gives way: it is suspended; where that frees nothing (no tier below, or no room there) it is
+   freed, waits as the oldest and is computed again. In a step in which nobody gave way, suspended ones are resumed first,
+   oldest first.
 2. contexts in order, by chunks, within what is left of `MAX_TOKENS`: the running ones, then waiting ones. A waiting one
-   starts only if all its pages fit; in a step in which one was freed none starts.
+   starts only if all its pages fit; in a step in which one gave way, or while one is suspended, none starts.
 3. the simulated engine writes every page it computes, and the tokens are committed.
 
 A step takes `STEP_MS` of simulated time however much it does. Every word of a request is verified when it is reused and
@@ -120,18 +121,20 @@ class _Timed:
         self._start = self._now
         self._waiting: deque[_Job] = deque()
         self._running: list[_Job] = []  # the oldest first
+        self._suspended: list[_Job] = []  # the oldest first
+        self._gave_way = False
         self._number = 0
         self._step_us: list[float] = []
         self._stride = 1
 
     def done(self) -> bool:
         """Whether every request has ended."""
-        return not (self._arrivals or self._waiting or self._running)
+        return not (self._arrivals or self._waiting or self._running or self._suspended)
 
     # -- arrivals ---------------------------------------------------------------------------------
 
     def _arrive(self) -> None:
-        if not self._waiting and not self._running and self._arrivals:
+        if not self._waiting and not self._running and not self._suspended and self._arrivals:
             self._now = max(self._now, self._arrivals[0].timestamp_ms)
         while self._arrivals and self._arrivals[0].timestamp_ms <= self._now:
             self._enter(self._arrivals.popleft())
@@ -164,15 +167,21 @@ class _Timed:
     def step(self) -> None:
         """One pass of scheduling, and what it decided."""
         self._arrive()
-        if not self._waiting and not self._running:
+        if not self._waiting and not self._running and not self._suspended:
             return  # what has arrived was too long
         begun = time.perf_counter()
-        decoding, freed = self._generate()
+        if not self._gave_way:
+            self._resume()
+        decoding, self._gave_way = self._generate()
         work = [(job, 1) for job in decoding]
-        work += self._contexts(MAX_TOKENS - len(decoding), may_start=not freed)
+        work += self._contexts(MAX_TOKENS - len(decoding), may_start=not (self._gave_way or self._suspended))
         spent = time.perf_counter() - begun
+        if not work and self._gave_way:
+            return  # the last one that ran gave way: others are resumed
         if not work:
-            raise RuntimeError(f"nothing runs at {self._now} ms with {len(self._waiting)} waiting")
+            raise RuntimeError(
+                f"nothing runs at {self._now} ms with {len(self._waiting)} waiting, {len(self._suspended)} suspended"
+            )
         spent += self._execute(work)
         self._report.steps += 1
         self._step_us.append(spent * 1e6)
@@ -181,21 +190,46 @@ class _Timed:
             self._sample()
 
     def _generate(self) -> tuple[list[_Job], bool]:
-        """Room for one token of each request that has its context; those that have it, and whether one was freed."""
+        """Room for one token of each request that has its context; those that have it, and whether one gave way."""
         decoding = [job for job in self._running if job.generated and job.history >= job.target]
-        freed = False
+        gave_way = False
         while decoding:
             count = self._manager.allocate_generation(decoding)
             if count == len(decoding):
                 break
             self._preempt(self._running[-1])
-            freed = True
-            decoding = [job for job in decoding if job.cache is not None]
-        return decoding, freed
+            gave_way = True
+            decoding = [job for job in decoding if job in self._running]
+        return decoding, gave_way
+
+    def _resume(self) -> None:
+        """As many suspended requests as there is room for."""
+        while self._suspended:
+            job = self._suspended[0]
+            if self._manager.prepare_context(job):
+                self._suspended.pop(0)
+                self._running.append(job)
+                self._running.sort(key=lambda job: job.request_id)
+                self._verify(job)
+            elif not self._running and len(self._suspended) > 1:
+                self._free(self._suspended.pop())
+            else:
+                return
 
     def _preempt(self, job: _Job) -> None:
-        self._manager.free_requests([job])
         self._running.remove(job)
+        if self._options.host_blocks:
+            before = self._manager.available_tokens()
+            self._manager.suspend_requests([job])
+            if self._manager.available_tokens() > before:
+                self._suspended.append(job)
+                self._suspended.sort(key=lambda job: job.request_id)
+                self._report.suspended += 1
+                return
+        self._free(job)
+
+    def _free(self, job: _Job) -> None:
+        self._manager.free_requests([job])
         job.cache, job.lost = None, job.history
         self._waiting.appendleft(job)
         self._report.preempted += 1
@@ -317,7 +351,7 @@ class _Timed:
                 onboarded=stats.onboarded,
                 step_us=float(np.mean(self._step_us[-self._stride :])),
                 active=len(self._running),
-                suspended=0,
+                suspended=len(self._suspended),
                 waiting=len(self._waiting),
             )
         )
