@@ -110,7 +110,6 @@ def test_generated_workload_needs_no_trace(capsys: pytest.CaptureFixture[str]) -
         (["TRACE", "--html", "TRACE"], "overwrite"),
         (["TRACE", "--html", "/nowhere/at/all.html"], "cannot write"),
         (["TRACE", "--sequential", "--format", "generated"], "takes no TRACE"),
-        (["TRACE", "--sequential", "--host-blocks", "5"], "not available yet"),
         (["TRACE", "--sequential", "--html", "x.html"], "no time to plot"),
         (["TRACE", "--sequential", "--json", "TRACE"], "overwrite"),
         (["TRACE", "--sequential", "--json", "/nowhere/at/all.json"], "cannot write"),

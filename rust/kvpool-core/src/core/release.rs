@@ -31,7 +31,7 @@ impl Core {
         }
         let lowered = stale || page.is_stale();
         let idle = self.tree.release_page(pool, index, stale, cache.pinned);
-        if idle.is_some() {
+        if idle.is_some() || cache.pinned {
             self.keeper.report_page(pool, index, lowered);
         }
         idle

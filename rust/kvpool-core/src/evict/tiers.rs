@@ -86,6 +86,7 @@ impl Core {
     fn host_slot(&self, orders: &mut Orders, pool: usize, than: Option<Key>) -> Option<u32> {
         loop {
             if let Some(slot) = self.hosts[pool].take() {
+                self.hosts[pool].note_peak();
                 return Some(slot);
             }
             let before = |key: Key| than.is_none_or(|than| rank(key) < rank(than));
