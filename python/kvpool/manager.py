@@ -133,9 +133,7 @@ class KVCacheManager(Batches, Closing):
             max_blocks = max(*map(sum, zip(slots, host, strict=True)), 2 * longest, 1)
         self._core = _core.Core(
             tokens_per_block=config.tokens_per_block,
-            pools=[
-                (p.name, n, m, p.window, p.sink_tokens) for p, n, m in zip(config.pools, slots, host, strict=True)
-            ],
+            pools=[(p.name, n, m, p.window, p.sink_tokens) for p, n, m in zip(config.pools, slots, host, strict=True)],
             max_blocks=max_blocks,
             max_seq_len=config.max_seq_len,
             partial_reuse=config.partial_reuse,

@@ -9,6 +9,7 @@ use crate::inbox::{Inbox, IDLE};
 use crate::pool::SlotPool;
 use crate::stack::Stack;
 use crate::sync::{plant, AtomicU32, Ordering, Weak};
+use crate::words::Tier;
 use loom::sync::Arc;
 use loom::thread;
 use std::panic::{catch_unwind, AssertUnwindSafe};

@@ -5,7 +5,7 @@ use crate::models::{fails, holds};
 use crate::sync::Weak;
 use crate::tree::Root;
 use crate::types::{CoreConfig, PolicyKind, PoolSpec};
-use crate::words::Link;
+use crate::words::{Link, Tier};
 use loom::sync::Arc;
 use loom::thread;
 
@@ -95,9 +95,9 @@ fn promise_in_two_pools() {
     let core = core(&[2, 1], 1);
     let other = {
         let core = core.clone();
-        thread::spawn(move || core.reserve_nodes(1))
+        thread::spawn(move || core.reserve_nodes(Tier::Device, 1))
     };
-    let ours = core.reserve_nodes(1);
+    let ours = core.reserve_nodes(Tier::Device, 1);
     let theirs = other.join().unwrap();
     assert!(ours || theirs, "one of them fits");
     let promised = u32::from(ours) + u32::from(theirs);
