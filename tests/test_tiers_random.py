@@ -1,5 +1,5 @@
-"""Random caches on two tiers: every position that a cache reuses has the word that was written there, `check()` holds after
-every call, a refused call changes nothing, and in the end every slot of both tiers is free."""
+"""Random caches on two tiers: every position that a cache reuses has the word that was written there, `check()` holds
+after every call, a refused call changes nothing, and in the end every slot of both tiers is free."""
 
 from __future__ import annotations
 

@@ -68,9 +68,9 @@ class Stats:
 class Event:
     """A page of a block entered the tree, changed its tier, or left.
 
-    number: from 1, without gaps unless events were lost. kind: "stored", "moved" or "removed". key, parent: 64-bit keys of the
-    block and of the one before it (None: it is the first, or the event is no "stored"); `block_keys` tells those of a
-    prompt. tier: where the page is now, of a removed one where it was.
+    number: from 1, without gaps unless events were lost. kind: "stored", "moved" or "removed". key, parent: 64-bit keys
+    of the block and of the one before it (None: it is the first, or the event is no "stored"); `block_keys` tells those
+    of a prompt. tier: where the page is now, of a removed one where it was.
     """
 
     number: int

@@ -30,8 +30,8 @@ PAGE_BYTES = 256  # small: a replay proves who owns a page, not how fast it is c
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How to run. `device_blocks`, `host_blocks`: slots of the tiers, exactly (0: no host tier). `tokens_per_id`: of a hash
-    id, in timed replay.
+    """How to run. `device_blocks`, `host_blocks`: slots of the tiers, exactly (0: no host tier). `tokens_per_id`: of a
+    hash id, in timed replay.
     """
 
     tokens_per_block: int = 512

@@ -4,8 +4,8 @@ Scheduling is plain, to exercise the manager (a real scheduler comes later). One
 
 1. generation first: one token for each request whose prompt is computed, oldest first. When memory runs out the
    newest running request gives way: it is suspended; where that frees nothing (no tier below, or no room there) it is
-   freed, waits as the oldest and is computed again. In a step in which nobody gave way, suspended ones are resumed first,
-   oldest first.
+   freed, waits as the oldest and is computed again. In a step in which nobody gave way, suspended ones are resumed
+   first, oldest first.
 2. contexts in order, by chunks, within what is left of `MAX_TOKENS`: the running ones, then waiting ones. A waiting one
    starts only if all its pages fit; in a step in which one gave way, or while one is suspended, none starts.
 3. the simulated engine writes every page it computes, and the tokens are committed.
