@@ -181,7 +181,11 @@ impl Core {
             first_full: windowed.iter().position(|w| !w),
             keeper: Keeper::new(nodes, tiered, &windowed, config.policy),
             pools: config.pools.iter().map(|p| SlotPool::new(p.num_slots)).collect(),
-            hosts: config.pools.iter().map(|p| SlotPool::new(p.host_slots)).collect(),
+            hosts: config
+                .pools
+                .iter()
+                .map(|p| SlotPool::lending(p.host_slots))
+                .collect(),
             tree: Tree::new(
                 config.tokens_per_block as usize,
                 config.max_blocks,

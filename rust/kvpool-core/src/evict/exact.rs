@@ -286,12 +286,13 @@ impl Core {
                 orders.aside.push((now, node));
                 continue;
             }
-            self.drop_below(index);
+            self.drop_below(orders, index);
             if let Some(dead) = self.tree.kill(index) {
                 orders.policy.removed(self.tree.nodes[dead.index()].key.get());
                 gone = Some(self.bury(dead, keep));
                 break;
             }
+            orders.aside.push((now, node)); // claimed meanwhile: it may move down yet
         }
         self.put_back(orders, |orders| &mut orders.leaves[0]);
         gone
@@ -335,6 +336,7 @@ impl Core {
                 gone = Some(page.slot());
                 break;
             }
+            orders.aside.push((now, node)); // claimed meanwhile: it may move down yet
         }
         self.put_back(orders, |orders| &mut orders.pages[0][pool]);
         gone

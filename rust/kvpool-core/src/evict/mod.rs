@@ -35,6 +35,9 @@ enum Which {
     Claimed,
 }
 
+/// A page on its way: pool, device slot, host slot.
+type Way = (usize, u32, u32);
+
 /// What only the thread inside may touch.
 #[derive(Debug)]
 struct Orders {
@@ -44,6 +47,12 @@ struct Orders {
     pages: [Vec<Order>; 2],
     /// Entries that could not go, to be put back.
     aside: Vec<(Key, Link)>,
+    /// Descendants that are still to be looked at.
+    below: Vec<Link>,
+    /// Pages of full-attention pools of the block that moves.
+    ways: Vec<Way>,
+    /// Its pages of windowed pools that go along.
+    pages_along: Vec<Way>,
     policy: Box<dyn Policy>,
     /// (expiry, node); those that do not hold any more are skipped.
     expiries: BinaryHeap<Reverse<(u64, Link)>>,
@@ -84,7 +93,10 @@ impl Keeper {
                         .map(|&windowed| Order::new(if windowed { far as usize } else { 0 }))
                         .collect(),
                 ],
-                aside: Vec::new(),
+                aside: Vec::with_capacity(nodes as usize),
+                below: Vec::with_capacity(far as usize),
+                ways: Vec::with_capacity(windowed.len()),
+                pages_along: Vec::with_capacity(windowed.len()),
                 policy,
                 expiries: BinaryHeap::with_capacity(2 * nodes as usize + 64),
                 epoch: 0,
@@ -138,21 +150,29 @@ impl Core {
 
     /// Makes the next leaf in order leave the device, or any if another thread is inside; keeps the slot of one pool for
     /// the caller, who has a promise there. Returns that slot.
-    fn evict_leaf(&self, keep: Option<usize>) -> Option<u32> {
+    fn evict_leaf(&self, keep: Option<usize>, which: Which) -> Option<u32> {
         let covered = self.cover(keep);
-        let slot = self.leave_device(keep);
+        let slot = self.leave_device(keep, which);
         self.uncover(covered);
         slot
     }
 
-    fn leave_device(&self, keep: Option<usize>) -> Option<u32> {
+    fn leave_device(&self, keep: Option<usize>, which: Which) -> Option<u32> {
         if let Some(mut orders) = self.keeper.orders.enter() {
-            if let Some((slot, pages)) = self.next_leaf(&mut orders, keep, Which::Any) {
+            if let Some((slot, pages)) = self.next_leaf(&mut orders, keep, which) {
                 self.counters.evicted.add(pages);
                 return Some(slot);
             }
         }
-        let dead = self.scan().find_map(|index| self.tree.kill(index))?;
+        if which == Which::Claimed {
+            return None;
+        }
+        // A leaf of the host only where no leaf is on the device: it may cover blocks that are.
+        let near = self
+            .scan()
+            .filter(|&index| self.tree.state(index).tier() == Tier::Device);
+        let dead = { near }.find_map(|index| self.tree.kill(index));
+        let dead = dead.or_else(|| self.scan().find_map(|index| self.tree.kill(index)))?;
         let (slot, pages) = self.bury(dead, keep);
         self.counters.evicted.add(pages);
         Some(slot)
@@ -190,10 +210,12 @@ impl Core {
             let covered = self.tree.windowed[pool] && self.pools[pool].reserve(1);
             if let Some(page) = self.tree.strip(pool, dead) {
                 if self.tree.is_block(dead.index()) {
-                    self.note_removed(pool, page);
+                    let key = self.tree.nodes[dead.index()].key.get();
+                    self.events.push(EventKind::Removed, page.tier(), pool, key, None);
                 }
                 let slot = page.slot();
                 match page.tier() {
+                    _ if page.is_busy() => {} // its mover gives it back
                     Tier::Host => {
                         far += 1;
                         self.hosts[pool].give(slot);
@@ -230,12 +252,17 @@ impl Core {
         }
     }
 
-    /// A private block whose cache is closed. One that is on the move is buried by the mover.
+    /// A private block whose cache is closed, and those above it that have no other below. One that is on the move is
+    /// buried by the mover.
     pub(crate) fn bury_parked(&self, node: Link) {
-        if self.tree.is_live(node) {
-            if let Some(dead) = self.tree.kill(node.index()) {
-                self.bury(dead, None);
-            }
+        let mut at = node;
+        while !at.is_nil() && !self.tree.is_block(at.index()) && self.tree.is_live(at) {
+            let parent = self.tree.parent(at.index());
+            let Some(dead) = self.tree.kill(at.index()) else {
+                return;
+            };
+            self.bury(dead, None);
+            at = parent;
         }
     }
 
@@ -289,19 +316,22 @@ impl Core {
                 }
             }
         }
-        for _ in 0..ROUNDS {
+        let mut round = 0;
+        while round < ROUNDS {
             if let Some(slot) = self.pools[pool].take() {
                 return Some(slot);
             }
+            round += 1;
             if self.tree.windowed[pool] {
                 if let Some(slot) = self.evict_page(pool) {
                     self.counters.evicted.add(1);
                     return Some(slot);
                 }
-            } else if let Some(slot) = self.evict_leaf(Some(pool)) {
+            } else if let Some(slot) = self.evict_leaf(Some(pool), Which::Any) {
                 if slot != 0 {
                     return Some(slot);
                 }
+                round = 0; // a leaf of the host went that covered blocks of the device
             }
         }
         None
@@ -330,7 +360,15 @@ impl Core {
     /// Up to `blocks` leaves in order leave the device. Returns how many did; fewer if the rest is promised to an operation that runs meanwhile.
     pub fn evict(&self, blocks: u64) -> u64 {
         let mut done = 0;
-        while done < blocks && !self.is_all_promised() && self.evict_leaf(None).is_some() {
+        while done < blocks {
+            let which = match (self.is_all_promised(), self.tiered) {
+                (false, _) => Which::Any,
+                (true, true) => Which::Claimed, // nobody was promised those
+                (true, false) => break,
+            };
+            if self.evict_leaf(None, which).is_none() {
+                break;
+            }
             done += 1;
         }
         done
@@ -338,7 +376,7 @@ impl Core {
 
     /// Drops all that is unclaimed, and not promised to an operation that runs meanwhile.
     pub fn clear(&self) {
-        while !self.is_all_promised() && self.drop_leaf() {}
+        while (self.tiered || !self.is_all_promised()) && self.drop_leaf() {}
         for tier in [Tier::Device, Tier::Host] {
             for pool in (0..self.pools.len()).filter(|&pool| self.tree.windowed[pool]) {
                 self.clear_pages(tier, pool);
@@ -372,7 +410,7 @@ impl Core {
     }
 
     fn is_all_promised(&self) -> bool {
-        self.first_full.is_some_and(|pool| self.is_promised_away(pool)) && !self.tiered
+        self.first_full.is_some_and(|pool| self.is_promised_away(pool))
     }
 
     /// Drops an unclaimed leaf, whatever its tier.

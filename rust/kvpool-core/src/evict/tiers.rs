@@ -1,49 +1,44 @@
 //! Down to the host: run only by the one thread that is inside. docs/TIERS.md has the rules.
 
 use super::order::Key;
-use super::{Orders, Which};
+use super::{Orders, Way, Which};
 use crate::core::Core;
 use crate::pool::Owner;
 use crate::tree::Dead;
 use crate::words::{Link, Tier};
 
-/// A page on its way: pool, device slot, host slot.
-type Way = (usize, u32, u32);
-
 impl Core {
     // -- what merits the host ---------------------------------------------------------------
 
     /// The highest priority of a node and its descendants.
-    fn worth(&self, index: usize) -> i16 {
+    fn worth(&self, orders: &mut Orders, index: usize) -> i16 {
         let mut worth = self.rank(index);
-        let mut below = vec![self.tree.at(index)];
-        while let Some(node) = below.pop() {
-            self.tree.each_child(node, |child| {
-                worth = worth.max(self.rank(child.index()));
-                below.push(child);
-            });
+        orders.below.clear();
+        self.tree.children_of(self.tree.at(index), &mut orders.below);
+        while let Some(node) = orders.below.pop() {
+            worth = worth.max(self.rank(node.index()));
+            self.tree.children_of(node, &mut orders.below);
         }
         worth
     }
 
     /// Drops all descendants of an unclaimed node.
-    pub(super) fn drop_below(&self, index: usize) {
+    pub(super) fn drop_below(&self, orders: &mut Orders, index: usize) {
         if !self.tiered {
             return;
         }
-        let mut path = vec![self.tree.at(index)];
-        while let Some(&node) = path.last() {
-            let mut child = None;
-            self.tree.each_child(node, |link| child = Some(link));
-            match child {
-                Some(child) => path.push(child),
-                None if path.len() == 1 => return,
+        orders.below.clear();
+        orders.below.push(self.tree.at(index));
+        while let Some(&node) = orders.below.last() {
+            match self.tree.any_child(node) {
+                Some(child) => orders.below.push(child),
+                None if orders.below.len() == 1 => return,
                 None => {
                     let Some(dead) = self.tree.kill(node.index()) else {
                         return; // somebody has it: then the node itself cannot be killed either
                     };
                     self.bury(dead, None);
-                    path.pop();
+                    orders.below.pop();
                 }
             }
         }
@@ -173,18 +168,25 @@ impl Core {
     ) -> Option<(u32, u64)> {
         self.first_full?;
         let state = self.tree.seize(index)?;
+        if state.tier() == Tier::Host {
+            self.tree.settle(index, Tier::Host); // by another way meanwhile
+            return None;
+        }
         let claimed = state.refs() > 0;
-        let worth = if claimed { 0 } else { self.worth(index) };
-        let merits = claimed || worth >= i16::from(self.config.offload_min_priority);
+        let worth = if claimed { 0 } else { self.worth(orders, index) };
         let than = |key: Key| {
             (!claimed).then_some(Key {
                 priority: worth,
                 ..key
             })
         };
-        let mut ways: Vec<Way> = Vec::with_capacity(self.pools.len());
-        let mut pages: Vec<Way> = Vec::new();
-        let mut whole = merits && self.tree.pins(index) == 0 && state.tier() == Tier::Device;
+        let (mut ways, mut pages) = (
+            std::mem::take(&mut orders.ways),
+            std::mem::take(&mut orders.pages_along),
+        );
+        ways.clear();
+        pages.clear();
+        let mut whole = claimed || worth >= i16::from(self.config.offload_min_priority);
         for pool in 0..self.pools.len() {
             if !whole {
                 break;
@@ -203,8 +205,7 @@ impl Core {
                 match self.host_room(orders, pool, than) {
                     Some(slot) => pages.push((pool, page.slot(), slot)),
                     None => {
-                        self.tree
-                            .settle_page(pool, index, page.slot(), Tier::Device, page.slot());
+                        self.page_stays(orders, pool, index, page.slot());
                         whole = page.claims() == 0;
                     }
                 }
@@ -212,16 +213,36 @@ impl Core {
         }
         let all = ways.iter().chain(&pages);
         whole = whole && { all }.all(|&(pool, from, to)| self.mover.offload(pool, from, to));
-        if !whole {
+        let gone = if whole {
+            Some(self.went_down(orders, index, &ways, &pages, keep))
+        } else {
             for &(pool, from, to) in &pages {
-                self.tree.settle_page(pool, index, from, Tier::Device, from);
+                self.page_stays(orders, pool, index, from);
                 self.give_host(pool, to);
             }
             ways.iter().for_each(|&(pool, _, to)| self.give_host(pool, to));
-            self.tree.settle(index, state.tier());
-            return None;
+            self.tree.settle(index, Tier::Device);
+            self.bury_left(index);
+            None
+        };
+        (orders.ways, orders.pages_along) = (ways, pages);
+        gone
+    }
+
+    /// A busy page of a windowed pool stays on the device, or its slot is free if it was taken away meanwhile.
+    fn page_stays(&self, orders: &mut Orders, pool: usize, index: usize, from: u32) {
+        let page = self.tree.settle_page(pool, index, from, Tier::Device, from);
+        if page.is_none() {
+            self.pools[pool].give(from);
         }
-        Some(self.went_down(orders, index, &ways, &pages, keep))
+        self.queue_page(orders, pool, index, false); // a report may have come while it was busy
+    }
+
+    /// A private block whose cache was closed while it was busy.
+    fn bury_left(&self, index: usize) {
+        if !self.tree.is_block(index) && self.tree.state(index).refs() == 0 {
+            self.bury_parked(self.tree.at(index));
+        }
     }
 
     /// The copies of a busy block are made.
@@ -261,11 +282,7 @@ impl Core {
             self.queue_leaf(orders, parent.index(), false);
         }
         self.queue_leaf(orders, index, false);
-        if !claimed && !self.tree.is_block(index) {
-            if let Some(dead) = self.tree.kill(index) {
-                self.bury(dead, None); // its cache was closed meanwhile
-            }
-        }
+        self.bury_left(index);
         (kept, gone)
     }
 
@@ -294,25 +311,25 @@ impl Core {
     }
 
     /// The copy of a busy page of a windowed pool is made. The device slot is the caller's. Returns `false` if the page
-    /// was taken away or claimed meanwhile.
+    /// was taken away meanwhile.
     fn page_went_down(&self, orders: &mut Orders, pool: usize, index: usize, from: u32, to: u32) -> bool {
         self.arrive(pool, index, from, to);
-        match self.tree.settle_page(pool, index, from, Tier::Host, to) {
-            Some(page) if page.tier() == Tier::Host => {
-                let tier = if page.claims() > 0 {
-                    Tier::Device
-                } else {
-                    Tier::Host
-                };
-                self.slots(tier)[pool].unreserve(1);
-                self.queue_page(orders, pool, index, false);
-                true
+        let Some(page) = self.tree.settle_page(pool, index, from, Tier::Host, to) else {
+            self.give_host(pool, to);
+            if self.tree.is_block(index) && self.tree.page(pool, index).slot() != 0 {
+                let key = self.tree.nodes[index].key.get();
+                self.note_moved(pool, key, Tier::Device); // as who replaced it has said
             }
-            _ => {
-                self.give_host(pool, to);
-                false
-            }
-        }
+            return false;
+        };
+        let tier = if page.claims() > 0 {
+            Tier::Device
+        } else {
+            Tier::Host
+        };
+        self.slots(tier)[pool].unreserve(1);
+        self.queue_page(orders, pool, index, false);
+        true
     }
 
     /// Moves a page of a windowed pool down alone. Returns its former slot. `None`: it stays, or does not merit the host.
@@ -320,7 +337,7 @@ impl Core {
         let page = self.tree.seize_page(pool, index)?;
         let from = page.slot();
         let claimed = page.claims() > 0;
-        let worth = if claimed { 0 } else { self.worth(index) };
+        let worth = if claimed { 0 } else { self.worth(orders, index) };
         let mut room = None;
         if claimed || worth >= i16::from(self.config.offload_min_priority) {
             let key = self.page_key(pool, index);
@@ -332,15 +349,13 @@ impl Core {
         }
         if let Some(to) = room {
             if self.mover.offload(pool, from, to) {
-                if self.page_went_down(orders, pool, index, from, to) {
-                    self.counters.offloaded.add(1);
-                    return Some(from);
-                }
-                return None;
+                let moved = self.page_went_down(orders, pool, index, from, to);
+                self.counters.offloaded.add(u64::from(moved));
+                return Some(from);
             }
             self.give_host(pool, to);
         }
-        self.tree.settle_page(pool, index, from, Tier::Device, from);
+        self.page_stays(orders, pool, index, from);
         None
     }
 

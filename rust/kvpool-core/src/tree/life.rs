@@ -234,13 +234,13 @@ impl Tree {
             .ok()?;
         // At once, so that a thread that is stopped further on does not keep the parent from being evicted.
         let parent = self.parent(index);
+        if now.tier() == Tier::Device {
+            self.go_far(parent);
+        }
         if !parent.is_nil() {
             self.nodes[parent.index()]
                 .children
                 .fetch_sub(1, Ordering::Relaxed); // Relaxed: nothing of the parent is read or written after it
-        }
-        if now.tier() == Tier::Device {
-            self.go_far(parent);
         }
         Some(Dead(index as u32))
     }
@@ -333,12 +333,12 @@ impl Tree {
         Some(now)
     }
 
-    /// Takes the page of a dead node, if it has one. One that is busy stays its mover's.
+    /// Takes the page of a dead node, if it has one. The slot of one that is busy stays its mover's.
     pub fn strip(&self, pool: usize, dead: &Dead) -> Option<Page> {
         let word = &self.pages[pool].word[dead.index()];
         let page = Page(word.swap(Page::NONE.0, Ordering::AcqRel)); // AcqRel: partner the CAS in `change_page` of who takes the page alone
         debug_assert_eq!(page.claims(), 0, "a claimed page of a dead node");
-        (page.slot() != 0 && !page.is_busy()).then_some(page)
+        (page.slot() != 0).then_some(page)
     }
 
     pub(super) fn change_page(&self, pool: usize, index: usize, from: Page, to: Page) -> bool {
