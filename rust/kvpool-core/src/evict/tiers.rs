@@ -205,7 +205,8 @@ impl Core {
                 match self.host_room(orders, pool, than) {
                     Some(slot) => pages.push((pool, page.slot(), slot)),
                     None => {
-                        self.page_stays(orders, pool, index, page.slot());
+                        self.page_stays(pool, index, page.slot());
+                        self.queue_page(orders, pool, index, false); // a report may have come while it was busy
                         whole = page.claims() == 0;
                     }
                 }
@@ -217,7 +218,8 @@ impl Core {
             Some(self.went_down(orders, index, &ways, &pages, keep))
         } else {
             for &(pool, from, to) in &pages {
-                self.page_stays(orders, pool, index, from);
+                self.page_stays(pool, index, from);
+                self.queue_page(orders, pool, index, false);
                 self.give_host(pool, to);
             }
             ways.iter().for_each(|&(pool, _, to)| self.give_host(pool, to));
@@ -230,12 +232,11 @@ impl Core {
     }
 
     /// A busy page of a windowed pool stays on the device, or its slot is free if it was taken away meanwhile.
-    fn page_stays(&self, orders: &mut Orders, pool: usize, index: usize, from: u32) {
+    fn page_stays(&self, pool: usize, index: usize, from: u32) {
         let page = self.tree.settle_page(pool, index, from, Tier::Device, from);
         if page.is_none() {
             self.pools[pool].give(from);
         }
-        self.queue_page(orders, pool, index, false); // a report may have come while it was busy
     }
 
     /// A private block whose cache was closed while it was busy.
@@ -355,8 +356,8 @@ impl Core {
             }
             self.give_host(pool, to);
         }
-        self.page_stays(orders, pool, index, from);
-        None
+        self.page_stays(pool, index, from);
+        None // not in the order: the caller has taken it out
     }
 
     // -- room for a need ----------------------------------------------------------------------
