@@ -4,6 +4,7 @@ use super::order::{Key, Order};
 use super::{Orders, Which};
 use crate::core::Core;
 use crate::inbox::{LOWERED, ROSE};
+use crate::tree::Dead;
 use crate::words::{Stamp, Tier};
 use std::cmp::Reverse;
 
@@ -288,7 +289,7 @@ impl Core {
             }
             self.drop_below(orders, index);
             if let Some(dead) = self.tree.kill(index) {
-                orders.policy.removed(self.tree.nodes[dead.index()].key.get());
+                self.note_gone(orders, &dead);
                 gone = Some(self.bury(dead, keep));
                 break;
             }
@@ -296,6 +297,13 @@ impl Core {
         }
         self.put_back(orders, |orders| &mut orders.leaves[0]);
         gone
+    }
+
+    /// A block has left the tree: the policy may remember it.
+    pub(super) fn note_gone(&self, orders: &mut Orders, dead: &Dead) {
+        if self.tree.is_block(dead.index()) {
+            orders.policy.removed(self.tree.nodes[dead.index()].key.get());
+        }
     }
 
     /// What could not go is in its order again.

@@ -269,7 +269,9 @@ impl Core {
     /// Takes an unclaimed page of a windowed pool alone.
     fn take_idle_page(&self, pool: usize, index: usize) -> Option<Page> {
         let page = self.tree.take_page(pool, index)?;
-        self.note_removed(pool, page);
+        if self.tree.is_block(index) {
+            self.note_removed(pool, page);
+        }
         self.counters.dropped.add(1);
         Some(page)
     }

@@ -60,7 +60,11 @@ impl Core {
                     continue;
                 }
                 if let Some(dead) = self.tree.kill(index) {
-                    orders.policy.removed(self.tree.nodes[index].key.get());
+                    if !self.tree.is_block(index) {
+                        self.bury(dead, None); // a private one whose cache is being closed
+                        continue;
+                    }
+                    self.note_gone(orders, &dead);
                     taken = Some(dead);
                     break;
                 }
@@ -102,7 +106,7 @@ impl Core {
                     return None;
                 }
                 if let Some(dead) = self.tree.kill(node.index()) {
-                    orders.policy.removed(self.tree.nodes[dead.index()].key.get());
+                    self.note_gone(orders, &dead);
                     self.bury(dead, None);
                     self.catch_up(orders); // its parent may be a leaf of the host now
                 }
