@@ -15,6 +15,8 @@ mod models;
 mod paths;
 mod provide;
 mod release;
+#[cfg(all(test, kvpool_loom))]
+mod tier_models;
 mod tiers;
 
 pub use batch::Claim;

@@ -4,6 +4,7 @@ use super::order::Key;
 use super::{Orders, Way, Which};
 use crate::core::Core;
 use crate::pool::Owner;
+use crate::sync::{weak, Weak};
 use crate::tree::Dead;
 use crate::words::{Link, Tier};
 
@@ -264,7 +265,9 @@ impl Core {
             self.arrive(pool, index, from, to);
             self.tree.place_page(pool, index, Tier::Host, to);
         }
-        let claimed = self.tree.settle(index, Tier::Host).refs() > 0;
+        let before = self.tree.state(index);
+        let after = self.tree.settle(index, Tier::Host);
+        let claimed = if weak(Weak::SettleUnits) { before } else { after }.refs() > 0;
         for &(pool, from, _) in ways {
             // Claimed: the unit goes from here to there. Unclaimed: both tiers have it as available already.
             let tier = if claimed { Tier::Device } else { Tier::Host };

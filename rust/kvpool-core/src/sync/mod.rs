@@ -172,6 +172,10 @@ pub enum Weak {
     ClaimFar,
     /// A private block is pinned after it can be seen.
     ParkUnpinned,
+    /// A node on the move is killed.
+    KillBusy,
+    /// The units of a move follow the claims that there were at its beginning.
+    SettleUnits,
     /// Who reads a host slot does not look again whether the page is still there.
     LendOnce,
 }

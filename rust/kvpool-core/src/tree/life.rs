@@ -214,8 +214,9 @@ impl Tree {
     /// Takes an unclaimed node without children. Its pages are still on it; the caller strips them and
     /// calls [`Tree::bury`]. Lock-free, without a loop; linearized at the CAS.
     pub fn kill(&self, index: usize) -> Option<Dead> {
+        let busy = |now: State| now.is_busy() && !weak(Weak::KillBusy);
         let now = self.state(index);
-        if !now.is_live() || now.is_busy() || now.refs() > 0 || self.children(index) > 0 {
+        if !now.is_live() || busy(now) || now.refs() > 0 || self.children(index) > 0 {
             return None;
         }
         let now = if weak(Weak::KillChildren) {
@@ -223,7 +224,7 @@ impl Tree {
         } else {
             now
         };
-        if !now.is_live() || now.is_busy() || now.refs() > 0 {
+        if !now.is_live() || busy(now) || now.refs() > 0 {
             return None;
         }
         let n = &self.nodes[index];

@@ -14,6 +14,8 @@ mod life;
 mod lookup;
 #[cfg(all(test, kvpool_loom))]
 mod models;
+#[cfg(all(test, kvpool_loom))]
+mod move_models;
 mod moves;
 
 pub use life::{Claimed, Dead};

@@ -335,10 +335,14 @@ impl Tree {
                 .fetch_add(1, Ordering::Relaxed); // Relaxed: the parent is claimed, as in `publish`
         }
         self.come_near(parent);
-        if !weak(Weak::ParkUnpinned) {
+        let late = weak(Weak::ParkUnpinned);
+        if !late {
             self.pin_first(&dead);
         }
         n.state.store(self.state(index).born().0, Ordering::Release); // Release: partner the loads in `state`
+        if late {
+            self.pin(index);
+        }
         Link::new(born, dead.0)
     }
 
