@@ -219,7 +219,6 @@ fn others_go_on_while_a_thread_is_stopped_in_the_middle_of_a_move() {
     let mut joined = create(&core, &long);
     assert_eq!(core.info(&joined).unwrap().reused, 21);
     core.close(&mut joined).unwrap();
-    serve(&core, &[200, 201], None);
     // All the rest of the device: the leaves of the host that cover its blocks go, however many there are.
     let most: Vec<i32> = (300..323).collect();
     let mut cache = create(&core, &most);

@@ -231,13 +231,13 @@ impl Core {
         if !self.tiered {
             return;
         }
-        let onboards = std::mem::take(&mut cache.onboards);
         for (i, &node) in cache.nodes.iter().enumerate() {
-            let mine = || onboards.iter().filter(move |&&(_, block, _)| block as usize == i);
+            let mine = || { cache.onboards.iter() }.filter(move |&&(_, block, _)| block as usize == i);
             if mine().next().is_some() {
                 self.land_block(node, mine().map(|&(pool, _, dst)| (pool as usize, dst)));
             }
         }
+        cache.onboards.clear();
         self.unpark(cache);
         for pool in 0..self.pools.len() {
             for i in 0..cache.nodes.len() {
@@ -276,7 +276,7 @@ impl Core {
 
     /// The copies to the device are not made: their slots are given back.
     pub(super) fn stay_down(&self, cache: &mut Cache) {
-        for (pool, _, dst) in std::mem::take(&mut cache.onboards) {
+        for (pool, _, dst) in cache.onboards.drain(..) {
             self.pools[pool as usize].give(dst);
             cache.purse[pool as usize] += 1;
         }
