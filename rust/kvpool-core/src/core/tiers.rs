@@ -66,7 +66,7 @@ impl Core {
     }
 
     pub(super) fn unpin_node(&self, index: usize) {
-        if self.tree.unpin(index) && self.tree.near(index) == 0 {
+        if self.tree.unpin(index) && self.tree.near_now(index) == 0 {
             self.keeper.report_leaf(index, false);
         }
     }

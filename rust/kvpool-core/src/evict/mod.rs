@@ -181,8 +181,12 @@ impl Core {
     /// Strips a killed node, keeping a slot for the caller, and gives it back. Returns that slot and the pages that left
     /// the device.
     fn bury(&self, dead: Dead, keep: Option<usize>) -> (u32, u64) {
+        let (index, parent) = (dead.index(), self.tree.parent(dead.index()));
         let gone = self.strip(&dead, keep);
         self.tree.recycle(dead);
+        if !self.tree.is_block(index) {
+            self.bury_parked(parent); // its cache's thread found it still with a child
+        }
         gone
     }
 
@@ -258,10 +262,12 @@ impl Core {
         let mut at = node;
         while !at.is_nil() && !self.tree.is_block(at.index()) && self.tree.is_live(at) {
             let parent = self.tree.parent(at.index());
+            self.tree.see_children(at.index());
             let Some(dead) = self.tree.kill(at.index()) else {
                 return;
             };
-            self.bury(dead, None);
+            self.strip(&dead, None);
+            self.tree.recycle(dead);
             at = parent;
         }
     }

@@ -176,6 +176,8 @@ pub enum Weak {
     KillBusy,
     /// The units of a move follow the claims that there were at its beginning.
     SettleUnits,
+    /// Who closes a cache looks at the children of its private blocks as they were a moment ago.
+    ChildrenStale,
     /// Who reads a host slot does not look again whether the page is still there.
     LendOnce,
 }

@@ -239,11 +239,16 @@ impl Tree {
             self.go_far(parent);
         }
         if !parent.is_nil() {
-            self.nodes[parent.index()]
-                .children
-                .fetch_sub(1, Ordering::Relaxed); // Relaxed: nothing of the parent is read or written after it
+            self.nodes[parent.index()].children.fetch_sub(1, Ordering::AcqRel); // AcqRel: partner the RMW in `see_children`: of who kills the last child and who releases the parent, one sees both
         }
         Some(Dead(index as u32))
+    }
+
+    /// What `kill` sees of the children from here on is not older than what the caller did to the node before.
+    pub fn see_children(&self, index: usize) {
+        if !weak(Weak::ChildrenStale) {
+            self.nodes[index].children.fetch_add(0, Ordering::AcqRel); // AcqRel: partner the fetch_sub in `kill`
+        }
     }
 
     /// Takes a killed node out of the tables. Returns its former parent, which may be gone by now.

@@ -28,7 +28,7 @@ impl Tree {
     pub(super) fn go_far(&self, parent: Link) {
         if self.by_parent.is_some() && !parent.is_nil() {
             let near = &self.nodes[parent.index()].near;
-            near.fetch_sub(1, Ordering::Relaxed); // Relaxed: too many are no harm, see `Tree::seize`
+            near.fetch_sub(1, Ordering::AcqRel); // AcqRel: partner the RMW in `near_now`
         }
     }
 
@@ -85,6 +85,12 @@ impl Tree {
                 return found;
             }
         }
+    }
+
+    /// Nodes below that are on the device, not older than what the caller did to the node before: of who unpins it and who
+    /// takes the last child off the device, one sees both.
+    pub fn near_now(&self, index: usize) -> u32 {
+        self.nodes[index].near.fetch_add(0, Ordering::AcqRel) // AcqRel: partner the fetch_sub in `go_far`
     }
 
     // -- pins -------------------------------------------------------------------------------
