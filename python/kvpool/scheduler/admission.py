@@ -28,8 +28,8 @@ def check_request(request: Request, config: SchedulerConfig, memory: Memory) -> 
     for side in memory.sides:
         if draft > side.config.draft_tokens:
             raise ConfigError(
-                f"draft_tokens: {draft} of {who} is above CacheConfig.draft_tokens = {side.config.draft_tokens}; raise it "
-                "there, so that reservations count it"
+                f"draft_tokens: {draft} of {who} is above CacheConfig.draft_tokens = {side.config.draft_tokens}; "
+                "raise it there, so that reservations count it"
             )
         most = side.config.max_seq_len
         if most is not None and n + m > most:
@@ -46,7 +46,8 @@ def check_request(request: Request, config: SchedulerConfig, memory: Memory) -> 
     if adapters is not None and request.lora_id is not None:
         if request.lora_id not in adapters.pages:
             raise ConfigError(
-                f"lora_id: {request.lora_id!r} of {who} is not in AdapterBudget.pages; there are {sorted(map(repr, adapters.pages))}"
+                f"lora_id: {request.lora_id!r} of {who} is not in AdapterBudget.pages; there are "
+                f"{', '.join(map(repr, adapters.pages))}"
             )
         pages = adapters.pages[request.lora_id]
         if pages > adapters.budget:
@@ -171,7 +172,7 @@ class Forecast:
         held = [s + t for s, t in zip(claim.shared, claim.taken, strict=True)]
         most = self._most(entry)
         names = self._memory.names()
-        for at, (side, pool) in enumerate(self._pools):
+        for at, (side, _) in enumerate(self._pools):
             whole = -(-entry.length // side.config.tokens_per_block) + 1
             now = min(_peak(most[at], entry, side.config.tokens_per_block), whole)
             if now - held[at] > available[at]:

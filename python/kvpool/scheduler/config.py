@@ -55,8 +55,8 @@ class SchedulerConfig:
         _opt_int("chunk_tokens", self.chunk_tokens, 1)
         if self.chunk_tokens is not None and self.chunk_tokens > self.max_num_tokens:
             raise ConfigError(
-                f"chunk_tokens: {self.chunk_tokens} is above max_num_tokens = {self.max_num_tokens}; no chunk would fit "
-                "into a step"
+                f"chunk_tokens: {self.chunk_tokens} is above max_num_tokens = {self.max_num_tokens}; no chunk would "
+                "fit into a step"
             )
         _int("max_bypass", self.max_bypass, 0)
         _opt_int("max_started", self.max_started, 1)

@@ -131,6 +131,12 @@ class Memory:
         lacks = zip(self.sides, self._split(leave), strict=False)
         return [n for side, leave in lacks for n in side.view.lacking(side.cache(entry)._handle, tokens, leave)]
 
+    def fitting(self, entry: Entry, tokens: int, unit: int, leave: Sequence[int]) -> int:
+        """As many of `tokens` as there is room for now in every pool, in multiples of `unit` (or all)."""
+        for side, least in zip(self.sides, self._split(leave), strict=False):
+            tokens = min(tokens, side.fitting(entry, tokens, unit, least))
+        return tokens
+
     def below(self, entry: Entry) -> list[int] | None:
         """Per pool: pages that would move down if the request were suspended; None: one of them finds no room."""
         pages: list[int] = []
@@ -203,8 +209,7 @@ class Memory:
 
     def _provide_both(self, entry: Entry, tokens: int, unit: int, leave: Sequence[int]) -> int:
         sides = list(zip(self.sides, self._split(leave), strict=True))
-        for side, least in sides:
-            tokens = min(tokens, side.fitting(entry, tokens, unit, least))
+        tokens = self.fitting(entry, tokens, unit, leave)
         (target, least), (draft, draft_least) = sides
         before = [(side.cache(entry).state, side.cache(entry).capacity) for side, _ in sides]
         if tokens and target.provide([(entry, tokens, tokens)], least)[0]:

@@ -92,7 +92,7 @@ class Scheduler:
         """
         self.check(request)
         if request.state is not RequestState.WAITING or request._entry is not None:
-            raise LogicError(f"request_id: {request.request_id!r} is {request.state.value} already; add a new Request")
+            raise LogicError(f"request_id: {request.request_id!r} is {request.state} already; add a new Request")
         entry = Entry(request, -1, self)
         if self._known.setdefault(request.request_id, entry) is not entry:
             raise _duplicate(request)
@@ -181,9 +181,9 @@ class Scheduler:
             for entry in step.entries:
                 entry.step = step
             return step
-        if (self.started or run.waits) and not (self._steps or in_flight or refused or step.recompute):
-            if not any(returning for _, returning in self.memory.pressure()):
-                raise StalledError(self._stalled())
+        moves_on = self._steps or in_flight or refused or step.recompute or not (self.started or run.waits)
+        if not moves_on and not any(returning for _, returning in self.memory.pressure()):
+            raise StalledError(self._stalled())
         return step
 
     def _stalled(self) -> str:
@@ -235,10 +235,10 @@ class Scheduler:
         request.state, request.finish_reason, request.error = RequestState.FINISHED, "error", error
 
     def update(self, step: Step, outputs: Mapping[int | str, Sequence[int]]) -> list[Request]:
-        """What the executor returned for a step: {request_id: tokens}, 1 .. 1 + draft_tokens of each generation and last chunk.
+        """What the executor returned: {request_id: tokens}, 1 .. 1 + draft_tokens of each generation and last chunk.
 
-        Commits the inputs whose pages the step wrote, appends the outputs, closes and returns all that ended since the last
-        update: finished, cancelled and failed ones. A missing, surplus or unknown result fails that request alone.
+        Commits the inputs whose pages the step wrote, appends the outputs, closes and returns all that ended since the
+        last update: finished, cancelled and failed ones. A missing, surplus or unknown result fails that request alone.
         LogicError: the step is not outstanding.
         """
         self._enter()

@@ -1,7 +1,7 @@
 """First chunks: waiting requests that start, the oldest first.
 
-Starting evicts nobody started, and what does not start holds nothing afterwards. Each request that is refused is counted
-for every younger one that starts in the same pass; after `max_bypass` of them no younger one starts any more.
+Starting evicts nobody started, and what does not start holds nothing afterwards. A request that is refused is counted for
+every younger one that starts in the same pass; after `max_bypass` of them no younger one starts any more.
 """
 
 from __future__ import annotations
@@ -40,7 +40,6 @@ class _Starts:
         self._scheduler, self._run = scheduler, run
         self._memory, self._config = scheduler.memory, scheduler.config
         self._refused: list[Entry] = []
-        self._slack = self._config.max_bypass + 1  # starts until one of the refused must not be overtaken any more
         self._seen = -1  # age of the youngest that was looked at
         self._forecast: Forecast | None = None
 
@@ -48,7 +47,7 @@ class _Starts:
         """Whether another first chunk is possible."""
         run = self._run
         room = run.places > 0 and run.tokens > 0 and len(self._scheduler.started) < self._config.most_started
-        return room and self._slack > 0 and len(self._refused) < MOST_REFUSED
+        return room and not self._is_blocked(None) and len(self._refused) < MOST_REFUSED
 
     def _waiting(self) -> Iterable[Entry]:
         world = self._run.world
@@ -64,7 +63,7 @@ class _Starts:
             if entry.age <= self._seen or not run.may_run(entry):
                 continue
             run.waits = True
-            if len(batch) >= most or self._slack <= 0 or len(self._refused) >= MOST_REFUSED:
+            if len(batch) >= most or self._is_blocked(None) or len(self._refused) >= MOST_REFUSED:
                 break
             self._seen = entry.age
             if self._adapter_fits(entry, adapters):
@@ -86,7 +85,11 @@ class _Starts:
     def _refuse(self, entry: Entry, why: str) -> None:
         entry.why = why
         self._refused.append(entry)
-        self._slack = min(self._slack, self._config.max_bypass - entry.bypassed)
+
+    def _is_blocked(self, entry: Entry | None) -> bool:
+        """Whether an older one (None: any) was refused that must not be overtaken any more."""
+        most = self._config.max_bypass
+        return any(r.bypassed >= most and (entry is None or r.age < entry.age) for r in self._refused)
 
     def _drop(self, claim: Claimed, why: str) -> None:
         self._memory.free([claim.entry])
@@ -107,7 +110,7 @@ class _Starts:
         for claim, room in zip(claims, reversed(rooms), strict=True):
             if claim.why != "kept":
                 self._refuse(claim.entry, _WHY[claim.why])
-            elif self._slack <= 0:
+            elif self._is_blocked(claim.entry):
                 self._drop(claim, "an older request was overtaken max_bypass times and goes first")
             elif why := self._refusal(claim, room, debts, first=not admitted):
                 self._drop(claim, why)
@@ -120,7 +123,6 @@ class _Starts:
         for older in self._refused:
             if older.age < entry.age:
                 older.bypassed += 1
-                self._slack = min(self._slack, self._config.max_bypass - older.bypassed)
 
     def _refusal(self, claim: Claimed, room: list[int], debts: list[int], first: bool) -> str | None:
         """Why a claim that was kept must not start, or None: then it counts as started."""
@@ -175,10 +177,8 @@ class _Starts:
         debts = self._debts()
         for entry, tokens, unit in work:
             # Its unit is promised; what it takes beyond leaves the decode slots of others.
-            got = (
-                memory.provide([(entry, tokens, unit)], debts)[0]
-                or memory.provide([(entry, unit, unit)], memory.nothing)[0]
-            )
+            fits = memory.fitting(entry, tokens, unit, debts) or unit
+            got = memory.provide([(entry, fits, unit)], memory.nothing)[0]
             provided.append(got)
             debts = [d + more for d, more in zip(debts, memory.decode_slots, strict=True)]
         return provided

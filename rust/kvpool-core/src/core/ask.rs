@@ -19,11 +19,10 @@ impl Core {
     /// `tokens`, or the largest multiple of `unit` below it; 0 if there is room for none.
     pub fn fitting(&self, cache: &mut Cache, tokens: u64, unit: u64, leave: &[u32]) -> Result<u64> {
         self.ready(cache)?;
-        self.look_far(cache, &[]);
         let limit = self.config.max_seq_len.unwrap_or(u64::from(u32::MAX));
         let tokens = tokens.min(limit.saturating_sub(cache.history));
-        let pools = 0..self.pools.len();
-        let room: Vec<Option<u32>> = pools.map(|pool| self.room(cache, pool, leave)).collect();
+        let room = self.rooms(cache, leave);
+        self.look_far(cache, &[]);
         let fits = |cache: &Cache, tokens: u64| {
             let needs = room.iter().enumerate();
             needs
@@ -53,13 +52,12 @@ impl Core {
     /// Per pool, the slots that are missing for so many tokens behind the history, with `leave` to be left.
     pub fn lacking(&self, cache: &mut Cache, tokens: u64, leave: &[u32]) -> Result<Vec<u32>> {
         self.ready(cache)?;
+        let rooms = self.rooms(cache, leave);
         self.look_far(cache, &[]);
-        let pool = |pool| {
-            let need = self.needs(cache, pool, tokens);
-            let room = self.room(cache, pool, leave).unwrap_or(0);
-            need.saturating_sub(room)
+        let pool = |(pool, room): (usize, Option<u32>)| {
+            self.needs(cache, pool, tokens).saturating_sub(room.unwrap_or(0))
         };
-        let lacking = (0..self.pools.len()).map(pool).collect();
+        let lacking = rooms.into_iter().enumerate().map(pool).collect();
         cache.far.fill(0);
         Ok(lacking)
     }
@@ -69,10 +67,23 @@ impl Core {
         self.need(cache, pool, cache.history, capacity.div_ceil(self.t()) as usize)
     }
 
-    /// Slots of a pool that the cache could have now; `None`: fewer than must be left.
-    fn room(&self, cache: &Cache, pool: usize, leave: &[u32]) -> Option<u32> {
-        let reachable = self.reachable(pool) + cache.promise[pool];
-        reachable.checked_sub(leave.get(pool).copied().unwrap_or(0))
+    /// Per pool, slots that the cache could have now; `None`: fewer than must be left. Its own pages stay.
+    fn rooms(&self, cache: &mut Cache, leave: &[u32]) -> Vec<Option<u32>> {
+        let pinned = cache.pinned;
+        let stays = self.pin(cache);
+        let room = |pool: usize| {
+            let movable = if stays {
+                self.reachable(pool)
+            } else {
+                self.pools[pool].available()
+            };
+            (movable + cache.promise[pool]).checked_sub(leave.get(pool).copied().unwrap_or(0))
+        };
+        let rooms = (0..self.pools.len()).map(room).collect();
+        if stays && !pinned {
+            self.unpin(cache);
+        }
+        rooms
     }
 
     /// Whether a launched step may still touch the cache.
