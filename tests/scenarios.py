@@ -1,7 +1,7 @@
 """Random small worlds for the scheduler: pools, tiers, limits, requests that arrive and are cancelled, steps in flight.
 
-`run(scenario)` drives a scheduler through one and raises AssertionError where a promise is broken; `shrunk` makes a failing
-scenario small. Books only: bytes are verified elsewhere.
+`run(scenario)` drives a scheduler through one and raises AssertionError where a promise is broken; `shrunk` makes a
+failing scenario small. Books only: bytes are verified elsewhere.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kvpool import (
@@ -195,9 +195,8 @@ class World:
                     self.counts["refused"] += 1
                     continue
                 self.enter(number, request)
-            if job.cancel == self.passes and number in self.requests:
-                if self.scheduler.cancel(number):
-                    self.counts["cancelled"] += 1
+            if job.cancel == self.passes and number in self.requests and self.scheduler.cancel(number):
+                self.counts["cancelled"] += 1
 
     def enter(self, number: int, request: Request) -> None:
         self.requests[number] = request

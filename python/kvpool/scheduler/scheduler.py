@@ -102,8 +102,8 @@ class Scheduler:
     def cancel(self, request_id: int | str) -> bool:
         """End a request, whatever it does. False: it is unknown or has ended. From any thread.
 
-        What a step in flight may still touch is given back when the step has ended. From another thread than that of the
-        scheduler it takes effect at the next `schedule` or `update`.
+        What a step in flight may still touch is given back when the step has ended. From another thread than that of
+        the scheduler it takes effect at the next `schedule` or `update`.
         """
         entry = self._known.get(request_id)
         if entry is None or entry.request.state is RequestState.FINISHED:

@@ -1,7 +1,7 @@
 """First chunks: waiting requests that start, the oldest first.
 
-Starting evicts nobody started, and what does not start holds nothing afterwards. A request that is refused is counted for
-every younger one that starts in the same pass; after `max_bypass` of them no younger one starts any more.
+Starting evicts nobody started, and what does not start holds nothing afterwards. A request that is refused is counted
+for every younger one that starts in the same pass; after `max_bypass` of them no younger one starts any more.
 """
 
 from __future__ import annotations

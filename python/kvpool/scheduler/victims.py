@@ -1,8 +1,9 @@
 """Older wins: who gives way when a started request needs room, and who waits instead.
 
-A started request takes room from younger started ones that are not in this step, not in flight and not fenced: the newest
-whose pages all find room below is suspended; if there is none, the newest is freed, to be computed again. What would fit
-once steps in flight have ended waits for them. If no younger one is left the request suspends itself, unless it is alone.
+A started request takes room from younger started ones that are not in this step, not in flight and not fenced: the
+newest whose pages all find room below is suspended; if there is none, the newest is freed, to be computed again. What
+would fit once steps in flight have ended waits for them. If no younger one is left the request suspends itself, unless
+it is alone.
 """
 
 from __future__ import annotations
