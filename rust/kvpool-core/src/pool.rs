@@ -60,6 +60,8 @@ pub struct SlotPool {
     taken: Counter,
     /// Units that claims of batches keep from call to call.
     pub promised: Counter,
+    /// Slots that come back when the steps in flight have ended; a monitor's reading.
+    pub returning: Counter,
     peak: Field,
 }
 
@@ -85,6 +87,7 @@ impl SlotPool {
                 .collect(),
             taken: Counter::default(),
             promised: Counter::default(),
+            returning: Counter::default(),
             peak: Field::new(0),
         }
     }

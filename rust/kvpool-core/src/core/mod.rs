@@ -7,6 +7,7 @@
 //! - per pool and tier: `available + promised + claimed + private == slots`
 //! - per pool and tier: `free + active + held + cached + fenced == slots`
 
+mod ask;
 mod batch;
 mod commit;
 mod create;
@@ -19,7 +20,7 @@ mod release;
 mod tier_models;
 mod tiers;
 
-pub use batch::Claim;
+pub use batch::{Claim, Refusal, Start};
 
 use crate::cache::Cache;
 use crate::error::{CoreError, Result};
