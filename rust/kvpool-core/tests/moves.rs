@@ -89,6 +89,15 @@ fn copies_that_are_out_when_their_cache_closes_give_their_slots_back() {
 }
 
 #[test]
+fn evict_leaves_blocks_on_the_host_alone() {
+    let (core, _) = core(1, &[(4, 2, None)]);
+    serve(&core, &[1], None);
+    assert_eq!((core.evict(1), core.evict(1)), (1, 0));
+    assert_eq!(core.books(Tier::Host)[0].cached, 1);
+    end(&core, []);
+}
+
+#[test]
 fn a_host_slot_that_a_plan_reads_is_not_used_again_before_the_plan_is_made() {
     let (core, next) = core(2, &[(6, 2, None)]);
     serve(&core, &[1, 2], None);

@@ -167,12 +167,13 @@ impl Core {
         if which == Which::Claimed {
             return None;
         }
-        // A leaf of the host only where no leaf is on the device: it may cover blocks that are.
+        // A leaf of the host only where no leaf is on the device, and for a promise: it may cover blocks that are.
         let near = self
             .scan()
             .filter(|&index| self.tree.state(index).tier() == Tier::Device);
         let dead = { near }.find_map(|index| self.tree.kill(index));
-        let dead = dead.or_else(|| self.scan().find_map(|index| self.tree.kill(index)))?;
+        let far = || self.scan().find_map(|index| self.tree.kill(index));
+        let dead = dead.or_else(|| keep.and_then(|_| far()))?;
         let (slot, pages) = self.bury(dead, keep);
         self.counters.evicted.add(pages);
         Some(slot)
