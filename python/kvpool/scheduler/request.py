@@ -17,6 +17,9 @@ from kvpool.arguments import Int32Array, RetentionSpec, Tokens, count, retention
 from kvpool.batches import checked_id, scope_of
 from kvpool.config import Retention, Scope
 
+# Passes after which a refused start is tried again although nothing seems to have changed: its match may have grown.
+RETRY = 32
+
 
 class RequestState(StrEnum):
     """Where a request is."""
@@ -99,11 +102,29 @@ class Request:
         )
 
 
+class Refusal:
+    """When a start was refused, so that it is not tried again before something has changed."""
+
+    __slots__ = ("available", "changes", "number", "tokens")
+
+    def __init__(self, number: int, changes: int, tokens: int, available: list[int]) -> None:
+        self.number = number  # of the pass
+        self.changes = changes  # requests that had started, ended or given way by then
+        self.tokens = tokens  # that the step had left
+        self.available = available  # per pool
+
+    def holds(self, now: Refusal) -> bool:
+        """Whether nothing has got better since, and it is not long ago."""
+        same = self.changes == now.changes and now.number - self.number < RETRY and now.tokens <= self.tokens
+        return same and all(n <= before for n, before in zip(now.available, self.available, strict=True))
+
+
 class Entry:
     """What the scheduler knows of an unfinished request."""
 
     __slots__ = (
-        "adapter", "age", "bypassed", "home", "key", "limit", "lost", "prompt", "request", "spec", "started", "why",
+        "adapter", "age", "bypassed", "home", "key", "limit", "lost", "prompt", "refusal", "request", "spec", "started",
+        "why",
     )  # fmt: skip
 
     def __init__(self, request: Request, age: int, home: object) -> None:
@@ -117,6 +138,7 @@ class Entry:
         self.spec: RetentionSpec | None = retention_spec(request.retention)
         self.started = False
         self.bypassed = 0  # first chunks of younger ones that overtook it
+        self.refusal: Refusal | None = None  # of its start, when it was last looked at
         self.lost = 0  # tokens that were computed when it was freed
         self.why = "it has not been looked at yet"
 
