@@ -95,6 +95,14 @@ class Request:
             return len(self._prompt) + len(self.output_tokens) - 1
         return self._computed
 
+    def token_slice(self, start: int, end: int) -> Int32Array:
+        """Tokens [start, end) of prompt and output: int32, what a chunk of a context covers."""
+        n = len(self._prompt)
+        if end <= n:
+            return self._prompt[start:end]
+        output = np.array(self.output_tokens[max(0, start - n) : end - n], np.int32)
+        return output if start >= n else np.concatenate([self._prompt[start:], output])
+
     def __repr__(self) -> str:
         return (
             f"<kvpool request {self.request_id!r}: {self.state.value}, {len(self._prompt)} prompt tokens, "
@@ -162,12 +170,3 @@ class Entry:
         """Tokens of its next generation: the last token and drafts, clipped at the end."""
         request = self.request
         return min(1 + request.draft_tokens, self.limit - request.num_computed)
-
-    def tokens(self, start: int, end: int) -> Int32Array:
-        """Its tokens [start, end), prompt and output."""
-        n = len(self.prompt)
-        if end <= n:
-            return self.prompt[start:end]
-        given = self.request.output_tokens[max(0, start - n) : end - n]
-        output = np.array(given, np.int32)
-        return output if start >= n else np.concatenate([self.prompt[start:], output])

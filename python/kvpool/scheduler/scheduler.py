@@ -165,6 +165,7 @@ class Scheduler:
         refused: list[tuple[Request, Exception]] = []
         world = None if requests is None else self._world(list(requests), refused)
         busy = frozenset(in_flight)
+        before: list[Step] = []
         while True:
             self._passes += 1
             run = Pass(self.config, self._passes, busy, world)
@@ -176,6 +177,9 @@ class Scheduler:
             if run.step or not (run.step.suspended or run.step.recompute):
                 break
             # Somebody gave way and nobody runs: what is free now may be enough for another one.
+            before.append(run.step)
+        for other in reversed(before):
+            run.step.inherit(other)
         return self._hand_out(run, refused, in_flight=bool(busy))
 
     def _hand_out(self, run: Pass, refused: list[tuple[Request, Exception]], in_flight: bool) -> Step:
