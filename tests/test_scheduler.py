@@ -125,8 +125,8 @@ def test_config_errors_name_the_field() -> None:
         SchedulerConfig(0, 8)
     with pytest.raises(ConfigError, match="victim: 'oldest'"):
         SchedulerConfig(1, 8, victim="oldest")
+    manager = manager_of()
     with pytest.raises(ConfigError, match="draft_manager"):
-        manager = manager_of()
         Scheduler(manager, SchedulerConfig(1, 8), manager)
 
 
