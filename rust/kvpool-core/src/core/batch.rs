@@ -71,7 +71,11 @@ impl Core {
             let capacity = least.map_or(all, |n| cache.history.saturating_add(n).min(all));
             let blocks = capacity.max(cache.capacity).div_ceil(self.t()) as usize;
             self.look_far(cache, &[]);
-            let room = self.reserve_need(cache, cache.history, blocks);
+            let room = if promised {
+                self.reserve_need(cache, cache.history, blocks)
+            } else {
+                self.can_have(|pool| self.need(cache, pool, cache.history, blocks))
+            };
             cache.far.fill(0);
             if room {
                 if promised {
@@ -79,8 +83,6 @@ impl Core {
                     for (pool, &units) in self.pools.iter().zip(&cache.promise) {
                         pool.promised.add(u64::from(units));
                     }
-                } else {
-                    self.empty_purse(cache);
                 }
                 return true;
             }

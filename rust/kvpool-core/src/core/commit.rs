@@ -239,7 +239,6 @@ impl Core {
     fn replaced(&self, pool: usize, key: u64, slot: u32, paid: bool) {
         self.hosts[pool].give(slot);
         self.hosts[pool].unreserve(u32::from(paid));
-        self.counters.dropped.add(1);
         self.note_moved(pool, key, Tier::Device);
     }
 

@@ -185,6 +185,74 @@ impl Core {
         }
     }
 
+    /// Whether a SUSPENDED cache whose partial block finds no room would find room without it. Changes nothing.
+    pub(super) fn fits_whole(&self, cache: &mut Cache) -> bool {
+        if !self.tiered {
+            return true; // all that is left is on the device
+        }
+        let keep = self.whole_blocks(cache);
+        if !self.pin(cache) {
+            return false;
+        }
+        let change: Vec<(u32, u32)> = (0..self.pools.len())
+            .map(|pool| match self.tree.windowed[pool] {
+                true => self.change_of_pages(cache, pool, keep),
+                false => self.change_of_blocks(cache, keep),
+            })
+            .collect();
+        // What is needed beyond what comes back; what comes back beyond what is needed is no more than that.
+        let fits = self.can_have(|pool| change[pool].0.saturating_sub(change[pool].1));
+        self.unpin(cache);
+        fits
+    }
+
+    /// Slots of a full-attention pool that a cache cut to `keep` blocks needs, and units that its cut gives back.
+    fn change_of_blocks(&self, cache: &Cache, keep: usize) -> (u32, u32) {
+        let tier = |node: &Link| self.tree.state(node.index()).tier();
+        let far = cache.nodes[..keep].iter().filter(|node| tier(node) == Tier::Host);
+        let mut back = 0;
+        let mut last = |node: &Link| {
+            let ours = self.tree.state(node.index()).refs() == 1;
+            back += u32::from(ours && tier(node) == Tier::Device);
+            ours
+        };
+        // Without the source's reference, the deepest block has only those of others and ours.
+        let source = last(&cache.source);
+        let mut behind = cache.nodes[keep..].iter().rev();
+        if let Some(deepest) = behind.next() {
+            let only = if source { 2 } else { 1 };
+            let ours = self.tree.state(deepest.index()).refs() == only;
+            back += u32::from(ours && tier(deepest) == Tier::Device);
+            if ours {
+                for node in behind {
+                    let ours = self.tree.state(node.index()).refs() == 1;
+                    if !ours {
+                        break;
+                    }
+                    back += u32::from(tier(node) == Tier::Device);
+                }
+            }
+        }
+        (far.count() as u32, back)
+    }
+
+    /// As `change_of_blocks`, of a pool with a window: what becomes live behind the cut is needed too.
+    fn change_of_pages(&self, cache: &Cache, pool: usize, keep: usize) -> (u32, u32) {
+        let (s, e) = self.config.pools[pool].stale(keep as u64 * self.t(), self.t());
+        let (mut need, mut back) = (0, 0);
+        for (i, node) in cache.nodes.iter().enumerate() {
+            let page = self.tree.page(pool, node.index());
+            let live = i < keep && (i < s || i >= e);
+            let held = cache.tables[pool][i] != 0;
+            need += u32::from(live && page.tier() == Tier::Host);
+            need += u32::from(live && !held && page.tier() == Tier::Device && page.claims() == 0);
+            back += u32::from(!live && held && page.tier() == Tier::Device && page.claims() == 1);
+        }
+        let source = self.tree.page(pool, cache.source.index());
+        back += u32::from(source.tier() == Tier::Device && source.claims() == 1);
+        (need, back)
+    }
+
     /// A device slot for every live page on the host, out of the purse. `false`: one could not be found.
     pub(super) fn take_up(&self, cache: &mut Cache, copies: &mut Vec<PageCopy>) -> bool {
         if !self.tiered || cache.state == CacheState::Active {
