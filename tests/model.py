@@ -45,9 +45,7 @@ class Model(Memory):
 
     def valid(self, m: int, path: list[Node]) -> bool:
         return all(
-            i in self.stale(pool, m) or path[i].pages[pool] is not None
-            for pool in self.pools
-            for i in range(len(path))
+            i in self.stale(pool, m) or path[i].pages[pool] is not None for pool in self.pools for i in range(len(path))
         )
 
     def next_blocks(self, path: list[Node], root: tuple[object, int]) -> list[Node]:
@@ -85,11 +83,18 @@ class Model(Memory):
 
     # -- release ------------------------------------------------------------------------------
 
-    def released(self, before: list[Node], stamp: Use) -> None:
-        """Blocks that were claimed before and are not any more."""
-        for node in set(before) - self.claimed(self.settled()):
-            node.used = stamp
-            node.expiry = None if node.duration == FOREVER else stamp[0] + node.duration
+    def released(self, before: list[Node], stamp: Use, path: list[Node]) -> None:
+        """Blocks that were claimed before and are not any more; while a batch has claims in work, those of the released
+        path whoever claims them."""
+        now = self.claimed(self.settled())
+        for node in {*before, *path}:
+            if node not in now or (node in path and self.busy()):
+                node.used = stamp
+                node.expiry = None if node.duration == FOREVER else stamp[0] + node.duration
+
+    def busy(self) -> bool:
+        """Whether a batch has claims in work."""
+        return any(c.in_work for c in self.caches)
 
     def wait(self, seconds: float) -> None:
         """Time passes: priorities end, in their order."""
@@ -117,7 +122,8 @@ class Model(Memory):
         """Live claims on these pages ended."""
         for pool, node in pages:
             page = node.pages[pool]
-            if page is not None and not page.stale and not self.page_claims(pool, node, self.settled()):
+            claimed = self.page_claims(pool, node, self.settled()) and not self.busy()
+            if page is not None and not page.stale and not claimed:
                 page.used = stamp
 
     # -- life of a cache ----------------------------------------------------------------------
@@ -296,7 +302,7 @@ class Model(Memory):
             stamp, source, before = self.tick(), c.source, self.claimed_nodes()
             c.source = None
             self.stamp_pages([(p, source) for p in self.pools], stamp)
-            self.released(before, stamp)
+            self.released(before, stamp, source.path())
 
     # -- one cache ------------------------------------------------------------------------------
 
@@ -318,7 +324,7 @@ class Model(Memory):
         before, source, c.source = self.claimed_nodes(), c.source, None
         assert source is not None
         self.stamp_pages([(p, source) for p in self.pools], stamp)
-        self.released(before, stamp)
+        self.released(before, stamp, source.path())
         return self.give_room(c, c.capacity)
 
     def suspend(self, c: ModelCache) -> None:
@@ -363,7 +369,7 @@ class Model(Memory):
         c.reused = c.history = c.capacity = m
         if stamp is not None:
             self.stamp_pages(held, stamp)
-            self.released(before, stamp)
+            self.released(before, stamp, [] if keep == len(path) else path)
 
     def hold_window(self, c: ModelCache, keep: int, left: list[int], own: set[tuple[int, int]]) -> bool:
         """Whether what is live at `keep` blocks is there and was not promised to others; what was tried stays held."""
@@ -512,7 +518,7 @@ class Model(Memory):
             held += [(p, c.source) for p in pools]
         self.caches.remove(c)
         self.stamp_pages(held, stamp)
-        self.released(before, stamp)
+        self.released(before, stamp, c.path())
         self.nodes = [n for n in self.nodes if n.tokens or n not in c.nodes]
 
     def step_begin(self, c: ModelCache) -> None:

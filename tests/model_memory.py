@@ -170,7 +170,8 @@ class Memory:
         return -1 if node.root[1] < self.epoch else node.priority
 
     def highest(self, node: Node) -> int:
-        return max(self.rank(n) for n in self.below(node))
+        """Private blocks below do not count: nobody can find them."""
+        return max(self.rank(n) for n in self.below(node) if n.tokens)
 
     def slot(self, node: Node) -> int:
         """Of its page in the first full-attention pool, else in the first."""
@@ -200,9 +201,10 @@ class Memory:
         return sorted(free, key=lambda n: self.page_key(pool, n))
 
     def leaves(self) -> list[Node]:
-        """Blocks that may leave the tree, in order."""
+        """Blocks that may leave the tree, in order; among equals those on the host first."""
         kept = self.claimed() | {n.parent for n in self.nodes}
-        return sorted((n for n in self.blocks() if n not in kept), key=self.block_key)
+        leaves = [n for n in self.blocks() if n not in kept]
+        return sorted(leaves, key=lambda n: (*self.block_key(n), self.full and self.tier(self.full[0], n) == DEVICE))
 
     # -- leaving for good ---------------------------------------------------------------------
 

@@ -451,7 +451,7 @@ class Pair(Batches):
             assert tuple(stats.pools[name]) == self.tiers
             for tier in self.tiers:
                 books = {what: n for what, n in stats.pools[name][tier].items() if what != "peak"}
-                assert books == model.books(tier, pool), (name, tier)
+                assert books == model.books(tier, pool), f"{name} on the {tier}: {books}, due {model.books(tier, pool)}"
                 self.count("fenced", books["fenced"])
         assert not model.told, "the model moved less"
         counted = (model.evicted, model.dropped, model.offloaded, model.onboarded)
@@ -495,7 +495,9 @@ class Pair(Batches):
                         page.slot = slot
                         assert slot_of[pool].setdefault(page, slot) == slot, "two slots for one shared page"
                 at, slots, due = self.places(pool, table, contents)
-                assert (self.values[DEVICE][pool][slots, at % self.t] == due).all(), f"wrong byte: {name} of r{real.request_id}"
+                assert (self.values[DEVICE][pool][slots, at % self.t] == due).all(), (
+                    f"wrong byte: {name} of r{real.request_id}"
+                )
                 self.count("verified", len(due))
         for pages in slot_of:
             assert len(set(pages.values())) == len(pages), "two pages in one slot"
@@ -516,7 +518,9 @@ class Pair(Batches):
 
     def compare_contents(self) -> None:
         """Every page of the tree and of SUSPENDED caches has its bytes, on its tier."""
-        paths = [(node.depth, self.contents(node.root, self.sequence(node)), node.pages) for node in self.model.blocks()]
+        paths = [
+            (node.depth, self.contents(node.root, self.sequence(node)), node.pages) for node in self.model.blocks()
+        ]
         for _, model in self.open:
             if model.state == "SUSPENDED":
                 due = self.contents(model.root, model.committed)
