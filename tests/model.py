@@ -334,7 +334,7 @@ class Model(Memory):
                 self.lower(c)
 
     def lower(self, c: ModelCache) -> None:
-        """Its pages may move down from here on, ranked as released now; private blocks are a chain below its last one."""
+        """Its pages may move down from here on, ranked as released now; private blocks are a chain below the others."""
         stamp = self.tick()
         for i in range(len(c.nodes), len(c.table[0]) if self.tiered else 0):
             priority, parent = c.retain(i * self.t)[0], c.nodes[-1] if c.nodes else None

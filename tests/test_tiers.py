@@ -93,7 +93,7 @@ def test_pages_of_suspended_caches_make_room_in_the_one_order_of_eviction(make: 
 
 
 def test_refused_call_changes_nothing_where_a_window_has_no_room_on_the_host(make: Make) -> None:
-    manager = make((4, 4, None), (4, 1, 4))
+    manager = make((4, 4, None), (8, 1, 4))
     suspended = run(manager, "suspended", [1, 2, 3])
     suspended.suspend()
     other = manager.create("other", [])

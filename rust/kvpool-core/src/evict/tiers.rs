@@ -202,8 +202,7 @@ impl Core {
         let found = self.tree.pins(index) == 0
             && state.tier() == Tier::Device
             && self.find_ways(orders, index, state.refs() > 0, &mut ways, &mut pages);
-        let mut all = ways.iter().chain(&pages);
-        if found && all.all(|&(pool, from, to)| self.mover.offload(pool, from, to)) {
+        if found && self.copy_down(index, &ways, &mut pages) {
             return Some(self.went_down(orders, index, &ways, &pages, keep));
         }
         for &(pool, from, to) in &pages {
@@ -254,6 +253,28 @@ impl Core {
             }
         }
         true
+    }
+
+    /// Copies what goes down. An unclaimed page of a windowed pool whose copy fails is taken off the list. `false`: the copy
+    /// of another one failed.
+    fn copy_down(&self, index: usize, ways: &[Way], pages: &mut Vec<Way>) -> bool {
+        let copy = |&(pool, from, to): &Way| self.mover.offload(pool, from, to);
+        if !ways.iter().all(copy) {
+            return false;
+        }
+        let mut lost = false;
+        pages.retain(|way| {
+            let &(pool, from, to) = way;
+            let copied = !lost && copy(way);
+            if !copied && self.tree.page(pool, index).claims() == 0 {
+                self.tree.settle_page(pool, index, from, Tier::Device, from);
+                self.give_host(pool, to);
+                return false;
+            }
+            lost |= !copied;
+            true
+        });
+        !lost
     }
 
     /// A host slot with its unit for a busy page of a windowed pool, if it is claimed or merits it.
