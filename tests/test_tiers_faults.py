@@ -153,6 +153,18 @@ def matches() -> tuple[Tiers, list[Request]]:
     return tiers, [Request(request_id=i, tokens=prompt, max_new_tokens=3) for i, prompt in enumerate(prompts)]
 
 
+def make_call(manager: KVCacheManager, call: str, requests: list[Request]) -> object:
+    match call:
+        case "resume":
+            return [manager.cache(request.request_id).resume() for request in requests]
+        case "add_batch":
+            keep = Retention([TokenRange(0, None, 100)], 100)
+            return manager.add_batch([AddRequest(r.request_id, r.tokens, None, keep) for r in requests])
+        case "provide_contexts":
+            return manager.provide_contexts([(request, 1) for request in requests])
+    return manager.allocate_generation(requests)
+
+
 @pytest.mark.parametrize("call", CALLS)
 def test_fault_in_the_kth_copy_up_leaves_all_as_it_was_for_every_k(call: str) -> None:
     for k in itertools.count():
@@ -168,18 +180,8 @@ def test_fault_in_the_kth_copy_up_leaves_all_as_it_was_for_every_k(call: str) ->
         tiers.copies = 0
         tiers.fail(k)
 
-        def run() -> object:
-            if call == "resume":
-                return [manager.cache(request.request_id).resume() for request in requests]
-            if call == "add_batch":
-                keep = Retention([TokenRange(0, None, 100)], 100)
-                return manager.add_batch([AddRequest(r.request_id, r.tokens, None, keep) for r in requests])
-            if call == "provide_contexts":
-                return manager.provide_contexts([(request, 1) for request in requests])
-            return manager.allocate_generation(requests)
-
         try:
-            assert run()
+            assert make_call(manager, call, requests)
         except Fault:
             pass
         else:
@@ -194,7 +196,7 @@ def test_fault_in_the_kth_copy_up_leaves_all_as_it_was_for_every_k(call: str) ->
             assert (host[used] == kept["host"][used]).all()
         assert tiers.found(FIRST) == tiers.found(SECOND) == 6
         tiers.fails = lambda: False
-        assert run()  # and again, without the fault
+        assert make_call(manager, call, requests)  # and again, without the fault
         for request in requests:
             cache = manager.cache(request.request_id)
             tiers.verify(cache, request.tokens[: cache.num_reused_tokens])
