@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from kvpool.scheduler.admission import Forecast, decode_debt
+from kvpool.scheduler.admission import Forecast
 from kvpool.scheduler.memory import Claimed, first_chunk
 from kvpool.scheduler.request import Entry
 
@@ -60,7 +60,7 @@ class _Starts:
         batch: list[Entry] = []
         adapters = set(self._scheduler.adapters)
         for entry in self._waiting():
-            if entry.age <= self._seen or not run.may_run(entry):
+            if entry.age <= self._seen or entry.age in run.gone or entry.request.request_id in run.busy:
                 continue
             run.waits = True
             if len(batch) >= most or self._is_blocked(None) or len(self._refused) >= MOST_REFUSED:
@@ -139,8 +139,7 @@ class _Starts:
         if self._memory.tiered:
             return None
         if self._forecast is None:
-            scheduler = self._scheduler
-            self._forecast = Forecast(self._memory, self._config, scheduler.outlook, scheduler.started)
+            self._forecast = Forecast(self._memory, self._scheduler.outlook)
         if alone:
             self._forecast.start(claim)
             return None
@@ -148,8 +147,7 @@ class _Starts:
 
     def _debts(self) -> list[int]:
         """Per pool: decode slots that are reserved for started requests and that they do not hold yet."""
-        debts = [decode_debt(self._memory, entry) for entry in self._scheduler.started]
-        return [sum(per_pool) for per_pool in zip(self._memory.nothing, *debts, strict=True)]
+        return self._memory.roster.debts(self._memory.decode_slots)
 
     def provide(self, admitted: list[Claimed]) -> None:
         """Pages for the first chunks."""
@@ -171,7 +169,7 @@ class _Starts:
                 self._refuse(claim.entry, "the pages that it was promised were taken by others")
                 continue
             self._scheduler.start(claim.entry, claim.reused, claim.shared)
-            run.serve_context(claim.entry, got)
+            self._scheduler.serve_context(run, claim.entry, got)
 
     def _provide(self, work: list[tuple[Entry, int, int]]) -> list[int]:
         memory = self._memory

@@ -5,6 +5,7 @@
 use super::Core;
 use crate::cache::Cache;
 use crate::error::Result;
+use crate::types::CacheState;
 use crate::words::{Link, Tier};
 
 impl Core {
@@ -140,6 +141,31 @@ impl Core {
             (here, own)
         };
         Ok((0..self.pools.len()).map(pool).collect())
+    }
+
+    /// Tokens of a block.
+    pub fn tokens_per_block(&self) -> u64 {
+        self.t()
+    }
+
+    /// Pools.
+    pub fn num_pools(&self) -> usize {
+        self.pools.len()
+    }
+
+    /// Live pages of an open cache in one pool, wherever they are.
+    pub fn held(&self, cache: &Cache, pool: usize) -> u32 {
+        let (s, e) = self.config.pools[pool].stale(cache.history, self.t());
+        let blocks = cache.tables[pool].len();
+        (blocks - e.min(blocks).saturating_sub(s)) as u32
+    }
+
+    /// As `held`; 0 for one that is SUSPENDED, whose pages may have to be brought back.
+    pub fn held_here(&self, cache: &Cache, pool: usize) -> u32 {
+        match cache.state {
+            CacheState::Active => self.held(cache, pool),
+            _ => 0,
+        }
     }
 
     /// Blocks of its path from here on are claimed by nobody else.
