@@ -12,12 +12,22 @@ use std::collections::BinaryHeap;
 
 impl Core {
     /// Pages of a pool that only SUSPENDED caches claim. A hint while others are at work.
-    fn held(&self, pool: usize) -> u32 {
+    fn suspended_pages(&self, pool: usize) -> u32 {
         if self.tree.windowed[pool] {
             self.tree.pages[pool].held.get() as u32
         } else {
             self.tree.held()
         }
+    }
+
+    /// Slots of a pool that could be had now at most: what is available, and what could move down if no other pool's part
+    /// of the host were in the way.
+    pub(crate) fn reachable(&self, pool: usize) -> u32 {
+        let windowed = &self.tree.windowed;
+        let hosts =
+            (0..self.hosts.len()).filter(|&other| other == pool || !windowed[other] && !windowed[pool]);
+        let room = hosts.map(|pool| self.hosts[pool].available()).min().unwrap_or(0);
+        self.pools[pool].available() + self.suspended_pages(pool).min(room)
     }
 
     /// Whether each pool could have so many slots available. One comparison by pool, unless pages of SUSPENDED caches have
@@ -28,20 +38,15 @@ impl Core {
         if !pools.clone().any(short) {
             return true;
         }
-        let reachable = |pool: usize| {
-            let blocks = (0..self.pools.len())
-                .filter(|&full| full == pool || !self.tree.windowed[full] && !self.tree.windowed[pool]);
-            let room = blocks.map(|pool| self.hosts[pool].available()).min();
-            self.pools[pool].available() + self.held(pool).min(room.unwrap_or(0))
-        };
         if !self.tiered
             || pools
                 .clone()
-                .any(|pool| short(pool) && need(pool) > reachable(pool))
+                .any(|pool| short(pool) && need(pool) > self.reachable(pool))
         {
             return false;
         }
-        let crowded = |pool| self.tree.windowed[pool] && self.held(pool) > self.hosts[pool].available();
+        let crowded =
+            |pool| self.tree.windowed[pool] && self.suspended_pages(pool) > self.hosts[pool].available();
         !pools.any(crowded) || OnPaper::new(self).can_have(&need)
     }
 
