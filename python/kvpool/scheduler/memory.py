@@ -53,7 +53,7 @@ class Side:
 
     def claim(self, entries: Sequence[Entry], unit: int | None, budget: int, most: int | None = None) -> list[Claimed]:
         """See `Memory.claim`; reuses at most `most` tokens."""
-        given = [(entry.tokens(0, entry.length), *entry.key, entry.spec, most) for entry in entries]
+        given = [(entry.request.token_slice(0, entry.length), *entry.key, entry.spec, most) for entry in entries]
         results = self.view.claim(given, unit, budget)
         ids = [entry.request.request_id for entry in entries[: len(results)]]
         self.manager._enter(ids, [handle for _, handle, _, _, _ in results])
@@ -171,7 +171,7 @@ class Memory:
 
     def _claim_both(self, entry: Entry, unit: int | None, budget: int) -> Claimed:
         """Reuse is the smaller of the two matches, cut before any page is provided."""
-        tokens = entry.tokens(0, entry.length)
+        tokens = entry.request.token_slice(0, entry.length)
         probes = [side.manager._core.probe(tokens, *entry.key) for side in self.sides]
         most = min(probes)
         while True:

@@ -23,7 +23,7 @@ from kvpool.scheduler.admission import Outlook, check_request
 from kvpool.scheduler.config import SchedulerConfig
 from kvpool.scheduler.memory import Memory
 from kvpool.scheduler.passes import Pass, run_pass
-from kvpool.scheduler.request import Entry, Request, RequestState
+from kvpool.scheduler.request import Entry, Refusal, Request, RequestState
 from kvpool.scheduler.step import Context, Step
 from kvpool.scheduler.updates import apply_outputs
 
@@ -68,13 +68,15 @@ class Scheduler:
         self.adapters: Counter[int | str] = Counter()  # started requests that use each adapter
         self.ended: list[Request] = []  # since the last update
         self._known: dict[int | str, Entry] = {}
-        self._ages = 0
+        self.ages = 0  # requests that were ever seen
+        self.all_refused: tuple[Refusal | None, int] = (None, 0)  # see `starts`
         self._fresh: OrderedDict[int, Entry] = OrderedDict()  # by age, never started
         self._returned: list[Entry] = []  # freed to be computed again, by age
         self._incoming: deque[Request] = deque()  # added by any thread, not yet seen
         self._cancelled: deque[Request] = deque()  # by another thread
         self._steps: set[int] = set()  # handed out and not yet updated
         self._passes = 0
+        self.changes = 0  # requests that started, ended or gave way
         self._last: Step | None = None
         self._thread = threading.get_ident()
 
@@ -138,8 +140,8 @@ class Scheduler:
                 self._see(entry)
 
     def _see(self, entry: Entry) -> None:
-        entry.age = self._ages
-        self._ages += 1
+        entry.age = self.ages
+        self.ages += 1
         self._fresh[entry.age] = entry
 
     def _enter(self) -> None:
@@ -163,6 +165,7 @@ class Scheduler:
         refused: list[tuple[Request, Exception]] = []
         world = None if requests is None else self._world(list(requests), refused)
         busy = frozenset(in_flight)
+        before: list[Step] = []
         while True:
             self._passes += 1
             run = Pass(self.config, self._passes, busy, world)
@@ -174,6 +177,9 @@ class Scheduler:
             if run.step or not (run.step.suspended or run.step.recompute):
                 break
             # Somebody gave way and nobody runs: what is free now may be enough for another one.
+            before.append(run.step)
+        for other in reversed(before):
+            run.step.inherit(other)
         return self._hand_out(run, refused, in_flight=bool(busy))
 
     def _hand_out(self, run: Pass, refused: list[tuple[Request, Exception]], in_flight: bool) -> Step:
@@ -344,6 +350,7 @@ class Scheduler:
     def start(self, entry: Entry, reused: int, shared: Sequence[int]) -> None:
         """A waiting request has got its first pages."""
         self._leave_waiting(entry)
+        self.changes += 1
         insort(self.started, entry, key=_AGE)
         insort(self.contexts, entry, key=_AGE)
         entry.started = True
@@ -371,6 +378,7 @@ class Scheduler:
     def suspend(self, run: Pass, entry: Entry, why: str) -> None:
         """A running request gives up the place of its pages."""
         self.memory.suspend(entry)
+        self.changes += 1
         entry.request.state = RequestState.SUSPENDED
         entry.why = why
         self.stats.suspended += 1
@@ -408,6 +416,7 @@ class Scheduler:
         self.ended.append(request)
 
     def _leave_started(self, entry: Entry) -> None:
+        self.changes += 1
         del self.started[bisect_left(self.started, entry.age, key=_AGE)]
         if entry.generates:
             computed = entry.request.num_computed

@@ -89,7 +89,7 @@ def _commit(scheduler: Scheduler, entry: Entry, num_tokens: int) -> bool:
     request = entry.request
     start = request.num_computed
     try:
-        scheduler.memory.commit(entry, entry.tokens(start, start + num_tokens))
+        scheduler.memory.commit(entry, entry.request.token_slice(start, start + num_tokens))
     except LogicError as error:
         scheduler.end(entry, "error", error)
         return False

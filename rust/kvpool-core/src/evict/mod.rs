@@ -7,6 +7,7 @@
 mod exact;
 pub mod order;
 pub mod policy;
+mod room;
 mod tiers;
 
 pub use order::{Key, Order};
@@ -25,15 +26,6 @@ use std::collections::BinaryHeap;
 /// Rounds of searching after which a promised slot is given up: only a thread that is stopped in the middle
 /// of handing slots on can hide them for so long.
 const ROUNDS: usize = 16;
-
-/// Which pages a search for a victim may take.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Which {
-    /// Whatever comes first.
-    Any,
-    /// Only those that SUSPENDED caches claim: they move down.
-    Claimed,
-}
 
 /// A page on its way: pool, device slot, host slot.
 type Way = (usize, u32, u32);
@@ -150,22 +142,19 @@ impl Core {
 
     /// Makes the next leaf in order leave the device, or any if another thread is inside; keeps the slot of one pool for
     /// the caller, who has a promise there. Returns that slot.
-    fn evict_leaf(&self, keep: Option<usize>, which: Which) -> Option<u32> {
+    fn evict_leaf(&self, keep: Option<usize>) -> Option<u32> {
         let covered = self.cover(keep);
-        let slot = self.leave_device(keep, which);
+        let slot = self.leave_device(keep);
         self.uncover(covered);
         slot
     }
 
-    fn leave_device(&self, keep: Option<usize>, which: Which) -> Option<u32> {
+    fn leave_device(&self, keep: Option<usize>) -> Option<u32> {
         if let Some(mut orders) = self.keeper.orders.enter() {
-            if let Some((slot, pages)) = self.next_leaf(&mut orders, keep, which) {
+            if let Some((slot, pages)) = self.next_leaf(&mut orders, keep) {
                 self.counters.evicted.add(pages);
                 return Some(slot);
             }
-        }
-        if which == Which::Claimed {
-            return None;
         }
         // A leaf of the host only where no leaf is on the device, and for a promise: it may cover blocks that are.
         let near = self
@@ -210,11 +199,12 @@ impl Core {
     /// Returns that slot and the pages that left the device.
     fn strip(&self, dead: &Dead, keep: Option<usize>) -> (u32, u64) {
         let (mut kept, mut near, mut far) = (0, 0, 0);
+        let block = self.tree.is_block(dead.index()); // a private block was in no cache of others
         for pool in 0..self.pools.len() {
             // A page of a windowed pool can be taken from the dead node by others too; cover its way as well.
             let covered = self.tree.windowed[pool] && self.pools[pool].reserve(1);
             if let Some(page) = self.tree.strip(pool, dead) {
-                if self.tree.is_block(dead.index()) {
+                if block {
                     let key = self.tree.nodes[dead.index()].key.get();
                     self.events.push(EventKind::Removed, page.tier(), pool, key, None);
                 }
@@ -237,7 +227,7 @@ impl Core {
             }
             self.pools[pool].unreserve(u32::from(covered));
         }
-        self.counters.dropped.add(near + far);
+        self.counters.dropped.add(if block { near + far } else { 0 });
         let parent = self.tree.bury(dead);
         if !parent.is_nil() {
             self.keeper.report_leaf(parent.index(), false);
@@ -278,8 +268,8 @@ impl Core {
         let page = self.tree.take_page(pool, index)?;
         if self.tree.is_block(index) {
             self.note_removed(pool, page);
+            self.counters.dropped.add(1);
         }
-        self.counters.dropped.add(1);
         Some(page)
     }
 
@@ -293,7 +283,7 @@ impl Core {
     /// A device slot of a windowed pool by eviction.
     fn evict_page(&self, pool: usize) -> Option<u32> {
         if let Some(mut orders) = self.keeper.orders.enter() {
-            if let Some(slot) = self.next_page(&mut orders, pool, Which::Any) {
+            if let Some(slot) = self.next_page(&mut orders, pool) {
                 return Some(slot);
             }
         }
@@ -336,7 +326,7 @@ impl Core {
                     self.counters.evicted.add(1);
                     return Some(slot);
                 }
-            } else if let Some(slot) = self.evict_leaf(Some(pool), Which::Any) {
+            } else if let Some(slot) = self.evict_leaf(Some(pool)) {
                 if slot != 0 {
                     return Some(slot);
                 }
@@ -366,26 +356,31 @@ impl Core {
         dead
     }
 
-    /// Up to `blocks` leaves in order leave the device. Returns how many did; fewer if the rest is promised to an operation that runs meanwhile.
+    /// Up to `blocks` leaves in order leave the device; with windowed pools alone and a host tier, pages of the first pool,
+    /// each alone. Returns how many did; fewer if the rest is promised to an operation that runs meanwhile.
     pub fn evict(&self, blocks: u64) -> u64 {
         let mut done = 0;
-        while done < blocks {
-            let which = match (self.is_all_promised(), self.tiered) {
-                (false, _) => Which::Any,
-                (true, true) => Which::Claimed, // nobody was promised those
-                (true, false) => break,
-            };
-            if self.evict_leaf(None, which).is_none() {
-                break;
-            }
+        while done < blocks && !self.is_all_promised() && self.evict_next() {
             done += 1;
         }
         done
     }
 
+    fn evict_next(&self) -> bool {
+        if self.first_full.is_some() || !self.tiered {
+            return self.evict_leaf(None).is_some();
+        }
+        let slot = self.evict_page(0);
+        if let Some(slot) = slot {
+            self.counters.evicted.add(1);
+            self.pools[0].give(slot);
+        }
+        slot.is_some()
+    }
+
     /// Drops all that is unclaimed, and not promised to an operation that runs meanwhile.
     pub fn clear(&self) {
-        while (self.tiered || !self.is_all_promised()) && self.drop_leaf() {}
+        while !self.is_all_promised() && self.drop_leaf() {}
         for tier in [Tier::Device, Tier::Host] {
             for pool in (0..self.pools.len()).filter(|&pool| self.tree.windowed[pool]) {
                 self.clear_pages(tier, pool);
@@ -419,7 +414,7 @@ impl Core {
     }
 
     fn is_all_promised(&self) -> bool {
-        self.first_full.is_some_and(|pool| self.is_promised_away(pool))
+        self.first_full.is_some_and(|pool| self.is_promised_away(pool)) && !self.tiered
     }
 
     /// Drops an unclaimed leaf, whatever its tier.

@@ -8,7 +8,36 @@ use crate::chains::Visit;
 use crate::sync::{weak, Ordering, Weak};
 use crate::words::{Link, Page, State, Tier};
 
+/// Mark in the word of the pins: the node is counted in `pinned_near`. Only a pinned node has it.
+pub(super) const NEAR: u64 = 1 << 63;
+
 impl Tree {
+    // -- what could move down ---------------------------------------------------------------
+
+    /// Nodes on the device that only SUSPENDED caches claim. A hint while others are at work.
+    pub fn held(&self) -> u32 {
+        self.claimed_near.get().saturating_sub(self.pinned_near.get()) as u32
+    }
+
+    /// A node on this tier is claimed from here on, or no longer.
+    pub(super) fn note_claimed(&self, tier: Tier, claimed: bool) {
+        if self.by_parent.is_some() && tier == Tier::Device {
+            if claimed {
+                self.claimed_near.add(1);
+            } else {
+                self.claimed_near.sub(1);
+            }
+        }
+    }
+
+    /// A pinned node is on the device.
+    fn note_pinned(&self, index: usize) {
+        let before = self.nodes[index].pins.fetch_or(NEAR, Ordering::Relaxed); // Relaxed: a mark for a statistic, partner the CAS in `unpin`
+        if before & NEAR == 0 {
+            self.pinned_near.add(1);
+        }
+    }
+
     // -- children ---------------------------------------------------------------------------
 
     fn family(parent: Link) -> u64 {
@@ -98,23 +127,24 @@ impl Tree {
     /// An ACTIVE cache has this node, on which it has a claim, in its path. `false`: it is on the move.
     pub fn pin(&self, index: usize) -> bool {
         let n = &self.nodes[index];
-        n.pins.fetch_add(1, Ordering::Relaxed); // Relaxed: the CAS below orders it before the look in `seize`
+        let before = n.pins.fetch_add(1, Ordering::Relaxed); // Relaxed: the CAS below orders it before the look in `seize`
         loop {
             let now = self.state(index);
             if now.is_busy() {
                 self.unpin(index);
                 return false;
             }
-            if weak(Weak::PinQuietly) {
-                return true;
-            }
             // AcqRel: partner the load and the CAS in `seize`: a mover sees the pin, or its CAS fails, or it was first and we
             // see it busy. Relaxed on failure: the loop loads again.
             let next = now.stirred();
-            let swapped = n
-                .state
-                .compare_exchange(now.0, next.0, Ordering::AcqRel, Ordering::Relaxed);
-            if swapped.is_ok() {
+            let pinned = weak(Weak::PinQuietly)
+                || n.state
+                    .compare_exchange(now.0, next.0, Ordering::AcqRel, Ordering::Relaxed)
+                    .is_ok();
+            if pinned {
+                if before & NEAR == 0 && now.tier() == Tier::Device {
+                    self.note_pinned(index);
+                }
                 return true;
             }
         }
@@ -123,11 +153,28 @@ impl Tree {
     /// As `pin`, of a node that nobody else can see yet.
     pub fn pin_first(&self, dead: &Dead) {
         self.nodes[dead.index()].pins.fetch_add(1, Ordering::Relaxed); // Relaxed: published with the node
+        self.note_pinned(dead.index());
     }
 
     /// One pin less. Returns whether it was the last.
     pub fn unpin(&self, index: usize) -> bool {
-        self.nodes[index].pins.fetch_sub(1, Ordering::Release) == 1 // Release: partner the load in `pins`: a child that came near under the pin is counted
+        let pins = &self.nodes[index].pins;
+        let mut now = pins.load(Ordering::Relaxed); // Relaxed: the CAS below decides
+        loop {
+            let last = now & !NEAR == 1;
+            let next = if last { 0 } else { now - 1 };
+            // Release: partner the load in `pins`: a child that came near under the pin is counted. Relaxed on failure: the
+            // loop decides by the value alone.
+            match pins.compare_exchange_weak(now, next, Ordering::Release, Ordering::Relaxed) {
+                Ok(_) if last && now & NEAR != 0 => self.pinned_near.sub(1),
+                Ok(_) => {}
+                Err(seen) => {
+                    now = seen;
+                    continue;
+                }
+            }
+            return last;
+        }
     }
 
     // -- moves ------------------------------------------------------------------------------
@@ -167,7 +214,12 @@ impl Tree {
             let next = now.settled(tier);
             // AcqRel: partner the loads in `state`: who claims it finds its pages there. Acquire on failure: as in `state`.
             match word.compare_exchange(now.0, next.0, Ordering::AcqRel, Ordering::Acquire) {
-                Ok(_) => return next,
+                Ok(_) => {
+                    if tier != now.tier() && now.refs() > 0 {
+                        self.note_claimed(Tier::Device, false);
+                    }
+                    return next;
+                }
                 Err(seen) => now = State(seen),
             }
         }
@@ -189,6 +241,10 @@ impl Tree {
             // AcqRel: partner the loads in `state`: who claims it finds its pages there. Relaxed on failure: the loop loads again.
             let swapped = word.compare_exchange(now.0, next.0, Ordering::AcqRel, Ordering::Relaxed);
             if swapped.is_ok() {
+                if now.refs() > 0 {
+                    self.note_claimed(Tier::Device, true);
+                }
+                self.note_pinned(index); // who brings it up has pinned it
                 return self.come_near(self.parent(index));
             }
         }
@@ -341,6 +397,7 @@ impl Tree {
                 .fetch_add(1, Ordering::Relaxed); // Relaxed: the parent is claimed, as in `publish`
         }
         self.come_near(parent);
+        self.note_claimed(Tier::Device, true);
         let late = weak(Weak::ParkUnpinned);
         if !late {
             self.pin_first(&dead);
@@ -369,6 +426,7 @@ impl Tree {
                 .children
                 .fetch_sub(1, Ordering::Relaxed); // Relaxed: the parent is claimed
         }
+        self.note_claimed(now.tier(), false);
         self.unpin(index);
         Dead(index as u32)
     }
