@@ -86,8 +86,16 @@ fn release_against_move() {
     let announced = tree.release(a, |_| {});
     let claimed = other.join().unwrap();
     let tier = if claimed { Tier::Host } else { Tier::Device };
-    assert_eq!(tree.state(a).refs(), 0, "a release was lost");
-    assert_eq!(announced, Some(tier), "a unit on the wrong tier");
+    assert_eq!(
+        tree.state(a).refs(),
+        0,
+        "a release was lost or announced on the wrong tier"
+    );
+    assert_eq!(
+        announced,
+        Some(tier),
+        "a release was lost or announced on the wrong tier"
+    );
 }
 
 #[test]
