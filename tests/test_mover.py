@@ -388,3 +388,14 @@ def test_the_simple_movers_have_the_same_interface(memory: Memory) -> None:
     assert memory.device_is(6, 101)
     with pytest.raises(ValueError, match="host tier"):
         AtOnceMover({"kv": (memory.device, None)}).submit(MoveBatch("kv", "offload", [1], [1]))
+
+
+def test_close_ends_all_threads_although_it_does_the_last_work_itself() -> None:
+    """A thread that is woken while the closing thread runs the last move of its stream must be woken again."""
+    device, host = np.zeros((1025, 4096), np.uint8), np.zeros((1024, 4096), np.uint8)
+    slots = np.arange(1024, dtype=np.int32)
+    for _ in range(200):
+        mover = CpuMover({"kv": (device, host)})
+        for direction, src, dst in (("offload", slots + 1, slots), ("onboard", slots, slots + 1)):
+            assert mover.submit(MoveBatch("kv", direction, src, dst)) is not None
+        mover.close()

@@ -125,7 +125,7 @@ def test_a_planted_bug_is_found_in_random_steps(plant: str) -> None:
     assert found == 10
 
 
-@pytest.mark.parametrize("plant", sorted({name for name, _, _ in PLANTS} - {"host-read-early"}))
+@pytest.mark.parametrize("plant", sorted({name for name, _, _ in PLANTS}))
 def test_a_simulation_shows_what_a_planted_bug_does_to_the_bytes(plant: str) -> None:
     """The simulated orders are adverse enough that a missing wait becomes a wrong byte, without the checker."""
     options: dict[str, Any] = {"staging": 2 * (plant == "staging-reuse"), "plant": plant, "check": False}

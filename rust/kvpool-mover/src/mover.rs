@@ -90,8 +90,8 @@ impl Shared {
         state = lock(&self.state);
         state.finish(task);
         for (other, wake) in self.wake.iter().enumerate() {
-            if !state.is_idle(other) {
-                wake.notify_one();
+            if state.closed || !state.is_idle(other) {
+                wake.notify_one(); // closed: a thread whose last work was done by a waiter has to end
             }
         }
         self.news.notify_all();
@@ -117,6 +117,7 @@ impl Shared {
     /// Work was put on a stream.
     pub fn enqueued<'a>(&'a self, mut state: MutexGuard<'a, State>, streams: &[usize]) {
         if self.order.is_none() {
+            drop(state); // who is woken needs it
             streams.iter().for_each(|&stream| self.wake[stream].notify_one());
             return;
         }
