@@ -6,6 +6,7 @@ mod cache;
 mod core;
 mod kernels;
 mod mover;
+mod started;
 
 use pyo3::prelude::*;
 
@@ -20,4 +21,6 @@ mod _core {
     use crate::kernels::{kernel_names, kernel_source};
     #[pymodule_export]
     use crate::mover::{Mover, Ticket};
+    #[pymodule_export]
+    use crate::started::Started;
 }
