@@ -279,7 +279,7 @@ impl Core {
                 orders.aside.push((now, node));
                 continue;
             }
-            self.drop_below(orders, index);
+            self.drop_below(&mut orders.below, index);
             if let Some(dead) = self.tree.kill(index) {
                 self.note_gone(orders, &dead);
                 gone = Some(self.bury(dead, keep));

@@ -38,23 +38,23 @@ impl Core {
         })
     }
 
-    /// Drops all descendants of an unclaimed node.
-    pub(super) fn drop_below(&self, orders: &mut Orders, index: usize) {
+    /// Drops all descendants of an unclaimed node. `path` is room to work in.
+    pub(crate) fn drop_below(&self, path: &mut Vec<Link>, index: usize) {
         if !self.tiered {
             return;
         }
-        orders.below.clear();
-        orders.below.push(self.tree.at(index));
-        while let Some(&node) = orders.below.last() {
+        path.clear();
+        path.push(self.tree.at(index));
+        while let Some(&node) = path.last() {
             match self.tree.any_child(node) {
-                Some(child) => orders.below.push(child),
-                None if orders.below.len() == 1 => return,
+                Some(child) => path.push(child),
+                None if path.len() == 1 => return,
                 None => {
                     let Some(dead) = self.tree.kill(node.index()) else {
                         return; // somebody has it: then the node itself cannot be killed either
                     };
                     self.bury(dead, None);
-                    orders.below.pop();
+                    path.pop();
                 }
             }
         }
