@@ -1,0 +1,152 @@
+"""Kernels executed on the CPU: byte for byte what their NumPy twins do, under sanitizers, with planted bugs noticed."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import cpu_kernels
+import kernel_cases
+from cpu_kernels import FLAGS, SIGNATURES
+from kernel_mutants import MUTANTS, Mutant
+from kvpool.mover.twins import TWINS, copy_pages_u8, copy_pages_u128, gather_pages_u8, scatter_pages_u8
+
+CASES = str(Path(__file__).with_name("kernel_cases.py"))
+Done = subprocess.CompletedProcess[str]
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("kernels")
+
+
+def _run_all_cases(sources: dict[str, str], mode: str, folder: Path, name: str) -> Done:
+    library = cpu_kernels.build(sources, mode, folder, name)
+    return cpu_kernels.run_python(mode, [CASES, str(library), mode])
+
+
+@pytest.fixture(scope="session")
+def run_of(folder: Path) -> Callable[[str, Mutant | None], Done]:
+    """All cases in a process of their own, unchanged or with a planted bug; two at a time, started together."""
+    pool, runs = ThreadPoolExecutor(2), dict[tuple[str, str], Future[Done]]()
+    plain = cpu_kernels.read_sources()
+
+    def start(mode: str, mutant: Mutant | None) -> Future[Done]:
+        name, sources = "kernels", plain
+        if mutant is not None:
+            name, sources = f"mutant{MUTANTS.index(mutant)}", mutant.plant(plain)
+        return pool.submit(_run_all_cases, sources, mode, folder, name)
+
+    def result(mode: str, mutant: Mutant | None) -> Done:
+        if reason := cpu_kernels.missing(mode):
+            pytest.skip(reason)
+        key = mode, mutant.name if mutant else ""
+        if mutant and not any(name for _, name in runs):
+            for each in MUTANTS:
+                if not cpu_kernels.missing(each.mode):
+                    runs[each.mode, each.name] = start(each.mode, each)
+        if key not in runs:
+            runs[key] = start(mode, mutant)
+        return runs[key].result()
+
+    return result
+
+
+@pytest.mark.parametrize("mode", FLAGS)
+def test_every_case_holds(mode: str, run_of: Callable[[str, Mutant | None], Done]) -> None:
+    done = run_of(mode, None)
+    count = sum(len(kernel_cases.cases(kernel, mode)) for kernel in SIGNATURES)
+    assert done.returncode == 0, done.stdout[-300:] + done.stderr[-3000:]
+    assert done.stdout.endswith(f"all {count} cases hold\n")
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_planted_bug_is_noticed(mutant: Mutant, run_of: Callable[[str, Mutant | None], Done]) -> None:
+    done = run_of(mutant.mode, mutant)
+    last = done.stdout.splitlines()[-1]
+    assert last.startswith("case "), f"nothing noticed: {last}"
+    noticed = re.search(r"AssertionError: \w+:|shim: |AddressSanitizer|ThreadSanitizer|runtime error", done.stderr)
+    assert done.returncode < 0 or (done.returncode > 0 and noticed), done.stderr
+    assert mutant.says in done.stderr
+
+
+def test_ten_kinds_of_bugs_are_planted() -> None:
+    kinds = {re.split(r",| of | but ", mutant.name)[0] for mutant in MUTANTS}
+    assert {"tail guard", "off by one page", "swapped slots", "dropped lanes", "missing barrier before"} <= kinds
+    assert {"divergent barrier", "wait one stage too weak", "two blocks on the same bytes"} <= kinds
+    assert {"32-bit offset", "misaligned vector"} <= kinds
+
+
+@pytest.mark.parametrize("kernel", SIGNATURES)
+def test_random_launches(kernel: str, folder: Path, request: pytest.FixtureRequest) -> None:
+    if reason := cpu_kernels.missing():
+        pytest.skip(reason)
+    library = folder / "kernels-plain.so"
+    if not library.exists():
+        cpu_kernels.build(cpu_kernels.read_sources(), "plain", folder)
+    seed = int(np.random.default_rng().integers(1, 2**31))
+    print(f"seed {seed}: kernel_cases.drawn({kernel!r}, {seed}, 'plain')")
+    kernels = cpu_kernels.CpuKernels(library)
+    for case in kernel_cases.drawn(kernel, seed, "plain"):
+        kernel_cases.run(kernels, case, seed=seed)
+
+
+def test_arguments_are_read_at_launch_and_have_the_exact_type(folder: Path) -> None:
+    if reason := cpu_kernels.missing():
+        pytest.skip(reason)
+    kernels = cpu_kernels.CpuKernels(cpu_kernels.build(cpu_kernels.read_sources(), "plain", folder, "types"))
+    src, dst, slots = np.arange(32, dtype=np.uint8), np.zeros(32, np.uint8), np.zeros(1, np.int32)
+    with pytest.raises(AssertionError, match="int64"):
+        kernels.launch("gather_pages_u8", 1, 1, (src, dst, slots, 32, np.int32(1)))
+    with pytest.raises(AssertionError, match="takes 5"):
+        kernels.launch("gather_pages_u8", 1, 1, (src, dst, slots))
+    with pytest.raises(AssertionError, match="error 1"):
+        kernels.launch("gather_pages_u8", 0, 1, (src, dst, slots, np.int64(32), np.int32(1)))
+    kernels.launch("gather_pages_u8", 1, 1, (src, dst, slots, np.int64(32), np.int32(1)))
+    assert np.array_equal(src, dst)
+
+
+def test_twins_by_hand() -> None:
+    pool = np.arange(20, dtype=np.uint8)  # five pages of four bytes
+    slots = np.array([4, 1, 3], np.int32)
+    run = np.zeros(8, np.uint8)
+    gather_pages_u8(pool, run, slots, 4, 2)
+    assert run.tolist() == [16, 17, 18, 19, 4, 5, 6, 7]
+    scatter_pages_u8(run, pool, np.array([0, 2], np.int32), 4, 2)
+    assert pool.tolist() == [16, 17, 18, 19, 4, 5, 6, 7, 4, 5, 6, 7, 12, 13, 14, 15, 16, 17, 18, 19]
+    copy_pages_u8(pool, pool, np.array([1], np.int32), np.array([4], np.int32), 4, 1)
+    assert pool[16:].tolist() == [4, 5, 6, 7]
+
+
+@pytest.mark.parametrize(
+    ("src_slots", "dst_slots", "page_bytes", "message"),
+    [
+        ([0, 1], [2, 2], 4, "twice"),
+        ([0, 5], [1, 2], 4, "source slots 0..5"),
+        ([0, 1], [-1, 2], 4, "destination slots -1..2"),
+        ([0, 1], [1, 2], 4, "source and destination"),
+        ([0, 1], [2, 3], 0, "page_bytes"),
+    ],
+)
+def test_twins_refuse_what_a_kernel_takes_for_granted(
+    src_slots: list[int], dst_slots: list[int], page_bytes: int, message: str
+) -> None:
+    pool = np.zeros(20, np.uint8)
+    with pytest.raises(ValueError, match=message):
+        copy_pages_u8(pool, pool, np.array(src_slots, np.int32), np.array(dst_slots, np.int32), page_bytes, 2)
+
+
+def test_twins_of_vectors_refuse_what_is_not_aligned() -> None:
+    pool, slots = np.zeros(100, np.uint8), np.zeros(1, np.int32)
+    start = -pool.ctypes.data % 16
+    with pytest.raises(ValueError, match="multiples of 16"):
+        copy_pages_u128(pool[start:], pool[start + 48 :], slots, slots, 24, 1)
+    with pytest.raises(ValueError, match="multiples of 16"):
+        copy_pages_u128(pool[start + 8 :], pool[start + 48 :], slots, slots, 16, 1)
+    assert set(TWINS) == set(SIGNATURES)
