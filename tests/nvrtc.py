@@ -1,4 +1,4 @@
-"""NVRTC through ctypes, from the wheel nvidia-cuda-nvrtc-cu12: compiles to a cubin, needs no driver.
+"""NVRTC through ctypes: compiles to a cubin, needs no driver.
 
 `python tests/nvrtc.py` rewrites kernels/resources.json: registers and shared memory of each kernel.
 """
@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from kvpool import _core
+from kvpool.machine import nvrtc_library, nvrtc_release
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 RESOURCES = Path(__file__).parents[1] / "kernels" / "resources.json"
@@ -28,21 +28,6 @@ class Compiled:
     log: str
     cubin: bytes
     ptx: str
-
-
-def library() -> ctypes.CDLL | None:
-    """libnvrtc of the wheel; None if it is not installed."""
-    spec = importlib.util.find_spec("nvidia.cuda_nvrtc") if importlib.util.find_spec("nvidia") else None
-    if spec is None or not spec.submodule_search_locations:
-        return None
-    (path,) = Path(spec.submodule_search_locations[0], "lib").glob("libnvrtc.so.*[0-9]")
-    return ctypes.CDLL(str(path))
-
-
-def version(nvrtc: ctypes.CDLL) -> str:
-    major, minor = ctypes.c_int(), ctypes.c_int()
-    assert nvrtc.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)) == 0
-    return f"{major.value}.{minor.value}"
 
 
 def compile_cubin(nvrtc: ctypes.CDLL, source: str, arch: str) -> Compiled:
@@ -82,16 +67,16 @@ def resources(log: str) -> dict[str, dict[str, int]]:
 
 
 def record() -> None:
-    nvrtc = library()
+    nvrtc = nvrtc_library()
     if nvrtc is None:
-        raise SystemExit("nvidia-cuda-nvrtc-cu12 is not installed")
+        raise SystemExit("there is no NVRTC: pip install nvidia-cuda-nvrtc-cu12")
     table: dict[str, dict[str, dict[str, int]]] = {}
     for name in _core.kernel_names():
         for arch in ARCHITECTURES:
             for kernel, used in resources(compile_cubin(nvrtc, _core.kernel_source(name), arch).log).items():
                 table.setdefault(kernel, {})[arch] = {key: used[key] for key in ("registers", "shared")}
     rows = ",\n".join(f"    {json.dumps(kernel)}: {json.dumps(table[kernel])}" for kernel in sorted(table))
-    RESOURCES.write_text(f'{{\n  "nvrtc": "{version(nvrtc)}",\n  "kernels": {{\n{rows}\n  }}\n}}\n')
+    RESOURCES.write_text(f'{{\n  "nvrtc": "{nvrtc_release(nvrtc)}",\n  "kernels": {{\n{rows}\n  }}\n}}\n')
 
 
 if __name__ == "__main__":

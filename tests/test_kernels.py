@@ -12,6 +12,7 @@ import pytest
 import nvrtc
 from cpu_kernels import FAMILIES, KERNELS, SHARED, SIGNATURES, signatures
 from kvpool import _core
+from kvpool.machine import nvrtc_library, nvrtc_release
 from kvpool.mover.twins import TWINS
 
 EVERY = pytest.mark.parametrize(("name", "arch"), [(n, a) for n in _core.kernel_names() for a in nvrtc.ARCHITECTURES])
@@ -19,9 +20,9 @@ EVERY = pytest.mark.parametrize(("name", "arch"), [(n, a) for n in _core.kernel_
 
 @cache
 def compiled(name: str, arch: str) -> nvrtc.Compiled:
-    library = nvrtc.library()
+    library = nvrtc_library()
     if library is None:
-        pytest.skip("the package nvidia-cuda-nvrtc-cu12 is not installed: no kernel can be compiled")
+        pytest.skip("no NVRTC (package nvidia-cuda-nvrtc-cu12): no kernel can be compiled")
     return nvrtc.compile_cubin(library, _core.kernel_source(name), arch)
 
 
@@ -46,7 +47,7 @@ def test_registers_and_shared_memory_are_as_recorded(name: str, arch: str) -> No
     """Another release of NVRTC may use fewer registers, or a few more."""
     recorded = json.loads(nvrtc.RESOURCES.read_text())
     used = nvrtc.resources(compiled(name, arch).log)
-    same = nvrtc.version(nvrtc.library()) == recorded["nvrtc"]
+    same = nvrtc_release(nvrtc_library()) == recorded["nvrtc"]
     again = f"kernels/resources.json was recorded with NVRTC {recorded['nvrtc']}; `python tests/nvrtc.py` records anew"
     for kernel, each in used.items():
         before = recorded["kernels"][kernel][arch]
@@ -88,9 +89,9 @@ def test_inline_ptx_is_in_one_file() -> None:
 
 
 def test_a_misspelt_opcode_is_refused() -> None:
-    library = nvrtc.library()
+    library = nvrtc_library()
     if library is None:
-        pytest.skip("the package nvidia-cuda-nvrtc-cu12 is not installed")
+        pytest.skip("no NVRTC (package nvidia-cuda-nvrtc-cu12): no kernel can be compiled")
     source = 'extern "C" __global__ void k() { asm volatile("ld.globl.u32 %r1, [%rd1];"); }'
     done = nvrtc.compile_cubin(library, source, "sm_90")
     assert done.result != 0, done.log
