@@ -219,14 +219,18 @@ def locked_limit() -> int | None:
     return None if soft == resource.RLIM_INFINITY else soft
 
 
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def look_at_host() -> Host:
     """Cores, memory and nodes of this process's machine."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
         memory = 0
-    return Host(cores, memory, locked_limit(), _numa())
+    return Host(usable_cores(), memory, locked_limit(), _numa())
 
 
 def look() -> Machine:
