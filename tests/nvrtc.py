@@ -13,6 +13,7 @@ from pathlib import Path
 
 from kvpool import _core
 from kvpool.machine import nvrtc_library, nvrtc_release
+from kvpool.mover.cuda_runtime import OPTIONS
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 RESOURCES = Path(__file__).parents[1] / "kernels" / "resources.json"
@@ -30,10 +31,10 @@ class Compiled:
     ptx: str
 
 
-def compile_cubin(nvrtc: ctypes.CDLL, source: str, arch: str) -> Compiled:
+def compile_cubin(nvrtc: ctypes.CDLL, source: str, arch: str, given: tuple[str, ...] = OPTIONS) -> Compiled:
     program = ctypes.c_void_p()
     assert nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None) == 0
-    options = [f"--gpu-architecture={arch}".encode(), b"--std=c++17", b"--ptxas-options=-v"]
+    options = [option.encode() for option in (f"--gpu-architecture={arch}", "--ptxas-options=-v", *given)]
     result = nvrtc.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
     size = ctypes.c_size_t()
     assert nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size)) == 0

@@ -10,9 +10,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
-import numpy as np
 import pytest
 
 from kvpool.mover import pinned
@@ -207,23 +205,3 @@ def test_the_systems_own_limit_is_the_one_that_is_named() -> None:
         pytest.skip("this system does not enforce RLIMIT_MEMLOCK")
     assert "mlock: Cannot allocate memory" in done.stdout
     assert f"is {1 << 20} bytes" in done.stdout
-
-
-def test_cuda_registrar_maps_for_every_context(monkeypatch: pytest.MonkeyPatch) -> None:
-    """cudaHostRegisterPortable | cudaHostRegisterMapped."""
-    calls: list[tuple[Any, ...]] = []
-
-    class Runtime:
-        def hostRegister(self, *arguments: int) -> None:
-            calls.append(("register", *arguments))
-
-        def hostUnregister(self, *arguments: int) -> None:
-            calls.append(("unregister", *arguments))
-
-    cupy = type(sys)("cupy")
-    cupy.cuda = type("cuda", (), {"runtime": Runtime()})  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "cupy", cupy)
-    with PinnedMemory(MIB, 4096, pinned.CudaRegistrar()) as memory:
-        address = memory.address
-        assert isinstance(memory.array, np.ndarray)
-    assert calls == [("register", address, MIB, 3), ("unregister", address)]

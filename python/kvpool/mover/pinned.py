@@ -23,7 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -39,32 +39,13 @@ Progress = Callable[[int, int], None]
 
 
 class Registrar(Protocol):
-    """Page-locks memory so that a device can reach it at the same address."""
+    """Page-locks memory so that a device can reach it at the same address; `CudaRuntime` is one."""
 
     def register(self, address: int, num_bytes: int) -> None:
         """Any exception means that the memory is as before."""
 
     def unregister(self, address: int) -> None:
         """Of the address that was registered."""
-
-
-class CudaRegistrar:
-    """Of the CUDA runtime, through CuPy: portable to every context, and mapped into the device's addresses."""
-
-    _PORTABLE_AND_MAPPED = 1 | 2
-
-    def __init__(self) -> None:
-        import cupy
-
-        self._runtime: Any = cupy.cuda.runtime
-
-    def register(self, address: int, num_bytes: int) -> None:
-        """cudaHostRegister. RuntimeError: CUDA's reason."""
-        self._runtime.hostRegister(address, num_bytes, self._PORTABLE_AND_MAPPED)
-
-    def unregister(self, address: int) -> None:
-        """cudaHostUnregister."""
-        self._runtime.hostUnregister(address)
 
 
 def chunk_edges(num_bytes: int, page_bytes: int, chunk_bytes: int, system_page: int = mmap.PAGESIZE) -> list[int]:
