@@ -11,11 +11,14 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 ROOT = Path(__file__).parents[1]
 KERNELS = ROOT / "kernels"
@@ -119,3 +122,12 @@ def _cell(kind: str, value: Any) -> Any:
     scalar, cell = {"long long": (np.int64, ctypes.c_longlong), "int": (np.int32, ctypes.c_int)}[kind]
     assert isinstance(value, scalar), f"{value!r} is not the {scalar.__name__} that the kernel's {kind} wants"
     return cell(int(value))
+
+
+@cache
+def plain_kernels() -> CpuKernels:
+    """The kernels as they are, built once for all tests of this process; skips the test where that cannot be."""
+    if reason := missing():
+        pytest.skip(reason)
+    with tempfile.TemporaryDirectory() as folder:
+        return CpuKernels(build(read_sources(), "plain", Path(folder)))

@@ -302,7 +302,7 @@ class RawModule:
 
 def _matmul(world: World) -> Callable[..., None]:
     def matmul(left: Any, right: Any, out: Any) -> None:
-        world.give(world.current.stack[-1], Work(lambda: np.matmul(left, right, out=out), cost_ms=1.0))
+        world.give(world.current.stack[-1], Work(lambda: np.matmul(left, right, out=out), cost_ms=1e-3))
 
     return matmul
 

@@ -6,14 +6,13 @@ import importlib.util
 import operator
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-import cpu_kernels
 import fake_cupy
 import nvrtc
+from cpu_kernels import plain_kernels
 from fake_cupy import CUDARuntimeError, World
 from kvpool import _core
 from kvpool.machine import nvrtc_library
@@ -23,18 +22,10 @@ from kvpool.mover.pinned import PinnedMemory
 from kvpool.mover.twins import TWINS
 
 
-@pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> cpu_kernels.CpuKernels:
-    if reason := cpu_kernels.missing():
-        pytest.skip(reason)
-    folder: Path = tmp_path_factory.mktemp("fake")
-    return cpu_kernels.CpuKernels(cpu_kernels.build(cpu_kernels.read_sources(), "plain", folder))
-
-
 @pytest.fixture
-def start(kernels: cpu_kernels.CpuKernels, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[CudaRuntime, World]]:
+def start(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[CudaRuntime, World]]:
     def make(seed: int = 0, **settings: int) -> tuple[CudaRuntime, World]:
-        world = World(kernels, seed=seed, **settings)
+        world = World(plain_kernels(), seed=seed, **settings)
         monkeypatch.setitem(sys.modules, "cupy", fake_cupy.make(world))
         return CudaRuntime(0), world
 
@@ -208,10 +199,10 @@ def test_kernels_compile_with_the_options_that_cupy_adds(name: str) -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("cupy") is None, reason="CuPy (kvpool[cuda]) is not installed")
-def test_the_stand_in_has_nothing_that_cupy_lacks(kernels: cpu_kernels.CpuKernels) -> None:
+def test_the_stand_in_has_nothing_that_cupy_lacks() -> None:
     import cupy
 
-    fake = fake_cupy.make(World(kernels))
+    fake = fake_cupy.make(World(plain_kernels()))
     for name in ("RawModule", "ones", "matmul", *(f"cuda.{name}" for name in vars(fake.cuda))):
         assert operator.attrgetter(name)(cupy) is not None
     for kind, real in ((fake_cupy.Stream, cupy.cuda.Stream), (fake_cupy.Event, cupy.cuda.Event)):

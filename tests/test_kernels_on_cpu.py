@@ -84,23 +84,16 @@ def test_ten_kinds_of_bugs_are_planted() -> None:
 
 
 @pytest.mark.parametrize("kernel", SIGNATURES)
-def test_random_launches(kernel: str, folder: Path, request: pytest.FixtureRequest) -> None:
-    if reason := cpu_kernels.missing():
-        pytest.skip(reason)
-    library = folder / "kernels-plain.so"
-    if not library.exists():
-        cpu_kernels.build(cpu_kernels.read_sources(), "plain", folder)
+def test_random_launches(kernel: str) -> None:
     seed = int(np.random.default_rng().integers(1, 2**31))
     print(f"seed {seed}: kernel_cases.drawn({kernel!r}, {seed}, 'plain')")
-    kernels = cpu_kernels.CpuKernels(library)
+    kernels = cpu_kernels.plain_kernels()
     for case in kernel_cases.drawn(kernel, seed, "plain"):
         kernel_cases.run(kernels, case, seed=seed)
 
 
-def test_arguments_are_read_at_launch_and_have_the_exact_type(folder: Path) -> None:
-    if reason := cpu_kernels.missing():
-        pytest.skip(reason)
-    kernels = cpu_kernels.CpuKernels(cpu_kernels.build(cpu_kernels.read_sources(), "plain", folder, "types"))
+def test_arguments_have_the_exact_type() -> None:
+    kernels = cpu_kernels.plain_kernels()
     src, dst, slots = np.arange(32, dtype=np.uint8), np.zeros(32, np.uint8), np.zeros(1, np.int32)
     with pytest.raises(AssertionError, match="int64"):
         kernels.launch("gather_pages_u8", 1, 1, (src, dst, slots, 32, np.int32(1)))
