@@ -27,8 +27,8 @@ SHARED = ("ptx", "walk")  # stand in front of every family
 FAMILIES = sorted(path.stem for path in KERNELS.glob("*.cu") if path.stem not in SHARED)
 FLAGS = {
     "plain": [],
-    "asan": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
-    "tsan": ["-fsanitize=thread"],
+    "asan": ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+    "tsan": ["-g", "-fsanitize=thread"],
 }
 _ENTRY = re.compile(r"__global__\s+void\s+(?:__launch_bounds__\(\w+\)\s+)?(\w+)\((.*?)\)", re.S)
 
@@ -48,8 +48,10 @@ def read_sources() -> dict[str, str]:
 
 
 SIGNATURES: dict[str, list[str]] = {}
-for _text in read_sources().values():
+KERNELS_OF: dict[str, list[str]] = {}  # by file
+for _name, _text in read_sources().items():
     SIGNATURES |= signatures(_text)
+    KERNELS_OF[_name] = list(signatures(_text))
 
 
 def missing(mode: str = "plain") -> str | None:
@@ -73,7 +75,7 @@ def build(
     unit, library = folder / f"{name}-{mode}.cpp", folder / f"{name}-{mode}.so"
     unit.write_text("".join(parts))
     warnings = ["-Wall", "-Wextra", "-Wno-unknown-pragmas"]
-    command = ["g++", "-std=c++20", "-O1", "-g", "-fPIC", "-shared", "-pthread", *warnings, *FLAGS[mode]]
+    command = ["g++", "-std=c++20", "-O1", "-fPIC", "-shared", "-pthread", *warnings, *FLAGS[mode]]
     command += ["-I", str(SHIM), str(unit), "-o", str(library)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from cpu_kernels import FAMILIES, KERNELS, signatures
+from cpu_kernels import KERNELS_OF
 from kvpool.mover.cuda_runtime import CudaRuntime
 from kvpool.mover.launches import Launch
 
 GUARD = 256  # bytes on each side of an array on the device, which must stay
-FAMILY_OF = {kernel: family for family in FAMILIES for kernel in signatures((KERNELS / f"{family}.cu").read_text())}
+FAMILY_OF = {kernel: family for family, kernels in KERNELS_OF.items() for kernel in kernels}
 
 
 class GpuKernels:

@@ -1,14 +1,16 @@
 """Launches that every kernel must get right, compared byte for byte with its NumPy twin.
 
-`python tests/kernel_cases.py LIBRARY MODE` runs them all in a process of their own, as the sanitizers and the planted
-bugs need it; it names each case before it runs, and ends with "all N cases hold".
+`python tests/kernel_cases.py MODE LIBRARY...` runs them in processes of their own, as the sanitizers and the planted
+bugs need it.
 """
 
 from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 import sys
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from cpu_kernels import SIGNATURES, CpuKernels
+from cpu_kernels import KERNELS_OF, SIGNATURES, CpuKernels
 from kvpool.mover.twins import TWINS
 
 Bytes = npt.NDArray[np.uint8]
@@ -197,7 +199,7 @@ def beyond_2_gib(kernel: str) -> Iterator[Case]:
         yield Case(kernel, page_bytes, 3, 2, 32, first_slot=gib * GIB // page_bytes + 1, sparse=True)
 
 
-def drawn(kernel: str, seed: int, mode: str, count: int = 25) -> Iterator[Case]:
+def drawn(kernel: str, seed: int, mode: str, count: int = 20) -> Iterator[Case]:
     """Random launches, by seed."""
     random = np.random.default_rng([seed, len(kernel)])
     for _ in range(count):
@@ -215,20 +217,46 @@ def drawn(kernel: str, seed: int, mode: str, count: int = 25) -> Iterator[Case]:
 
 
 def cases(kernel: str, mode: str, seed: int = 0) -> list[Case]:
-    found = [*small(kernel, mode), *drawn(kernel, seed, mode)]
+    found = [*small(kernel, mode), *drawn(kernel, seed, mode, 8 if mode == "tsan" else 20)]
     return found if mode == "tsan" else found + list(beyond_2_gib(kernel))
 
 
-def main(library: str, mode: str) -> None:
-    kernels = CpuKernels(Path(library))
+def run_all(library: Path, mode: str, family: str | None) -> None:
+    """Every case of every kernel, or of those of one file; says which before it runs, and in the end that all hold."""
+    kernels = CpuKernels(library)
     guard = GUARD if mode == "plain" else 0
     count = 0
-    for kernel in SIGNATURES:
+    for kernel in SIGNATURES if family is None else KERNELS_OF[family]:
         for case in cases(kernel, mode):
             print(f"case {case}", flush=True)
             run(kernels, case, guard)
             count += 1
-    print(f"all {count} cases hold")
+    print(f"all {count} cases hold", flush=True)
+
+
+def main(mode: str, *given: str) -> None:
+    """Each of `given` is LIBRARY or LIBRARY:FAMILY, and gets a process of its own, forked; what it says, and how it
+    ends, goes to LIBRARY.out and LIBRARY.code."""
+    for each in given:
+        name, _, family = each.partition(":")
+        library = Path(name)
+        child = os.fork()
+        if child == 0:
+            with library.with_suffix(".out").open("w") as out:
+                os.dup2(out.fileno(), 1)
+                os.dup2(out.fileno(), 2)
+            code = 1
+            try:
+                run_all(library, mode, family or None)
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+        _, status = os.waitpid(child, 0)
+        library.with_suffix(".code").write_text(str(os.waitstatus_to_exitcode(status)))
 
 
 if __name__ == "__main__":

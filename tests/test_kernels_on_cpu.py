@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-import subprocess
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -18,62 +19,68 @@ from kernel_mutants import MUTANTS, Mutant
 from kvpool.mover.twins import TWINS, copy_pages_u8, copy_pages_u128, gather_pages_u8, scatter_pages_u8
 
 CASES = str(Path(__file__).with_name("kernel_cases.py"))
-Done = subprocess.CompletedProcess[str]
+WORKERS = 2  # compilers and runs at once
+
+
+@dataclass(frozen=True)
+class Outcome:
+    code: int  # of the process; negative: the signal that ended it
+    words: str  # all that it said
 
 
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("kernels")
-
-
-def _run_all_cases(sources: dict[str, str], mode: str, folder: Path, name: str) -> Done:
-    library = cpu_kernels.build(sources, mode, folder, name)
-    return cpu_kernels.run_python(mode, [CASES, str(library), mode])
-
-
-@pytest.fixture(scope="session")
-def run_of(folder: Path) -> Callable[[str, Mutant | None], Done]:
-    """All cases in a process of their own, unchanged or with a planted bug; two at a time, started together."""
-    pool, runs = ThreadPoolExecutor(2), dict[tuple[str, str], Future[Done]]()
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str, Mutant | None], Outcome]]:
+    """What all cases said of the kernels as they are (None), or of a planted bug; each asked for once, by the mode."""
+    folder = tmp_path_factory.mktemp("kernels")
+    pool = ThreadPoolExecutor(WORKERS)
     plain = cpu_kernels.read_sources()
 
-    def start(mode: str, mutant: Mutant | None) -> Future[Done]:
-        name, sources = "kernels", plain
-        if mutant is not None:
-            name, sources = f"mutant{MUTANTS.index(mutant)}", mutant.plant(plain)
-        return pool.submit(_run_all_cases, sources, mode, folder, name)
+    def name_of(mutant: Mutant | None) -> str:
+        return "kernels" if mutant is None else f"mutant{MUTANTS.index(mutant)}"
 
-    def result(mode: str, mutant: Mutant | None) -> Done:
+    def build(mode: str, mutant: Mutant | None) -> str:
+        sources = plain if mutant is None else mutant.plant(plain)
+        library = cpu_kernels.build(sources, mode, folder, name_of(mutant))
+        return str(library) if mutant is None or mutant.file == "walk" else f"{library}:{mutant.file}"
+
+    @cache
+    def run(mode: str, planted: bool) -> None:
+        wanted = [mutant for mutant in MUTANTS if mutant.mode == mode] if planted else [None]
+        libraries = list(pool.map(lambda mutant: build(mode, mutant), wanted))
+        shares = [libraries[at::WORKERS] for at in range(min(WORKERS, len(libraries)))]
+        for done in pool.map(lambda share: cpu_kernels.run_python(mode, [CASES, mode, *share]), shares):
+            assert done.returncode == 0, done.stderr
+
+    def outcome(mode: str, mutant: Mutant | None) -> Outcome:
         if reason := cpu_kernels.missing(mode):
             pytest.skip(reason)
-        key = mode, mutant.name if mutant else ""
-        if mutant and not any(name for _, name in runs):
-            for each in MUTANTS:
-                if not cpu_kernels.missing(each.mode):
-                    runs[each.mode, each.name] = start(each.mode, each)
-        if key not in runs:
-            runs[key] = start(mode, mutant)
-        return runs[key].result()
+        run(mode, mutant is not None)
+        library = folder / f"{name_of(mutant)}-{mode}"
+        return Outcome(int(library.with_suffix(".code").read_text()), library.with_suffix(".out").read_text())
 
-    return result
+    yield outcome
+    pool.shutdown()
+
+
+Ask = Callable[[str, Mutant | None], Outcome]
 
 
 @pytest.mark.parametrize("mode", FLAGS)
-def test_every_case_holds(mode: str, run_of: Callable[[str, Mutant | None], Done]) -> None:
-    done = run_of(mode, None)
+def test_every_case_holds(mode: str, outcomes: Ask) -> None:
+    found = outcomes(mode, None)
     count = sum(len(kernel_cases.cases(kernel, mode)) for kernel in SIGNATURES)
-    assert done.returncode == 0, done.stdout[-300:] + done.stderr[-3000:]
-    assert done.stdout.endswith(f"all {count} cases hold\n")
+    assert found.code == 0, found.words[-3000:]
+    assert f"all {count} cases hold\n" in found.words
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
-def test_planted_bug_is_noticed(mutant: Mutant, run_of: Callable[[str, Mutant | None], Done]) -> None:
-    done = run_of(mutant.mode, mutant)
-    last = done.stdout.splitlines()[-1]
-    assert last.startswith("case "), f"nothing noticed: {last}"
-    noticed = re.search(r"AssertionError: \w+:|shim: |AddressSanitizer|ThreadSanitizer|runtime error", done.stderr)
-    assert done.returncode < 0 or (done.returncode > 0 and noticed), done.stderr
-    assert mutant.says in done.stderr
+def test_planted_bug_is_noticed(mutant: Mutant, outcomes: Ask) -> None:
+    found = outcomes(mutant.mode, mutant)
+    assert "cases hold" not in found.words, "nothing noticed"
+    assert found.words.startswith("case ") or "\ncase " in found.words, found.words
+    noticed = re.search(r"AssertionError: \w+:|shim: |AddressSanitizer|ThreadSanitizer|runtime error", found.words)
+    assert found.code < 0 or (found.code > 0 and noticed), found.words[-3000:]
+    assert mutant.says in found.words
 
 
 def test_ten_kinds_of_bugs_are_planted() -> None:

@@ -224,6 +224,32 @@ SHIM_BOOKS inline void run_block(char* stacks) {
 #endif
 }
 
+// Stacks and books of a block's threads, kept for the next launch: fresh pages cost more than most launches.
+SHIM_BOOKS inline char* stacks_of_block() {
+    struct Kept {
+        char* stacks;
+        Fiber* fibers;
+        unsigned threads;
+    };
+    static Kept kept[MAX_BLOCKS];
+#if defined(__SANITIZE_THREAD__)
+    Kept* mine = &kept[block->index.x % MAX_BLOCKS];
+#else
+    Kept* mine = &kept[0];  // blocks run one after the other
+#endif
+    if (mine->threads < block->dim.x) {
+        if (mine->threads) munmap(mine->stacks, mine->threads * STACK);
+        free(mine->fibers);
+        const size_t bytes = block->dim.x * STACK;
+        void* stacks = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        Fiber* fibers = (Fiber*)malloc(block->dim.x * sizeof(Fiber));
+        if (stacks == MAP_FAILED || !fibers) fail("no memory for %d stacks of %d bytes", (int)block->dim.x, (int)STACK);
+        *mine = {(char*)stacks, fibers, block->dim.x};
+    }
+    block->fibers = mine->fibers;
+    return mine->stacks;
+}
+
 SHIM_BOOKS inline void* block_main(void* given) {
     block = (Block*)given;
 #if defined(__SANITIZE_THREAD__)
@@ -232,15 +258,7 @@ SHIM_BOOKS inline void* block_main(void* given) {
 #else
     for (char* byte = __start_shim_shared; byte < __stop_shim_shared; ++byte) *byte = (char)0xa5;
 #endif
-    const size_t bytes = block->dim.x * STACK;
-    char* stacks = (char*)mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    block->fibers = (Fiber*)malloc(block->dim.x * sizeof(Fiber));
-    if (stacks == MAP_FAILED || !block->fibers) {
-        fail("no memory for %d fibers with stacks of %d bytes", (int)block->dim.x, (int)STACK);
-    }
-    run_block(stacks);
-    free(block->fibers);
-    munmap(stacks, bytes);
+    run_block(stacks_of_block());
     return nullptr;
 }
 
