@@ -20,17 +20,30 @@ from kvpool.errors import (
     StalledError,
 )
 from kvpool.manager import Event, KVCacheManager, Stats
+from kvpool.scheduler import (
+    AdapterBudget,
+    Engine,
+    Executor,
+    Request,
+    RequestState,
+    Scheduler,
+    SchedulerConfig,
+    Step,
+)
 from kvpool.sizing import PoolPlan, peak_slots, plan_pools, slots_for
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdapterBudget",
     "AddRequest",
     "BatchDesc",
     "CacheConfig",
     "CacheState",
     "ConfigError",
+    "Engine",
     "Event",
+    "Executor",
     "InvariantError",
     "KVCache",
     "KVCacheDesc",
@@ -39,11 +52,16 @@ __all__ = [
     "LogicError",
     "PoolConfig",
     "PoolPlan",
+    "Request",
+    "RequestState",
     "RequestTooLargeError",
     "Retention",
+    "Scheduler",
+    "SchedulerConfig",
     "Scope",
     "StalledError",
     "Stats",
+    "Step",
     "TokenRange",
     "peak_slots",
     "plan_pools",

@@ -181,7 +181,7 @@ class Batches:
         claims = [
             (
                 _context(request),
-                *scope_key(_scope_of(request)),
+                *scope_key(scope_of(request)),
                 retention_spec(getattr(request, "retention", None)),
                 None if least is None else count(least, "min_tokens"),
             )
@@ -317,7 +317,7 @@ def _context(request: Any) -> Int32Array:
     return np.concatenate([tokens, generated]) if len(generated) else tokens
 
 
-def _scope_of(request: Any) -> Scope | None:
+def scope_of(request: Any) -> Scope | None:
     scope, lora_id = getattr(request, "scope", None), getattr(request, "lora_id", None)
     if lora_id is None or not (scope is None or isinstance(scope, Scope)):
         return scope

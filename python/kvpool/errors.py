@@ -22,4 +22,8 @@ class StalledError(KVPoolError):
 
 
 class RequestTooLargeError(KVPoolError):
-    """A request that would not fit even alone; carries pool, needed and available."""
+    """A request that would not fit even alone: `pool` (or the limit's name) has `available`, it needs `needed`."""
+
+    def __init__(self, message: str, *, pool: str = "", needed: int = 0, available: int = 0) -> None:
+        super().__init__(message)
+        self.pool, self.needed, self.available = pool, needed, available

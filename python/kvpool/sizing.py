@@ -41,7 +41,7 @@ def stale_range(pool: PoolConfig, tokens_per_block: int, history_length: int) ->
     return s, max(s, (history_length + 1 - pool.window) // t)
 
 
-def _request_slots(pool: PoolConfig, t: int, request: KVCacheDesc) -> int:
+def request_slots(pool: PoolConfig, t: int, request: KVCacheDesc) -> int:
     s, e = stale_range(pool, t, request.history_length)
     blocks = _ceil(request.capacity, t)
     return blocks - max(0, min(e, blocks) - s)
@@ -52,7 +52,7 @@ def _batch_slots(pool: PoolConfig, t: int, batch: BatchDesc) -> int:
     total = 0
     shared: set[int] = set()
     for request in batch.requests:
-        total += _request_slots(pool, t, request)
+        total += request_slots(pool, t, request)
         prefix = max(0, min(batch.system_prompt_length, request.capacity - 1)) // t
         s, e = stale_range(pool, t, request.history_length)
         live = [i for i in range(prefix) if not s <= i < e]
@@ -68,7 +68,7 @@ def slots_for(config: CacheConfig, batch: BatchDesc) -> dict[str, int]:
     return {pool.name: _batch_slots(pool, config.tokens_per_block, batch) for pool in config.pools}
 
 
-def _window_slots(pool: PoolConfig, config: CacheConfig, k: int) -> int:
+def window_slots(pool: PoolConfig, config: CacheConfig, k: int) -> int:
     """Blocks that one request can hold in a windowed pool while a step adds k tokens, at any alignment."""
     t = config.tokens_per_block
     assert pool.window is not None
@@ -76,12 +76,12 @@ def _window_slots(pool: PoolConfig, config: CacheConfig, k: int) -> int:
     return blocks if config.max_seq_len is None else min(blocks, _ceil(config.max_seq_len, t))
 
 
-def _decode_slots(pool: PoolConfig, config: CacheConfig) -> int:
+def decode_slots(pool: PoolConfig, config: CacheConfig) -> int:
     """Slots of one decode as `decode_reservation` counts it."""
     t = config.tokens_per_block
     if config.decode_reservation == "sliding" and pool.window is not None:
-        return _window_slots(pool, config, 1 + config.draft_tokens)
-    return _request_slots(pool, t, KVCacheDesc(t, t - 1))
+        return window_slots(pool, config, 1 + config.draft_tokens)
+    return request_slots(pool, t, KVCacheDesc(t, t - 1))
 
 
 def _floor(pool: PoolConfig, config: CacheConfig) -> int:
@@ -89,16 +89,16 @@ def _floor(pool: PoolConfig, config: CacheConfig) -> int:
     floors = [1]
     floors += [_batch_slots(pool, t, batch) for batch in config.constraints]
     if config.max_seq_len is not None:
-        floors.append(_request_slots(pool, t, KVCacheDesc(config.max_seq_len, config.max_seq_len - 1)))
+        floors.append(request_slots(pool, t, KVCacheDesc(config.max_seq_len, config.max_seq_len - 1)))
     if config.decode_reservation != "none":
-        decode = _decode_slots(pool, config)
+        decode = decode_slots(pool, config)
         floors.append(config.max_batch_size * decode)
         if config.max_num_tokens is not None:
             k = config.max_num_tokens
             if config.max_seq_len is not None:
                 k = min(k, config.max_seq_len)
             if pool.window is not None:
-                context = _window_slots(pool, config, k)
+                context = window_slots(pool, config, k)
             else:
                 context = _ceil(config.max_seq_len if config.max_seq_len is not None else k, t)
             floors.append((config.max_batch_size - 1) * decode + context)
@@ -213,5 +213,5 @@ def peak_slots(config: CacheConfig, request: Any, chunk_tokens: int | None) -> d
     for pool in config.pools:
         peaks[pool.name] = whole
         if pool.window is not None and chunk is not None:
-            peaks[pool.name] = min(whole, _window_slots(pool, config, max(chunk, 1 + draft)))
+            peaks[pool.name] = min(whole, window_slots(pool, config, max(chunk, 1 + draft)))
     return peaks

@@ -73,6 +73,10 @@ pub struct Cache {
     pub(crate) debt: Vec<u32>,
     /// Launched steps that may still touch its slots.
     pub(crate) in_flight: u32,
+    /// Per pool: slots that come back at the end of the steps in flight.
+    pub(crate) returning: Vec<u32>,
+    /// Per pool: units that the claims of a start took.
+    pub(crate) paid: Vec<u32>,
     /// Slots (pool, slot) given up while in flight.
     pub(crate) fenced: Vec<(u32, u32)>,
     /// Retention of its blocks.
@@ -130,6 +134,8 @@ impl Cache {
             far: vec![0; pools],
             debt: vec![0; pools],
             in_flight: 0,
+            returning: vec![0; pools],
+            paid: vec![0; pools],
             fenced: Vec::with_capacity(room * pools),
             retention,
             segment: 0,

@@ -17,6 +17,7 @@ pub mod core;
 pub mod error;
 pub mod events;
 pub mod evict;
+pub mod forecast;
 pub mod inbox;
 #[cfg(all(test, kvpool_loom))]
 mod models;
@@ -28,6 +29,6 @@ pub mod tree;
 pub mod types;
 pub mod words;
 
-pub use crate::core::{CacheInfo, Claim, Core};
+pub use crate::core::{CacheInfo, Claim, Core, Refusal, Start};
 pub use cache::Cache;
 pub use error::{CoreError, Result};

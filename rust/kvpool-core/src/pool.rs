@@ -55,6 +55,8 @@ pub struct SlotPool {
     taken: Counter,
     /// Units that claims of batches keep from call to call.
     pub promised: Counter,
+    /// Slots that come back when the steps in flight have ended; a monitor's reading.
+    pub returning: Counter,
     peak: Field,
 }
 
@@ -68,6 +70,7 @@ impl SlotPool {
             key: (0..=num_slots).map(|_| Field::new(0)).collect(),
             taken: Counter::default(),
             promised: Counter::default(),
+            returning: Counter::default(),
             peak: Field::new(0),
         }
     }

@@ -1,5 +1,6 @@
 //! The `Cache` class: one request's claims and pages, entered by one thread at a time.
 
+use crate::core::outcome;
 use kvpool_core::{Cache as CoreCache, CoreError, Result};
 use pyo3::prelude::*;
 use std::collections::HashMap;
@@ -38,4 +39,12 @@ pub fn distinct(caches: &[Py<Cache>]) -> Vec<(&Cache, u32)> {
         .map(Py::get)
         .filter_map(|cache| Some((cache, times.remove(&std::ptr::from_ref(cache))?)))
         .collect()
+}
+
+type Entered<'a> = MutexGuard<'a, CoreCache>;
+
+/// Enters all caches of a list, each once, with the times it is listed.
+pub fn enter_all<'a>(py: Python<'_>, caches: &'a [Py<Cache>]) -> PyResult<Vec<(Entered<'a>, u32)>> {
+    let enter = |(cache, times): (&'a Cache, u32)| Ok((outcome(py, cache.enter())?, times));
+    distinct(caches).into_iter().map(enter).collect()
 }

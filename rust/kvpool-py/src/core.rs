@@ -4,7 +4,7 @@
 //! one inside gets a `LogicError` instead of waiting. Calls of microseconds keep the GIL (letting it go costs more
 //! than it gives); those that walk all blocks let it go.
 
-use crate::cache::{distinct, Cache};
+use crate::cache::{distinct, enter_all, Cache};
 use kvpool_core::events::{Event, EventKind};
 use kvpool_core::types::{
     CoreConfig, Mover, NoMover, PageCopy, PolicyKind, PoolSpec, RangeSpec, Retain, RetentionSpec,
@@ -17,7 +17,6 @@ use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedBytes;
 use pyo3::types::{PyByteArray, PyDict};
 use std::collections::HashSet;
-use std::sync::MutexGuard;
 
 fn raise(py: Python<'_>, error: CoreError) -> PyErr {
     let (class, message) = match error {
@@ -38,7 +37,7 @@ fn raise(py: Python<'_>, error: CoreError) -> PyErr {
     }
 }
 
-fn int32s(py: Python<'_>, tokens: &PyBuffer<i32>) -> PyResult<Vec<i32>> {
+pub fn int32s(py: Python<'_>, tokens: &PyBuffer<i32>) -> PyResult<Vec<i32>> {
     if tokens.dimensions() != 1 {
         return Err(PyValueError::new_err("tokens must be one-dimensional"));
     }
@@ -56,10 +55,9 @@ fn bytes_of(values: &[i32]) -> Vec<u8> {
     values.iter().flat_map(|value| value.to_ne_bytes()).collect()
 }
 
-type Entered<'a> = MutexGuard<'a, kvpool_core::Cache>;
 /// (pool, whether the source is on the host, source slot, destination slot)
-type Copies = Vec<(u32, bool, u32, u32)>;
-fn plan(copies: &[PageCopy]) -> Copies {
+pub type Copies = Vec<(u32, bool, u32, u32)>;
+pub fn plan(copies: &[PageCopy]) -> Copies {
     let copy = |c: &PageCopy| (c.pool, c.tier == Tier::Host, c.src, c.dst);
     copies.iter().map(copy).collect()
 }
@@ -78,25 +76,25 @@ impl Mover for Offload {
 }
 
 /// ([(start, end, priority, seconds)], decode priority, decode seconds)
-type Ranges = (Vec<(u64, Option<u64>, u8, Option<f64>)>, u8, Option<f64>);
+pub type Ranges = (Vec<(u64, Option<u64>, u8, Option<f64>)>, u8, Option<f64>);
 
 /// Tree, pools and their books. `core()` before a call in which the time counts.
 #[pyclass(frozen, module = "kvpool._core")]
 pub struct Core {
-    core: kvpool_core::Core,
+    pub core: kvpool_core::Core,
     clock: Option<Py<PyAny>>,
 }
 
 impl Core {
     /// The core, with the clock read if a block has a duration.
-    fn core(&self, py: Python<'_>) -> PyResult<&kvpool_core::Core> {
+    pub fn core(&self, py: Python<'_>) -> PyResult<&kvpool_core::Core> {
         if self.core.is_timed() {
             self.read_clock(py)?;
         }
         Ok(&self.core)
     }
 
-    fn read_clock(&self, py: Python<'_>) -> PyResult<()> {
+    pub fn read_clock(&self, py: Python<'_>) -> PyResult<()> {
         let Some(clock) = &self.clock else {
             return Ok(());
         };
@@ -111,7 +109,7 @@ impl Core {
     }
 }
 
-fn retention((ranges, priority, duration): Ranges) -> RetentionSpec {
+pub fn retention((ranges, priority, duration): Ranges) -> RetentionSpec {
     RetentionSpec {
         ranges: ranges
             .into_iter()
@@ -142,19 +140,13 @@ fn with<T>(
     outcome(py, result)
 }
 
-/// Enters all caches of a list, each once, with the times it is listed.
-fn enter_all<'a>(py: Python<'_>, caches: &'a [Py<Cache>]) -> PyResult<Vec<(Entered<'a>, u32)>> {
-    let enter = |(cache, times): (&'a Cache, u32)| Ok((outcome(py, cache.enter())?, times));
-    distinct(caches).into_iter().map(enter).collect()
-}
-
 /// Per cache of a list: whether it is in a set.
 fn listed(caches: &[Py<Cache>], set: &HashSet<*const Cache>) -> Vec<bool> {
     let cache = |cache: &Py<Cache>| set.contains(&std::ptr::from_ref(cache.get()));
     caches.iter().map(cache).collect()
 }
 
-fn outcome<T>(py: Python<'_>, result: kvpool_core::Result<T>) -> PyResult<T> {
+pub fn outcome<T>(py: Python<'_>, result: kvpool_core::Result<T>) -> PyResult<T> {
     result.map_err(|error| raise(py, error))
 }
 
@@ -287,6 +279,7 @@ impl Core {
                 epoch: *epoch,
                 retention,
                 least: *least,
+                most: None,
             });
         }
         if timed {
@@ -524,7 +517,6 @@ impl Core {
     }
 
     /// -> [(number, stored, pool, key, parent key or None)] since the last call, at most `most`
-    #[allow(clippy::type_complexity)]
     #[allow(clippy::type_complexity)]
     fn drain_events(&self, most: usize) -> Vec<(u64, &'static str, u32, bool, u64, Option<u64>)> {
         let mut events = Vec::new();

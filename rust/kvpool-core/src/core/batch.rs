@@ -13,6 +13,7 @@
 use super::Core;
 use crate::cache::Cache;
 use crate::error::Result;
+use crate::pool::SlotPool;
 use crate::types::RetentionSpec;
 
 /// One request of a batch.
@@ -28,7 +29,27 @@ pub struct Claim<'a> {
     pub retention: Option<RetentionSpec>,
     /// Fewest new tokens to be provided; all of them if `None`.
     pub least: Option<u64>,
+    /// Most tokens that it may reuse.
+    pub most: Option<u64>,
 }
+
+impl Claim<'_> {
+    fn most(&self) -> usize {
+        self.most.map_or(usize::MAX, |most| most as usize)
+    }
+}
+
+/// Why a first chunk cannot be had.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Refusal {
+    /// Memory does not suffice.
+    Memory,
+    /// It needs more new tokens than are left.
+    Tokens,
+}
+
+/// A claim that is kept, with its need promised; or why not.
+pub type Start = std::result::Result<Cache, Refusal>;
 
 impl Core {
     /// Claims the longest match of each request, in order; takes no slot.
@@ -39,7 +60,15 @@ impl Core {
     pub fn claim_all(&self, claims: Vec<Claim<'_>>, promised: bool) -> Result<Vec<Option<Cache>>> {
         let mut caches: Vec<Option<Cache>> = Vec::with_capacity(claims.len());
         for claim in claims {
-            let cache = self.claim(claim.tokens, claim.scope, claim.epoch, claim.retention, true);
+            let most = claim.most();
+            let cache = self.claim(
+                claim.tokens,
+                most,
+                claim.scope,
+                claim.epoch,
+                claim.retention,
+                true,
+            );
             match cache {
                 Ok(mut cache) => {
                     let fits = self.fit(&mut cache, claim.least, promised) || !promised;
@@ -57,6 +86,76 @@ impl Core {
             }
         }
         Ok(caches)
+    }
+
+    /// Claims for first chunks, in order, until `budget` new tokens are used up: those behind are not looked at. A first
+    /// chunk is `unit` tokens at least, or all (`None`: always all); it and its need are promised as in
+    /// [`Core::claim_all`]. `least` is not read.
+    pub fn claim_starts(
+        &self,
+        claims: Vec<Claim<'_>>,
+        unit: Option<u64>,
+        mut budget: u64,
+    ) -> Result<Vec<Start>> {
+        let mut starts = Vec::with_capacity(claims.len());
+        for claim in claims {
+            if budget == 0 {
+                break;
+            }
+            match self.claim_start(claim, unit, budget) {
+                Ok((start, used)) => {
+                    starts.push(start);
+                    budget -= used;
+                }
+                Err(error) => {
+                    for mut cache in starts.into_iter().flatten() {
+                        self.close(&mut cache)?;
+                    }
+                    return Err(error);
+                }
+            }
+        }
+        Ok(starts)
+    }
+
+    fn claim_start(&self, claim: Claim<'_>, unit: Option<u64>, budget: u64) -> Result<(Start, u64)> {
+        let before: Vec<u32> = self.pools.iter().map(SlotPool::available).collect();
+        let all = claim.tokens.len() as u64;
+        let most = claim.most();
+        let mut cache = self.claim(
+            claim.tokens,
+            most,
+            claim.scope,
+            claim.epoch,
+            claim.retention,
+            true,
+        )?;
+        for (pool, before) in before.into_iter().enumerate() {
+            cache.paid[pool] = before.saturating_sub(self.pools[pool].available());
+        }
+        // The chunk that `budget` allows; 0 if that is less than one unit and less than all.
+        let chunk = |cache: &Cache| {
+            let new = all - cache.history;
+            match unit {
+                _ if new <= budget => new,
+                Some(unit) => budget / unit * unit,
+                None => 0,
+            }
+        };
+        let mut refusal = Refusal::Tokens;
+        if chunk(&cache) > 0 {
+            refusal = Refusal::Memory;
+            // A partial block that was given up for want of room makes the need larger.
+            if self.fit(&mut cache, unit, true) {
+                refusal = Refusal::Tokens;
+                let used = chunk(&cache);
+                if used > 0 {
+                    return Ok((Ok(cache), used));
+                }
+            }
+        }
+        self.close(&mut cache)?;
+        Ok((Err(refusal), 0))
     }
 
     /// Whether a batch claimed this cache and has not provided it yet.
@@ -140,6 +239,7 @@ mod tests {
                 epoch: None,
                 retention: None,
                 least: None,
+                most: None,
             });
             let caches = core.claim_all(claims.collect(), true).unwrap();
             let mut caches: Vec<Cache> = caches.into_iter().map(Option::unwrap).collect();

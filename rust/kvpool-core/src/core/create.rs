@@ -167,15 +167,16 @@ impl Core {
         epoch: Option<u64>,
         retention: Option<RetentionSpec>,
     ) -> Result<Cache> {
-        let mut cache = self.claim(tokens, scope, epoch, retention, false)?;
+        let mut cache = self.claim(tokens, usize::MAX, scope, epoch, retention, false)?;
         self.settle(&mut cache);
         Ok(cache)
     }
 
-    /// As `create`, but nothing of it lasts until [`Core::settle`].
+    /// As `create`, of at most `most` tokens, but nothing of it lasts until [`Core::settle`].
     pub(super) fn claim(
         &self,
         tokens: &[i32],
+        most: usize,
         scope: &[u8],
         epoch: Option<u64>,
         retention: Option<RetentionSpec>,
@@ -200,7 +201,7 @@ impl Core {
         if epoch < self.epoch() {
             cache.detached = true;
         } else {
-            with_scratch(|scratch| self.claim_match(scratch, &mut cache, tokens));
+            with_scratch(|scratch| self.claim_match(scratch, &mut cache, tokens, most));
         }
         let counters = &self.counters;
         counters.requests.add(1);
@@ -231,9 +232,9 @@ impl Core {
         self.in_work.sub(u64::from(std::mem::take(&mut cache.in_work)));
     }
 
-    fn claim_match(&self, scratch: &mut Scratch, cache: &mut Cache, tokens: &[i32]) {
+    fn claim_match(&self, scratch: &mut Scratch, cache: &mut Cache, tokens: &[i32], most: usize) {
         let t = self.config.tokens_per_block as usize;
-        let mut most = tokens.len().saturating_sub(1);
+        let mut most = most.min(tokens.len().saturating_sub(1));
         let found = loop {
             let found = self.find(scratch, &cache.root, tokens, most);
             match self.claim_path(&scratch.path) {

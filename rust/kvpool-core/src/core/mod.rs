@@ -7,6 +7,7 @@
 //! - per pool and tier: `available + promised + claimed + private == slots`
 //! - per pool and tier: `free + active + held + cached + fenced == slots`
 
+mod ask;
 mod batch;
 mod commit;
 mod create;
@@ -17,7 +18,7 @@ mod provide;
 mod release;
 mod tiers;
 
-pub use batch::Claim;
+pub use batch::{Claim, Refusal, Start};
 
 use crate::cache::Cache;
 use crate::error::{CoreError, Result};

@@ -27,7 +27,7 @@ impl Core {
     }
 
     /// Open, and no copies are out.
-    fn ready(&self, cache: &Cache) -> Result<()> {
+    pub(super) fn ready(&self, cache: &Cache) -> Result<()> {
         self.open(cache)?;
         if cache.undo.is_some() {
             return Err(pending());

@@ -43,6 +43,8 @@ impl Core {
         if cache.in_flight > 0 {
             self.pools[pool].set_owner(slot, Owner::Fenced);
             cache.fenced.push((pool as u32, slot));
+            cache.returning[pool] += 1;
+            self.pools[pool].returning.add(1);
         } else {
             self.pools[pool].give(slot);
             cache.purse[pool] += 1;
@@ -158,6 +160,7 @@ impl Core {
             return Ok(true);
         }
         self.set_holder(cache, CacheState::Closed);
+        self.count_returning(cache);
         Ok(false)
     }
 
@@ -221,6 +224,9 @@ impl Core {
     }
 
     fn drop_fence(&self, cache: &mut Cache) {
+        for (pool, units) in self.pools.iter().zip(&mut cache.returning) {
+            pool.returning.sub(u64::from(std::mem::take(units)));
+        }
         for (pool, slot) in cache.fenced.drain(..) {
             self.pools[pool as usize].give(slot);
             cache.purse[pool as usize] += 1;

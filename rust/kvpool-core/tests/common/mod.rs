@@ -69,6 +69,7 @@ pub fn claim(core: &Core, tokens: &[i32]) -> Option<Cache> {
         epoch: None,
         retention: None,
         least: None,
+        most: None,
     };
     core.claim_all(vec![claim], true).unwrap().pop().unwrap()
 }

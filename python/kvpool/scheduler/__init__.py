@@ -1,0 +1,25 @@
+"""Who runs in the next step, with how many tokens, in which pages: one interleaved pass.
+
+`scheduler.py` wires the pass; `generation.py`, `contexts.py` and `starts.py` are its three phases; `victims.py` decides
+who gives way, `admission.py` who fits at all and who may start; `memory.py` is the way to the managers, `engine.py` the
+loop around it all. docs/LIVENESS.md has the rules and why they never stall.
+"""
+
+from kvpool.scheduler.config import AdapterBudget, SchedulerConfig
+from kvpool.scheduler.engine import Engine, Executor
+from kvpool.scheduler.request import Request, RequestState
+from kvpool.scheduler.scheduler import Scheduler, SchedulerStats
+from kvpool.scheduler.step import Context, Step
+
+__all__ = [
+    "AdapterBudget",
+    "Context",
+    "Engine",
+    "Executor",
+    "Request",
+    "RequestState",
+    "Scheduler",
+    "SchedulerConfig",
+    "SchedulerStats",
+    "Step",
+]

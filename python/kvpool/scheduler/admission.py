@@ -1,0 +1,199 @@
+"""Who fits at all, and who may start.
+
+A request fits alone if every pool of every manager has the slots that it can come to hold, and a step the tokens. One
+that fits alone may start, without a tier below, only if nobody started will run short later: every started request is
+assumed to grow to its expected output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from kvpool._core import Started
+from kvpool.errors import ConfigError, RequestTooLargeError
+from kvpool.scheduler.config import SchedulerConfig
+from kvpool.scheduler.memory import Claimed, Memory
+from kvpool.scheduler.request import Entry, Request
+from kvpool.sizing import peak_slots, window_slots
+
+
+def check_request(request: Request, config: SchedulerConfig, memory: Memory) -> None:
+    """RequestTooLargeError, with the numbers, unless the request runs when it has everything to itself.
+
+    ConfigError: more drafts than CacheConfig allows for, or an adapter that has no pages in the AdapterBudget.
+    """
+    n, m, draft = len(request._prompt), request.max_new_tokens, request.draft_tokens
+    who = f"request {request.request_id!r}"
+    for side in memory.sides:
+        if draft > side.config.draft_tokens:
+            raise ConfigError(
+                f"draft_tokens: {draft} of {who} is above CacheConfig.draft_tokens = {side.config.draft_tokens}; "
+                "raise it there, so that reservations count it"
+            )
+        most = side.config.max_seq_len
+        if most is not None and n + m > most:
+            raise too_large(who, "max_seq_len", n + m, most, "tokens in all (prompt + max_new_tokens)")
+    _check_pools(request, config, memory)
+    if 1 + draft > config.max_num_tokens:
+        raise too_large(who, "max_num_tokens", 1 + draft, config.max_num_tokens, "tokens in a step (1 + draft_tokens)")
+    if config.chunk_tokens is None and n + m - 1 > config.max_num_tokens:
+        raise too_large(
+            who, "max_num_tokens", n + m - 1, config.max_num_tokens,
+            "tokens in a step (its whole context, computed again near its end); use chunk_tokens",
+        )  # fmt: skip
+    adapters = config.adapters
+    if adapters is not None and request.lora_id is not None:
+        if request.lora_id not in adapters.pages:
+            raise ConfigError(
+                f"lora_id: {request.lora_id!r} of {who} is not in AdapterBudget.pages; there are "
+                f"{', '.join(map(repr, adapters.pages))}"
+            )
+        pages = adapters.pages[request.lora_id]
+        if pages > adapters.budget:
+            raise too_large(who, "the adapter budget", pages, adapters.budget, f"pages for adapter {request.lora_id!r}")
+
+
+def _check_pools(request: Request, config: SchedulerConfig, memory: Memory) -> None:
+    names = memory.names()
+    at = 0
+    for side in memory.sides:
+        for pool, needed in zip(side.pools, peaks(request, config, side.config), strict=True):
+            if needed > memory.slots[at]:
+                raise RequestTooLargeError(
+                    f"request {request.request_id!r} needs {needed} slots of {names[at]} at its peak, there are "
+                    f"{memory.slots[at]}; shorten it, use chunk_tokens, or raise device_bytes",
+                    pool=pool.name, needed=needed, available=memory.slots[at],
+                )  # fmt: skip
+            at += 1
+
+
+def too_large(who: str, pool: str, needed: int, available: int, what: str) -> RequestTooLargeError:
+    """The error of a request that can never run; `pool`, `needed` and `available` are its attributes."""
+    return RequestTooLargeError(
+        f"{who} needs {needed} {what}, {pool} has {available}", pool=pool, needed=needed, available=available
+    )
+
+
+def peaks(request: Request, config: SchedulerConfig, cache_config: object) -> list[int]:
+    """Per pool of one manager: slots that the request alone can come to hold."""
+    return list(peak_slots(cache_config, request, config.chunk_tokens).values())  # type: ignore[arg-type]
+
+
+class Outlook:
+    """How long requests are expected to become, learnt from those that ended.
+
+    The share of max_new_tokens that a request is expected to use: 1 at first, then the mean of those that ended, raised
+    half of the way to 1 by every request that had to be computed again and lowered again by those that end.
+    """
+
+    def __init__(self) -> None:
+        self._ended = 0
+        self._share = 1.0
+        self._caution = 0.0
+
+    @property
+    def share(self) -> float:
+        """Expected output / max_new_tokens."""
+        return self._share + self._caution * (1.0 - self._share)
+
+    def ended(self, request: Request) -> None:
+        """A request ended by itself."""
+        self._ended += 1
+        share = len(request.output_tokens) / request.max_new_tokens
+        self._share += (share - self._share) / min(self._ended, 256)
+        self._caution *= 0.98
+
+    def recomputed(self) -> None:
+        """A request was freed, to be computed again: the expectation was too low."""
+        self._caution += (1.0 - self._caution) / 2
+
+    def steps(self, request: Request) -> int:
+        """Steps until the request ends, as expected; at least one."""
+        return max(1, round(self.share * request.max_new_tokens) - len(request.output_tokens))
+
+
+class Row(NamedTuple):
+    """See `_core.Started.overflow`."""
+
+    steps: int
+    tokens: int
+    most: int
+    held: int
+    back: int
+
+
+_WITHOUT_END = 2**40
+
+
+class Forecast:
+    """Started requests as they will grow, by pool; asked before each start of a pass."""
+
+    def __init__(self, memory: Memory, config: SchedulerConfig, outlook: Outlook, started: Iterable[Entry]) -> None:
+        self._memory, self._config, self._outlook = memory, config, outlook
+        self._pools = [(side, pool) for side in memory.sides for pool in side.pools]
+        self._rows: list[list[Row]] = [[] for _ in self._pools]
+        for entry in started:
+            held = memory.held(entry)
+            shared = entry.shared or memory.nothing
+            self._add(entry, held, [h - min(h, s) for h, s in zip(held, shared, strict=True)])
+
+    def _most(self, entry: Entry) -> list[int]:
+        """Per pool: slots that a started request can still come to hold."""
+        request, config = entry.request, self._config
+        most = []
+        for side, pool in self._pools:
+            if pool.window is None:
+                most.append(_WITHOUT_END)
+                continue
+            whole = -(-entry.limit // side.config.tokens_per_block)
+            k = 1 + request.draft_tokens
+            if entry.generates:
+                most.append(min(whole, window_slots(pool, side.config, k)))
+            elif config.chunk_tokens is None:
+                most.append(whole)
+            else:
+                most.append(min(whole, window_slots(pool, side.config, max(k, config.chunk_tokens))))
+        return most
+
+    def _row(self, entry: Entry, most: int, held: int, back: int) -> Row:
+        return Row(self._outlook.steps(entry.request), entry.length, most, held, back)
+
+    def _add(self, entry: Entry, held: Iterable[int], back: Iterable[int]) -> None:
+        for rows, most, h, b in zip(self._rows, self._most(entry), held, back, strict=True):
+            rows.append(self._row(entry, most, h, b))
+
+    def refuses(self, claim: Claimed, available: list[int]) -> str | None:
+        """Why the claimed request must not start yet, or None: then it counts as started from here on.
+
+        available: per pool, slots that can be had besides what the claim has and was promised.
+        """
+        entry = claim.entry
+        held = [s + t for s, t in zip(claim.shared, claim.taken, strict=True)]
+        most = self._most(entry)
+        names = self._memory.names()
+        for at, (side, _) in enumerate(self._pools):
+            whole = -(-entry.length // side.config.tokens_per_block) + 1
+            now = min(_peak(most[at], entry, side.config.tokens_per_block), whole)
+            if now - held[at] > available[at]:
+                return f"{names[at]} has {available[at]} slots for the {now - held[at]} that its context needs now"
+        for at, (side, _) in enumerate(self._pools):
+            rows = [*self._rows[at], self._row(entry, most[at], held[at], claim.taken[at])]
+            over = Started.overflow(rows, side.config.tokens_per_block, available[at])
+            if over is not None:
+                return (
+                    f"{names[at]} would lack {over[1]} slots in {over[0]} steps, with every started request growing to "
+                    "its expected output"
+                )
+        self._add(entry, held, claim.taken)
+        return None
+
+
+def _peak(most: int, entry: Entry, tokens_per_block: int) -> int:
+    return min(most, -(-entry.limit // tokens_per_block))
+
+
+def decode_debt(memory: Memory, entry: Entry) -> list[int]:
+    """Per pool: decode slots that are reserved for a started request and that it does not hold yet."""
+    held = memory.nothing if entry.request.state == "SUSPENDED" else memory.held(entry)
+    return [max(0, slots - pages) for slots, pages in zip(memory.decode_slots, held, strict=True)]

@@ -1,0 +1,97 @@
+"""The loop: schedule, launch, update.
+
+An executor that cannot overlap steps needs nothing else; one that can calls the scheduler itself.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from kvpool.errors import StalledError
+from kvpool.scheduler.request import Request
+from kvpool.scheduler.scheduler import Scheduler
+from kvpool.scheduler.step import Step
+
+
+class Executor(Protocol):
+    """What computes a step. `stream`, if it has one, is what `step_begin` and `step_end` are given."""
+
+    def execute(self, step: Step) -> Mapping[int | str, Sequence[int]]:
+        """Write keys and values of the step's tokens into their pages; return {request_id: [token, ...]}."""
+        ...
+
+
+class Engine:
+    """Runs requests on an executor. One thread steps; `submit` and `cancel` may come from any."""
+
+    def __init__(self, scheduler: Scheduler, executor: Executor) -> None:
+        self.scheduler, self.executor = scheduler, executor
+        self._wake = threading.Event()
+
+    def submit(self, request: Request) -> None:
+        """As `Scheduler.add`."""
+        self.scheduler.add(request)
+        self._wake.set()
+
+    def cancel(self, request_id: int | str) -> bool:
+        """As `Scheduler.cancel`."""
+        known = self.scheduler.cancel(request_id)
+        self._wake.set()
+        return known
+
+    def step(self) -> list[Request]:
+        """One step; returns the requests that ended. StalledError: nothing can ever run.
+
+        An exception of the executor ends the requests of the step with it; their pages are given back.
+        """
+        scheduler = self.scheduler
+        step = scheduler.schedule()
+        if not step:
+            return scheduler.update(step, {})
+        caches = scheduler.memory.caches(list(step.requests))
+        stream = getattr(self.executor, "stream", None)
+        error: Exception | None = None
+        outputs: Mapping[int | str, Sequence[int]] = {}
+        begun = []
+        try:
+            for manager, own in caches:
+                manager.step_begin(own, stream)
+                begun.append((manager, own))
+            outputs = self.executor.execute(step)
+            if not isinstance(outputs, Mapping):
+                raise TypeError(f"execute returned {outputs!r}, which is not a mapping of request_id to tokens")
+        except Exception as caught:
+            error = caught
+        except BaseException:
+            self._end(begun, stream)
+            scheduler.abandon(step)
+            raise
+        self._end(begun, stream)
+        return scheduler.update(step, outputs) if error is None else scheduler.fail(step, error)
+
+    @staticmethod
+    def _end(begun: Sequence[tuple[Any, Any]], stream: object) -> None:
+        for manager, own in begun:
+            manager.step_end(own, stream)
+
+    def run(self) -> dict[int | str, Request]:
+        """Steps until no request is left; {request_id: request} of all that ended meanwhile.
+
+        Where nothing can ever run the oldest waiting request ends with the `StalledError`, and the others go on.
+        """
+        ended: dict[int | str, Request] = {}
+        while self.scheduler.has_work:
+            self._wake.clear()
+            try:
+                finished = self.step()
+                idle = not finished and not self.scheduler.ran
+            except StalledError as error:
+                self.scheduler.fail_oldest(error)
+                finished, idle = self.scheduler.update(Step(), {}), False
+            ended.update((request.request_id, request) for request in finished)
+            if idle and self.scheduler.has_work:
+                self._wake.wait(0.001)  # slots are in flight elsewhere
+        ended.update((request.request_id, request) for request in self.scheduler.update(Step(), {}))
+        return ended

@@ -1,0 +1,265 @@
+"""The scheduler's way to its managers: the target model's, and a draft model's that shares every decision.
+
+Every call goes to all managers or to none. Lists "per pool" run over the pools of all managers, the target's first.
+Of a request that a call refuses nothing changes, in any manager.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kvpool._core import Started
+from kvpool.cache import CacheState, KVCache
+from kvpool.config import KVCacheDesc
+from kvpool.manager import KVCacheManager
+from kvpool.scheduler.request import Entry
+from kvpool.sizing import decode_slots, request_slots
+
+Work = tuple[Entry, int, int]  # request, tokens, unit
+
+
+@dataclass(slots=True)
+class Claimed:
+    """A first chunk that was looked at. why: "kept", "memory" or "tokens"."""
+
+    entry: Entry
+    why: str
+    reused: int = 0
+    taken: tuple[int, ...] = ()  # per pool: slots that the claim and its promise took off what was available
+    shared: tuple[int, ...] = ()  # per pool: its pages that others had claimed
+
+
+class Side:
+    """One manager."""
+
+    def __init__(self, manager: KVCacheManager) -> None:
+        self.manager = manager
+        self.view = Started(manager._core)
+        self.config = manager.config
+        self.pools = list(manager.config.pools)
+        self.slots = [manager.plan.num_slots[pool.name] for pool in self.pools]
+        self.tiered = "host" in manager._tiers
+        self.decode_slots = [
+            decode_slots(pool, self.config)
+            if pool.window is not None and self.config.decode_reservation != "none"
+            else 0
+            for pool in self.pools
+        ]
+
+    def cache(self, entry: Entry) -> KVCache:
+        """The cache of a started request."""
+        return self.manager._caches[entry.request.request_id]
+
+    def held(self, entry: Entry) -> list[int]:
+        """Per pool: pages of a started request, wherever they are."""
+        t = self.config.tokens_per_block
+        cache = self.cache(entry)
+        desc = KVCacheDesc(cache.capacity, cache.history_length)
+        return [request_slots(pool, t, desc) for pool in self.pools]
+
+    def claim(self, entries: Sequence[Entry], unit: int | None, budget: int, most: int | None = None) -> list[Claimed]:
+        """See `Memory.claim`; reuses at most `most` tokens."""
+        given = [(entry.tokens(0, entry.length), *entry.key, entry.spec, most) for entry in entries]
+        results = self.view.claim(given, unit, budget)
+        ids = [entry.request.request_id for entry in entries[: len(results)]]
+        self.manager._enter(ids, [handle for _, handle, _, _, _ in results])
+        return [
+            Claimed(entry, why, reused, tuple(taken), tuple(shared))
+            for entry, (why, _, reused, taken, shared) in zip(entries, results, strict=False)
+        ]
+
+    def provide(self, work: Sequence[Work], leave: Sequence[int]) -> list[int]:
+        """See `Memory.provide`."""
+        caches = [self.cache(entry) for entry, _, _ in work]
+        entries = [(cache._handle, tokens, unit) for cache, (_, tokens, unit) in zip(caches, work, strict=True)]
+        provided, copies = self.view.provide(entries, leave)
+        for cache, tokens in zip(caches, provided, strict=True):
+            if not tokens and self.view.is_closed(cache._handle):
+                cache._state = CacheState.CLOSED
+                self.manager._forget(cache)
+        served = [cache._handle for cache, tokens in zip(caches, provided, strict=True) if tokens]
+        if served:
+            self.manager._make(served, copies)
+        return provided
+
+    def fitting(self, entry: Entry, tokens: int, unit: int, leave: Sequence[int]) -> int:
+        """Most tokens, in multiples of `unit` or all, for which there is room now."""
+        (fits,) = self.view.fitting([(self.cache(entry)._handle, tokens, unit)], leave)
+        return fits
+
+
+class Memory:
+    """All managers of a scheduler."""
+
+    def __init__(self, manager: KVCacheManager, draft_manager: KVCacheManager | None) -> None:
+        self.sides = [Side(manager)] + ([] if draft_manager is None else [Side(draft_manager)])
+        self.alone = self.sides[0] if draft_manager is None else None
+        self.slots = [slots for side in self.sides for slots in side.slots]
+        self.decode_slots = [slots for side in self.sides for slots in side.decode_slots]
+        self.reserves = any(self.decode_slots)
+        self.nothing = [0] * len(self.slots)
+        # A victim can be suspended to some use only if there is something below every pool.
+        self.tiered = all(side.tiered for side in self.sides)
+
+    def names(self) -> list[str]:
+        """Pools, with the manager where there are two."""
+        if self.alone:
+            return [f"pool {pool.name!r}" for pool in self.alone.pools]
+        roles = zip(("target", "draft"), self.sides, strict=True)
+        return [f"pool {pool.name!r} of the {role} model" for role, side in roles for pool in side.pools]
+
+    def _split(self, per_pool: Sequence[int]) -> list[Sequence[int]]:
+        n = len(self.sides[0].pools)
+        return [per_pool[:n], per_pool[n:]]
+
+    # -- questions ------------------------------------------------------------------------------
+
+    def pressure(self) -> list[tuple[int, int]]:
+        """Per pool: slots that can be had now, slots that come back when what is in flight has ended."""
+        if self.alone:
+            return self.alone.view.pressure()
+        return [one for side in self.sides for one in side.view.pressure()]
+
+    def held(self, entry: Entry) -> list[int]:
+        """Per pool: pages of a started request."""
+        return [pages for side in self.sides for pages in side.held(entry)]
+
+    def lacking(self, entry: Entry, tokens: int, leave: Sequence[int]) -> list[int]:
+        """Per pool: slots that a started request lacks for so many tokens behind its history."""
+        lacks = zip(self.sides, self._split(leave), strict=False)
+        return [n for side, leave in lacks for n in side.view.lacking(side.cache(entry)._handle, tokens, leave)]
+
+    def fitting(self, entry: Entry, tokens: int, unit: int, leave: Sequence[int]) -> int:
+        """As many of `tokens` as there is room for now in every pool, in multiples of `unit` (or all)."""
+        for side, least in zip(self.sides, self._split(leave), strict=False):
+            tokens = min(tokens, side.fitting(entry, tokens, unit, least))
+        return tokens
+
+    def below(self, entry: Entry) -> list[int] | None:
+        """Per pool: pages that would move down if the request were suspended; None: one of them finds no room."""
+        pages: list[int] = []
+        for side in self.sides:
+            found = side.view.below(side.cache(entry)._handle)
+            if found is None:
+                return None
+            pages += found
+        return pages
+
+    def is_fenced(self, entry: Entry) -> bool:
+        """Whether a launched step may still touch its pages."""
+        return any(side.view.in_flight(side.cache(entry)._handle) for side in self.sides)
+
+    def open(self) -> list[int | str]:
+        """Ids that have a cache in some manager."""
+        return list(dict.fromkeys(request_id for side in self.sides for request_id in side.manager._caches))
+
+    # -- changes --------------------------------------------------------------------------------
+
+    def claim(self, entries: Sequence[Entry], unit: int | None, budget: int) -> list[Claimed]:
+        """Claims for first chunks, in order, until `budget` new tokens are used up; the rest is not looked at.
+
+        A first chunk has `unit` tokens at least, or all (None: always all). What is kept keeps its pages, and its need
+        is promised, until it is provided or freed.
+        """
+        if self.alone:
+            return self.alone.claim(entries, unit, budget)
+        claims: list[Claimed] = []
+        for entry in entries:
+            if budget <= 0:
+                break
+            claims.append(self._claim_both(entry, unit, budget))
+            if claims[-1].why == "kept":
+                new = entry.length - claims[-1].reused
+                budget -= min(new, budget) if unit is None else first_chunk(new, budget, unit)
+        return claims
+
+    def _claim_both(self, entry: Entry, unit: int | None, budget: int) -> Claimed:
+        """Reuse is the smaller of the two matches, cut before any page is provided."""
+        tokens = entry.tokens(0, entry.length)
+        probes = [side.manager._core.probe(tokens, *entry.key) for side in self.sides]
+        most = min(probes)
+        while True:
+            both: list[Claimed] = []
+            for side in self.sides:
+                (claimed,) = side.claim([entry], unit, budget, most)
+                both.append(claimed)
+                if claimed.why != "kept":
+                    break
+            refused = next((claimed for claimed in both if claimed.why != "kept"), None)
+            reused = [claimed.reused for claimed in both]
+            if refused is None and min(reused) == max(reused):
+                taken = both[0].taken + both[1].taken
+                return Claimed(entry, "kept", reused[0], taken, both[0].shared + both[1].shared)
+            self.free([entry])
+            if refused is not None:
+                return refused
+            most = min(reused)
+
+    def provide(self, work: Sequence[Work], leave: Sequence[int]) -> list[int]:
+        """Room behind the histories, in order, as much of `tokens` as there is in multiples of `unit` (or all).
+
+        `leave`: per pool, slots that must be left. 0: there is no room for one unit; a cache that was only claimed is
+        closed then, another one is as it was. What is provided is ACTIVE.
+        """
+        if self.alone:
+            return self.alone.provide(work, leave)
+        return [self._provide_both(*one, leave) for one in work]
+
+    def _provide_both(self, entry: Entry, tokens: int, unit: int, leave: Sequence[int]) -> int:
+        sides = list(zip(self.sides, self._split(leave), strict=True))
+        tokens = self.fitting(entry, tokens, unit, leave)
+        (target, least), (draft, draft_least) = sides
+        before = [(side.cache(entry).state, side.cache(entry).capacity) for side, _ in sides]
+        if tokens and target.provide([(entry, tokens, tokens)], least)[0]:
+            if draft.provide([(entry, tokens, tokens)], draft_least)[0]:
+                return tokens
+            state, capacity = before[0]
+            cache = target.cache(entry)
+            if cache.capacity > capacity:
+                cache.resize(capacity)
+            if state is CacheState.SUSPENDED:
+                cache.suspend()
+        if any(entry.request.request_id not in side.manager._caches for side in self.sides) or not entry.started:
+            self.free([entry])
+        return 0
+
+    def allocate(self, entries: Sequence[Entry]) -> int:
+        """How many from the front have room for their next generation, resumed if need be."""
+        if self.alone:
+            return self.alone.manager.allocate_generation([entry.request for entry in entries])
+        for done, entry in enumerate(entries):
+            tokens = entry.generation_tokens
+            if not self._provide_both(entry, tokens, tokens, self.nothing):
+                return done
+        return len(entries)
+
+    def commit(self, entry: Entry, tokens: Any) -> None:
+        """Tokens of an ACTIVE request are final, in all managers."""
+        for side in self.sides:
+            side.manager._core.commit(side.cache(entry)._handle, tokens)
+
+    def suspend(self, entry: Entry) -> None:
+        """Gives up the place of a request's pages."""
+        for side in self.sides:
+            side.cache(entry).suspend()
+
+    def free(self, entries: Sequence[Entry]) -> None:
+        """Closes the caches of these requests, those that have one."""
+        requests = [entry.request for entry in entries]
+        for side in self.sides:
+            side.manager.free_requests(requests)
+
+    def caches(self, requests: Sequence[Any]) -> list[tuple[KVCacheManager, list[KVCache]]]:
+        """Per manager the caches of these requests."""
+        return [
+            (side.manager, [side.manager._caches[request.request_id] for request in requests]) for side in self.sides
+        ]
+
+
+def first_chunk(rest: int, budget: int, unit: int | None) -> int:
+    """Tokens of a chunk: all that is left, or the largest multiple of the unit within the budget; 0 if none fits."""
+    if rest <= budget:
+        return rest
+    return 0 if unit is None else budget // unit * unit

@@ -1,0 +1,151 @@
+"""A request as the user sees it, and what the scheduler knows of it.
+
+WAITING ──first chunk──> RUNNING <──resumed/suspended──> SUSPENDED
+   ^                        │                               │
+   └───────── freed, to be computed again ──────────────────┤
+                            └────────> FINISHED <───────────┘
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kvpool.arguments import Int32Array, RetentionSpec, Tokens, count, retention_spec, scope_key, token_array
+from kvpool.batches import checked_id, scope_of
+from kvpool.config import Retention, Scope
+
+if TYPE_CHECKING:
+    from kvpool.scheduler.step import Step
+
+
+class RequestState(StrEnum):
+    """Where a request is."""
+
+    WAITING = "WAITING"
+    RUNNING = "RUNNING"
+    SUSPENDED = "SUSPENDED"
+    FINISHED = "FINISHED"
+
+
+class Request:
+    """One prompt, to be continued by up to `max_new_tokens` tokens.
+
+    tokens: the prompt, 1-D ints 0..2^31-1, not empty; what it holds at construction counts. draft_tokens: most drafts
+    that a step verifies besides the next token. stop_token_ids: the first of them to come out ends the request and is
+    its last token. lora_id=x is short for scope=Scope(lora_id=x). arrival: for the caller's own use. Greedy, sampled or
+    whatever: sampling is the executor's; beam search and several returned sequences are not supported.
+
+    Raises ValueError for an empty prompt or max_new_tokens < 1, ConfigError for two different lora_ids.
+    """
+
+    __slots__ = (
+        "__weakref__", "_entry", "_prompt", "_stops", "arrival", "draft_tokens", "error", "finish_reason", "lora_id",
+        "max_new_tokens", "num_computed", "output_tokens", "request_id", "retention", "scope", "state",
+        "stop_token_ids", "tokens",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        request_id: int | str,
+        tokens: Tokens,
+        max_new_tokens: int,
+        *,
+        lora_id: int | str | None = None,
+        scope: Scope | None = None,
+        retention: Retention | None = None,
+        draft_tokens: int = 0,
+        stop_token_ids: Iterable[int] = (),
+        arrival: float | None = None,
+    ) -> None:
+        self.request_id = checked_id(request_id)
+        self._prompt: Int32Array = token_array(tokens).copy()
+        self._prompt.flags.writeable = False
+        if not len(self._prompt):
+            raise ValueError("tokens: empty; a request needs at least one prompt token")
+        self.tokens = tokens
+        self.max_new_tokens = count(max_new_tokens, "max_new_tokens")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens: {max_new_tokens} is below 1; a request must want a token")
+        self.lora_id = lora_id
+        self.scope = scope
+        self.retention = retention
+        given = scope_of(self)
+        if lora_id is None and given is not None:
+            self.lora_id = given.lora_id
+        retention_spec(retention)
+        self.draft_tokens = count(draft_tokens, "draft_tokens")
+        self.stop_token_ids = tuple(stop_token_ids)
+        self._stops = frozenset(count(token, "stop_token_ids") for token in self.stop_token_ids)
+        self.arrival = arrival
+        self.state = RequestState.WAITING
+        self.output_tokens: list[int] = []
+        self.num_computed = 0
+        self.finish_reason: str | None = None
+        self.error: Exception | None = None
+        self._entry: Entry | None = None
+
+    def __repr__(self) -> str:
+        return (
+            f"<kvpool request {self.request_id!r}: {self.state.value}, {len(self._prompt)} prompt tokens, "
+            f"{len(self.output_tokens)} of {self.max_new_tokens} new>"
+        )
+
+
+class Entry:
+    """What the scheduler knows of an unfinished request."""
+
+    __slots__ = (
+        "adapter", "age", "bypassed", "home", "key", "limit", "lost", "prompt", "request", "shared", "spec", "started",
+        "step", "why",
+    )  # fmt: skip
+
+    def __init__(self, request: Request, age: int, home: object) -> None:
+        self.request = request
+        self.home = home  # the scheduler
+        self.age = age  # in the order in which the scheduler first saw them
+        self.prompt = request._prompt
+        self.limit = len(self.prompt) + request.max_new_tokens - 1  # tokens that are ever computed
+        self.adapter = request.lora_id
+        self.key: tuple[bytes, int | None] = scope_key(scope_of(request))
+        self.spec: RetentionSpec | None = retention_spec(request.retention)
+        self.started = False
+        self.step: Step | None = None  # handed out and not yet updated
+        self.bypassed = 0  # first chunks of younger ones that overtook it
+        self.lost = 0  # tokens that were computed when it was freed
+        self.shared: list[int] = []  # per pool: pages that others had claimed before it started
+        self.why = "it has not been looked at yet"
+
+    @property
+    def length(self) -> int:
+        """Tokens of which attention has to know."""
+        return len(self.prompt) + len(self.request.output_tokens)
+
+    @property
+    def rest(self) -> int:
+        """Tokens to be computed before the next one comes out."""
+        return self.length - self.request.num_computed
+
+    @property
+    def generates(self) -> bool:
+        """Whether only the token that came out last is to be computed."""
+        request = self.request
+        return bool(request.output_tokens) and self.rest == 1
+
+    @property
+    def generation_tokens(self) -> int:
+        """Tokens of its next generation: the last token and drafts, clipped at the end."""
+        request = self.request
+        return min(1 + request.draft_tokens, self.limit - request.num_computed)
+
+    def tokens(self, start: int, end: int) -> Int32Array:
+        """Its tokens [start, end), prompt and output."""
+        n = len(self.prompt)
+        if end <= n:
+            return self.prompt[start:end]
+        given = self.request.output_tokens[max(0, start - n) : end - n]
+        output = np.array(given, np.int32)
+        return output if start >= n else np.concatenate([self.prompt[start:], output])

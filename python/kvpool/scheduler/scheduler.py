@@ -1,0 +1,394 @@
+"""The scheduler: who is known, who waits, who is started; and one pass over them.
+
+    known == waiting + started           nobody is in both
+    waiting holds nothing: no claim, page or adapter
+    started: sorted by age; each has a cache in every manager
+    an entry is in at most one step that was handed out and not yet updated
+
+Age is the order in which the scheduler first saw a request. Suspension, recompute and retries keep it.
+"""
+
+from __future__ import annotations
+
+import threading
+from bisect import insort
+from collections import Counter, OrderedDict, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+
+from kvpool.errors import ConfigError, KVPoolError, LogicError, StalledError
+from kvpool.manager import KVCacheManager
+from kvpool.scheduler.admission import Outlook, check_request
+from kvpool.scheduler.config import SchedulerConfig
+from kvpool.scheduler.memory import Memory
+from kvpool.scheduler.passes import Pass, run_pass
+from kvpool.scheduler.request import Entry, Request, RequestState
+from kvpool.scheduler.step import Step
+from kvpool.scheduler.updates import apply_outputs
+
+__all__ = ["Pass", "Scheduler", "SchedulerStats"]
+
+_AGE = attrgetter("age")
+
+
+@dataclass(slots=True)
+class SchedulerStats:
+    """Counted since construction: passes with work, preemptions, tokens computed again."""
+
+    steps: int = 0
+    suspended: int = 0
+    recomputed: int = 0
+    recomputed_tokens: int = 0
+
+
+class Scheduler:
+    """Decides who runs in each step. One thread; `add` and `cancel` may come from any.
+
+    manager: pages of the model. draft_manager: of a draft model; its caches are suspended, freed and resized with the
+    target's or not at all. Both belong to the scheduler while it works: claims made by others are outside its promise.
+    """
+
+    def __init__(
+        self, manager: KVCacheManager, config: SchedulerConfig, draft_manager: KVCacheManager | None = None
+    ) -> None:
+        for name, one in (("manager", manager), ("draft_manager", draft_manager)):
+            if not isinstance(one, KVCacheManager) and not (one is None and name == "draft_manager"):
+                raise ConfigError(f"{name}: {one!r} is not a KVCacheManager")
+        if not isinstance(config, SchedulerConfig):
+            raise ConfigError(f"config: {config!r} is not a SchedulerConfig")
+        if draft_manager is manager:
+            raise ConfigError("draft_manager: it is the target's manager; give the draft model one of its own")
+        self.manager, self.draft_manager, self.config = manager, draft_manager, config
+        self.memory = Memory(manager, draft_manager)
+        self.outlook = Outlook()
+        self.stats = SchedulerStats()
+        self.started: list[Entry] = []
+        self.adapters: Counter[int | str] = Counter()  # started requests that use each adapter
+        self.ended: list[Request] = []  # since the last update
+        self._known: dict[int | str, Entry] = {}
+        self._ages = 0
+        self._fresh: OrderedDict[int, Entry] = OrderedDict()  # by age, never started
+        self._returned: list[Entry] = []  # freed to be computed again, by age
+        self._incoming: deque[Request] = deque()  # added by any thread, not yet seen
+        self._cancelled: deque[Request] = deque()  # by another thread
+        self._steps: set[Step] = set()  # handed out and not yet updated
+        self._last: Step | None = None
+        self._thread = threading.get_ident()
+
+    # -- requests -------------------------------------------------------------------------------
+
+    def check(self, request: Request) -> None:
+        """Raise what `add` would for a request that can never run; changes nothing. From any thread."""
+        if not isinstance(request, Request):
+            raise ValueError(f"request: {request!r} is not a kvpool.Request")
+        check_request(request, self.config, self.memory)
+
+    def add(self, request: Request) -> None:
+        """A request from now on scheduled by `schedule()`. From any thread.
+
+        LogicError: its id is in use, or it is not new. RequestTooLargeError: it could not run even alone.
+        ConfigError: more drafts than the managers were configured for, an unknown adapter.
+        """
+        self.check(request)
+        if request.state is not RequestState.WAITING or request._entry is not None:
+            raise LogicError(f"request_id: {request.request_id!r} is {request.state} already; add a new Request")
+        entry = Entry(request, -1, self)
+        if self._known.setdefault(request.request_id, entry) is not entry:
+            raise _duplicate(request)
+        request._entry = entry
+        self._incoming.append(request)
+
+    def cancel(self, request_id: int | str) -> bool:
+        """End a request, whatever it does. False: it is unknown or has ended. From any thread.
+
+        What a step in flight may still touch is given back when the step has ended. From another thread than that of
+        the scheduler it takes effect at the next `schedule` or `update`.
+        """
+        entry = self._known.get(request_id)
+        if entry is None or entry.request.state is RequestState.FINISHED:
+            return False
+        if threading.get_ident() == self._thread:
+            self._see_incoming()
+            self.end(entry, "cancelled")
+        else:
+            self._cancelled.append(entry.request)
+        return True
+
+    def explain(self, request_id: int | str) -> str:
+        """Why a request did not run in the last step, or that it did."""
+        entry = self._known.get(request_id)
+        if entry is None:
+            return f"request {request_id!r} is unknown, or it has ended"
+        request = entry.request
+        if self._last is not None and entry in self._last.entries:
+            return f"request {request_id!r} is in the last step"
+        if entry.step is not None:
+            return f"request {request_id!r} is in a step in flight"
+        return f"request {request_id!r} is {request.state.value}: {entry.why}"
+
+    def _see_incoming(self) -> None:
+        while self._incoming:
+            entry = self._known.get(self._incoming.popleft().request_id)
+            if entry is not None and entry.age < 0:
+                self._see(entry)
+
+    def _see(self, entry: Entry) -> None:
+        entry.age = self._ages
+        self._ages += 1
+        self._fresh[entry.age] = entry
+
+    def _enter(self) -> None:
+        self._thread = threading.get_ident()
+        self._see_incoming()
+        while self._cancelled:
+            entry = self._cancelled.popleft()._entry
+            if entry is not None:
+                self.end(entry, "cancelled")
+
+    # -- the pass -------------------------------------------------------------------------------
+
+    def schedule(self, requests: Iterable[Request] | None = None, *, in_flight: Iterable[int | str] = ()) -> Step:
+        """One pass: the work of the next step. `update` takes the step back once it was executed.
+
+        requests: None for those added; a list is the whole world of this pass (its order says nothing for requests that
+        were seen before; finished ones are skipped). in_flight: ids of requests that some other step still works on.
+        LogicError: a started request is missing in the list. StalledError: nothing runs, and nothing ever can.
+        """
+        self._enter()
+        refused: list[tuple[Request, Exception]] = []
+        world = None if requests is None else self._world(list(requests), refused)
+        busy = frozenset(in_flight)
+        while True:
+            run = Pass(self.config, busy, world)
+            try:
+                run_pass(self, run)
+            except BaseException:
+                run.step.entries.clear()
+                raise
+            if run.step or not (run.step.suspended or run.step.recompute):
+                break
+            # Somebody gave way and nobody runs: what is free now may be enough for another one.
+        return self._hand_out(run, refused, in_flight=bool(busy))
+
+    def _hand_out(self, run: Pass, refused: list[tuple[Request, Exception]], in_flight: bool) -> Step:
+        step = run.step
+        step.refused = refused
+        self._last = step
+        if step:
+            self.stats.steps += 1
+            self._steps.add(step)
+            for entry in step.entries:
+                entry.step = step
+            return step
+        moves_on = self._steps or in_flight or refused or step.recompute or not (self.started or run.waits)
+        if not moves_on and not any(returning for _, returning in self.memory.pressure()):
+            raise StalledError(self._stalled())
+        return step
+
+    def _stalled(self) -> str:
+        waits = [*self.started, *self._returned, *self._fresh.values()][:8]
+        parts = [f"request {entry.request.request_id!r}: {entry.why}" for entry in waits]
+        mine = {entry.request.request_id for entry in self.started}
+        strangers = [repr(request_id) for request_id in self.memory.open() if request_id not in mine]
+        outside = f"; claims of caches outside the scheduler: {', '.join(strangers)}" if strangers else ""
+        return f"nothing runs, nothing is in flight, and nothing ever can: {'; '.join(parts)}{outside}"
+
+    def _world(self, requests: Sequence[Request], refused: list[tuple[Request, Exception]]) -> list[Entry]:
+        """Entries of the unfinished requests of a list; new ones are seen, or refused."""
+        entries: dict[int | str, Entry] = {}
+        for request in requests:
+            if not isinstance(request, Request):
+                raise ValueError(f"requests: {request!r} is not a kvpool.Request")
+            if request.state is RequestState.FINISHED:
+                continue
+            if request.request_id in entries:
+                raise LogicError(f"request_id: {request.request_id!r} is listed twice; list each request once")
+            known = self._known.get(request.request_id)
+            if known is not None and known.request is not request:
+                raise _duplicate(request)
+            if known is None and request._entry is not None:
+                raise LogicError(f"request_id: {request.request_id!r} belongs to another scheduler")
+            entries[request.request_id] = known or Entry(request, -1, self)
+        missing = [entry for entry in self.started if entry.request.request_id not in entries]
+        if missing:
+            raise LogicError(
+                f"requests: {missing[0].request.request_id!r} is started and not in the list; list it, or cancel it"
+            )
+        world = []
+        for request_id, entry in entries.items():
+            if entry.age < 0:
+                try:
+                    self.check(entry.request)
+                except (KVPoolError, ValueError) as error:
+                    self._refuse(entry.request, error)
+                    refused.append((entry.request, error))
+                    continue
+                self._known[request_id] = entry
+                entry.request._entry = entry
+                self._see(entry)
+            world.append(entry)
+        return sorted(world, key=_AGE)
+
+    @staticmethod
+    def _refuse(request: Request, error: Exception) -> None:
+        request.state, request.finish_reason, request.error = RequestState.FINISHED, "error", error
+
+    def update(self, step: Step, outputs: Mapping[int | str, Sequence[int]]) -> list[Request]:
+        """What the executor returned: {request_id: tokens}, 1 .. 1 + draft_tokens of each generation and last chunk.
+
+        Commits the inputs whose pages the step wrote, appends the outputs, closes and returns all that ended since the
+        last update: finished, cancelled and failed ones. A missing, surplus or unknown result fails that request alone.
+        LogicError: the step is not outstanding.
+        """
+        self._enter()
+        self._take_back(step)
+        apply_outputs(self, step, outputs)
+        return self._take_ended()
+
+    def fail(self, step: Step, error: Exception) -> list[Request]:
+        """The executor failed: all requests of the step end with `error`. Returns what `update` does."""
+        self._enter()
+        self._take_back(step)
+        for entry in step.entries:
+            if entry.request.state is not RequestState.FINISHED:
+                self.end(entry, "error", error)
+        return self._take_ended()
+
+    def abandon(self, step: Step) -> None:
+        """The step was not executed, or its results are not wanted: its requests are as before it."""
+        self._enter()
+        self._take_back(step)
+
+    def fail_oldest(self, error: Exception) -> Request | None:
+        """End the oldest waiting request, else the oldest started one, with `error`; None: there is neither."""
+        self._enter()
+        entry = next(self.waiting(), None) or (self.started[0] if self.started else None)
+        if entry is None:
+            return None
+        self.end(entry, "error", error)
+        return entry.request
+
+    def _take_back(self, step: Step) -> None:
+        if not isinstance(step, Step):
+            raise ValueError(f"step: {step!r} is not a step")
+        if step:
+            if step not in self._steps:
+                raise LogicError("step: it is not outstanding; update each step of this scheduler once")
+            self._steps.remove(step)
+        for entry in step.entries:
+            entry.step = None
+
+    def _take_ended(self) -> list[Request]:
+        ended, self.ended = self.ended, []
+        return ended
+
+    def find(self, request_id: int | str) -> Entry | None:
+        """The entry of a request that has not ended."""
+        return self._known.get(request_id)
+
+    @property
+    def ran(self) -> bool:
+        """Whether the last pass had work."""
+        return bool(self._last)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether some request has not ended."""
+        return bool(self._known)
+
+    # -- lists that the phases use --------------------------------------------------------------
+
+    def waiting(self) -> Iterator[Entry]:
+        """All that wait, the oldest first. Changes end the iteration."""
+        returned, fresh = iter(self._returned), iter(self._fresh.values())
+        one, other = next(returned, None), next(fresh, None)
+        while one is not None or other is not None:
+            if other is None or (one is not None and one.age < other.age):
+                assert one is not None
+                yield one
+                one = next(returned, None)
+            else:
+                yield other
+                other = next(fresh, None)
+
+    def younger(self, entry: Entry) -> Iterator[Entry]:
+        """Started requests younger than this one, the newest first."""
+        for other in reversed(self.started):
+            if other.age <= entry.age:
+                return
+            yield other
+
+    # -- transitions ----------------------------------------------------------------------------
+
+    def start(self, entry: Entry, reused: int, shared: Sequence[int]) -> None:
+        """A waiting request has got its first pages."""
+        self._leave_waiting(entry)
+        insort(self.started, entry, key=_AGE)
+        entry.started = True
+        entry.shared = list(shared)
+        entry.request.state = RequestState.RUNNING
+        entry.request.num_computed = reused
+        if entry.adapter is not None:
+            self.adapters[entry.adapter] += 1
+        if entry.lost:
+            self.stats.recomputed_tokens += max(0, entry.lost - reused)
+            entry.lost = 0
+
+    def suspend(self, run: Pass, entry: Entry, why: str) -> None:
+        """A running request gives up the place of its pages."""
+        self.memory.suspend(entry)
+        entry.request.state = RequestState.SUSPENDED
+        entry.why = why
+        self.stats.suspended += 1
+        run.gave_way(entry)
+        run.step.suspended.append(entry.request)
+
+    def recompute(self, run: Pass, entry: Entry, why: str) -> None:
+        """A started request loses its pages and waits, as old as it is."""
+        self.memory.free([entry])
+        entry.lost = entry.request.num_computed
+        self._leave_started(entry)
+        entry.request.state = RequestState.WAITING
+        entry.request.num_computed = 0
+        entry.why = why
+        insort(self._returned, entry, key=_AGE)
+        self.stats.recomputed += 1
+        self.outlook.recomputed()
+        run.gave_way(entry)
+        if entry.request in run.step.suspended:
+            run.step.suspended.remove(entry.request)
+        run.step.recompute.append(entry.request)
+
+    def end(self, entry: Entry, reason: str, error: Exception | None = None) -> None:
+        """A request is over."""
+        request = entry.request
+        if request.state is RequestState.FINISHED:
+            return
+        if entry.started:
+            self.memory.free([entry])
+            self._leave_started(entry)
+        elif entry.age >= 0:
+            self._leave_waiting(entry)
+        del self._known[request.request_id]
+        request.state, request.finish_reason, request.error = RequestState.FINISHED, reason, error
+        self.ended.append(request)
+
+    def _leave_started(self, entry: Entry) -> None:
+        self.started.remove(entry)
+        entry.started = False
+        entry.shared = []
+        if entry.adapter is not None:
+            self.adapters[entry.adapter] -= 1
+            if not self.adapters[entry.adapter]:
+                del self.adapters[entry.adapter]
+
+    def _leave_waiting(self, entry: Entry) -> None:
+        if self._fresh.pop(entry.age, None) is None:
+            self._returned.remove(entry)
+
+
+def _duplicate(request: Request) -> LogicError:
+    return LogicError(
+        f"request_id: {request.request_id!r} is in use; ids may be used again once their request has ended"
+    )

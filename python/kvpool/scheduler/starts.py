@@ -1,0 +1,190 @@
+"""First chunks: waiting requests that start, the oldest first.
+
+Starting evicts nobody started, and what does not start holds nothing afterwards. A request that is refused is counted
+for every younger one that starts in the same pass; after `max_bypass` of them no younger one starts any more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from kvpool.scheduler.admission import Forecast, decode_debt
+from kvpool.scheduler.memory import Claimed, first_chunk
+from kvpool.scheduler.request import Entry
+
+if TYPE_CHECKING:
+    from kvpool.scheduler.scheduler import Pass, Scheduler
+
+# Requests that are refused in one pass before it gives up looking: a pass must not touch all that wait.
+MOST_REFUSED = 16
+
+
+def start_waiting(scheduler: Scheduler, run: Pass) -> None:
+    """First chunks for as many as there are places, tokens and pages for."""
+    starts = _Starts(scheduler, run)
+    while starts.may_go_on():
+        batch = starts.next_batch()
+        if not batch:
+            return
+        claims = scheduler.memory.claim(batch, scheduler.config.chunk_tokens, run.tokens)
+        starts.provide(starts.admit(claims))
+        if len(claims) < len(batch):
+            return  # the tokens are used up
+
+
+class _Starts:
+    """State of the phase."""
+
+    def __init__(self, scheduler: Scheduler, run: Pass) -> None:
+        self._scheduler, self._run = scheduler, run
+        self._memory, self._config = scheduler.memory, scheduler.config
+        self._refused: list[Entry] = []
+        self._seen = -1  # age of the youngest that was looked at
+        self._forecast: Forecast | None = None
+
+    def may_go_on(self) -> bool:
+        """Whether another first chunk is possible."""
+        run = self._run
+        room = run.places > 0 and run.tokens > 0 and len(self._scheduler.started) < self._config.most_started
+        return room and not self._is_blocked(None) and len(self._refused) < MOST_REFUSED
+
+    def _waiting(self) -> Iterable[Entry]:
+        world = self._run.world
+        return self._scheduler.waiting() if world is None else (entry for entry in world if not entry.started)
+
+    def next_batch(self) -> list[Entry]:
+        """The next ones that may be claimed together: adapters fit, places and what may be started suffice."""
+        run, config = self._run, self._config
+        most = min(run.places, config.most_started - len(self._scheduler.started), MOST_REFUSED)
+        batch: list[Entry] = []
+        adapters = set(self._scheduler.adapters)
+        for entry in self._waiting():
+            if entry.age <= self._seen or not run.may_run(entry):
+                continue
+            run.waits = True
+            if len(batch) >= most or self._is_blocked(None) or len(self._refused) >= MOST_REFUSED:
+                break
+            self._seen = entry.age
+            if self._adapter_fits(entry, adapters):
+                batch.append(entry)
+        return batch
+
+    def _adapter_fits(self, entry: Entry, adapters: set[int | str]) -> bool:
+        budget = self._config.adapters
+        if budget is None or entry.adapter is None or entry.adapter in adapters:
+            return True
+        used = sum(budget.pages.get(adapter, 0) for adapter in adapters)
+        pages = budget.pages[entry.adapter]
+        if used + pages > budget.budget:
+            self._refuse(entry, f"adapter {entry.adapter!r} needs {pages} pages, {budget.budget - used} are left")
+            return False
+        adapters.add(entry.adapter)
+        return True
+
+    def _refuse(self, entry: Entry, why: str) -> None:
+        entry.why = why
+        self._refused.append(entry)
+
+    def _is_blocked(self, entry: Entry | None) -> bool:
+        """Whether an older one (None: any) was refused that must not be overtaken any more."""
+        most = self._config.max_bypass
+        return any(r.bypassed >= most and (entry is None or r.age < entry.age) for r in self._refused)
+
+    def _drop(self, claim: Claimed, why: str) -> None:
+        self._memory.free([claim.entry])
+        self._refuse(claim.entry, why)
+
+    def admit(self, claims: list[Claimed]) -> list[Claimed]:
+        """Those of the claims that start; the others are released."""
+        admitted: list[Claimed] = []
+        pressure = self._memory.pressure()
+        available = [n for n, _ in pressure]
+        debts = self._debts() if self._memory.reserves else []
+        # Per claim: what is available besides it and those before it.
+        rooms: list[list[int]] = []
+        for claim in reversed(claims):
+            rooms.append(available)
+            if claim.why == "kept":
+                available = [n + taken for n, taken in zip(available, claim.taken, strict=True)]
+        for claim, room in zip(claims, reversed(rooms), strict=True):
+            if claim.why != "kept":
+                self._refuse(claim.entry, _WHY[claim.why])
+            elif self._is_blocked(claim.entry):
+                self._drop(claim, "an older request was overtaken max_bypass times and goes first")
+            elif why := self._refusal(claim, room, debts, first=not admitted):
+                self._drop(claim, why)
+            else:
+                admitted.append(claim)
+                self._overtake(claim.entry)
+        return admitted
+
+    def _overtake(self, entry: Entry) -> None:
+        for older in self._refused:
+            if older.age < entry.age:
+                older.bypassed += 1
+
+    def _refusal(self, claim: Claimed, room: list[int], debts: list[int], first: bool) -> str | None:
+        """Why a claim that was kept must not start, or None: then it counts as started."""
+        if first and not self._scheduler.started:
+            return None  # the oldest that can be had; nobody is started whose pages it could take later
+        if debts:
+            held = [shared + taken for shared, taken in zip(claim.shared, claim.taken, strict=True)]
+            own = [max(0, slots - pages) for slots, pages in zip(self._memory.decode_slots, held, strict=True)]
+            for name, n, debt, more in zip(self._memory.names(), room, debts, own, strict=True):
+                if debt + more > n:
+                    return f"{name} keeps {debt + more} decode slots for the started requests, {n} can be had"
+            debts[:] = [debt + more for debt, more in zip(debts, own, strict=True)]
+        if self._memory.tiered:
+            return None
+        if self._forecast is None:
+            scheduler = self._scheduler
+            self._forecast = Forecast(self._memory, self._config, scheduler.outlook, scheduler.started)
+        return self._forecast.refuses(claim, room)
+
+    def _debts(self) -> list[int]:
+        """Per pool: decode slots that are reserved for started requests and that they do not hold yet."""
+        debts = [decode_debt(self._memory, entry) for entry in self._scheduler.started]
+        return [sum(per_pool) for per_pool in zip(self._memory.nothing, *debts, strict=True)]
+
+    def provide(self, admitted: list[Claimed]) -> None:
+        """Pages for the first chunks."""
+        run, chunk = self._run, self._config.chunk_tokens
+        work = []
+        tokens = run.tokens
+        for claim in admitted:
+            rest = claim.entry.length - claim.reused
+            want = first_chunk(rest, tokens, chunk)
+            tokens -= want
+            work.append((claim.entry, want, min(chunk or rest, rest)))
+        try:
+            provided = self._provide(work)
+        except BaseException:
+            self._memory.free([entry for entry, _, _ in work if not entry.started])
+            raise
+        for claim, got in zip(admitted, provided, strict=True):
+            if not got:
+                self._refuse(claim.entry, "the pages that it was promised were taken by others")
+                continue
+            self._scheduler.start(claim.entry, claim.reused, claim.shared)
+            run.serve_context(claim.entry, got)
+
+    def _provide(self, work: list[tuple[Entry, int, int]]) -> list[int]:
+        memory = self._memory
+        if not memory.reserves:
+            return memory.provide(work, memory.nothing)
+        provided = []
+        debts = self._debts()
+        for entry, tokens, unit in work:
+            # Its unit is promised; what it takes beyond leaves the decode slots of others.
+            fits = memory.fitting(entry, tokens, unit, debts) or unit
+            got = memory.provide([(entry, fits, unit)], memory.nothing)[0]
+            provided.append(got)
+            debts = [d + more for d, more in zip(debts, memory.decode_slots, strict=True)]
+        return provided
+
+
+_WHY = {
+    "memory": "there is not enough room for its first chunk",
+    "tokens": "the step has not enough tokens left for its first chunk",
+}

@@ -1,0 +1,53 @@
+"""What one pass has decided."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from kvpool.scheduler.request import Entry, Request
+
+
+class Context(NamedTuple):
+    """Prompt tokens [start, start + num_tokens) of a request; a last chunk yields a token."""
+
+    request: Request
+    start: int
+    num_tokens: int
+    is_last: bool
+
+
+class Step:
+    """Work of one forward pass. Handed out once, never enlarged; `Scheduler.update` takes it back.
+
+    context: chunks, those that are not a request's last before the last ones, each sorted by adapter, none first.
+    generation: requests whose last token and drafts are computed, sorted by adapter. suspended, recompute: who gave way
+    in this pass. refused: (request, error) of a list that can never run. num_tokens: of all, drafts included.
+    """
+
+    __slots__ = ("context", "entries", "generation", "num_tokens", "recompute", "refused", "suspended")
+
+    def __init__(self) -> None:
+        self.context: list[Context] = []
+        self.generation: list[Request] = []
+        self.suspended: list[Request] = []
+        self.recompute: list[Request] = []
+        self.refused: list[tuple[Request, Exception]] = []
+        self.num_tokens = 0
+        self.entries: list[Entry] = []  # of all that are in work
+
+    @property
+    def requests(self) -> Iterator[Request]:
+        """All that are in work: contexts, then generations."""
+        for chunk in self.context:
+            yield chunk.request
+        yield from self.generation
+
+    def __bool__(self) -> bool:
+        """Whether there is anything to execute."""
+        return self.num_tokens > 0
+
+    def __repr__(self) -> str:
+        return (
+            f"<kvpool step: {len(self.context)} contexts, {len(self.generation)} generations, {self.num_tokens} tokens>"
+        )

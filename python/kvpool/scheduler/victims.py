@@ -1,0 +1,84 @@
+"""Older wins: who gives way when a started request needs room, and who waits instead.
+
+A started request takes room from younger started ones that are not in this step, not in flight and not fenced: the
+newest whose pages all find room below is suspended; if there is none, the newest is freed, to be computed again. What
+would fit once steps in flight have ended waits for them. If no younger one is left the request suspends itself, unless
+it is alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from kvpool.scheduler.request import Entry, RequestState
+
+if TYPE_CHECKING:
+    from kvpool.scheduler.scheduler import Pass, Scheduler
+
+
+def older_wins(
+    scheduler: Scheduler, run: Pass, entry: Entry, lacking: Callable[[], Sequence[int]], attempt: Callable[[], int]
+) -> int:
+    """Room for a started request that was refused it: what `attempt` returned once it succeeded, else 0.
+
+    lacking: per pool the slots that it is short of.
+    """
+    run.started_refused = True
+    while True:
+        short = lacking()
+        if _comes_back(scheduler, short):
+            entry.why = "it waits for slots that come back when the steps in flight have ended" + _numbers(
+                scheduler, short
+            )
+            return 0
+        if not _give_way(scheduler, run, entry, short):
+            break
+        if done := attempt():
+            return done
+    entry.why = "there is no room, and no younger request is left to give way" + _numbers(scheduler, short)
+    if any(run.is_busy(other) for other in scheduler.younger(entry)):
+        entry.why += "; it waits for a younger one in flight"
+    elif len(scheduler.started) > 1 and entry.request.state is RequestState.RUNNING:
+        scheduler.suspend(run, entry, "itself: " + entry.why)
+    return 0
+
+
+def _numbers(scheduler: Scheduler, short: Sequence[int]) -> str:
+    names = scheduler.memory.names()
+    missing = [f"{name} lacks {n} slots" for name, n in zip(names, short, strict=True) if n]
+    return f" ({', '.join(missing)})" if missing else ""
+
+
+def _comes_back(scheduler: Scheduler, short: Sequence[int]) -> bool:
+    """Whether all that is missing returns with the steps in flight."""
+    pressure = scheduler.memory.pressure()
+    return any(short) and all(n <= returning for n, (_, returning) in zip(short, pressure, strict=True))
+
+
+def _candidates(scheduler: Scheduler, run: Pass, entry: Entry) -> Iterator[Entry]:
+    """Younger started requests that may give way, the newest first."""
+    for other in scheduler.younger(entry):
+        if not run.is_busy(other) and other not in run.served and not scheduler.memory.is_fenced(other):
+            yield other
+
+
+def _give_way(scheduler: Scheduler, run: Pass, entry: Entry, short: Sequence[int]) -> bool:
+    """One younger request gives way. False: there is none."""
+    candidates = list(_candidates(scheduler, run, entry))
+    why = f"it gave way to the older request {entry.request.request_id!r}"
+    if scheduler.memory.tiered:
+        for other in candidates:
+            if other.request.state is not RequestState.RUNNING:
+                continue
+            pages = scheduler.memory.below(other)
+            if pages is not None and any(n and moved for n, moved in zip(short, pages, strict=True)):
+                scheduler.suspend(run, other, why)
+                return True
+    if not candidates:
+        return False
+    victim = candidates[0]
+    if scheduler.config.victim == "cheapest":
+        victim = min(candidates, key=lambda other: (other.request.num_computed, -other.age))
+    scheduler.recompute(run, victim, why)
+    return True

@@ -1,0 +1,164 @@
+//! What a scheduler asks before it decides. Reads only, except that what a cache lacks is counted into the cache itself.
+//!
+//! Answers are exact while no other thread changes the pools; with others they are a moment's.
+
+use super::Core;
+use crate::cache::Cache;
+use crate::error::Result;
+use crate::words::Link;
+
+impl Core {
+    /// Per pool: device slots that are free or evictable and promised to nobody; slots that come back when the steps
+    /// in flight have ended.
+    pub fn pressure(&self) -> Vec<(u32, u32)> {
+        let pool = |pool: &crate::pool::SlotPool| (pool.available(), pool.returning.get() as u32);
+        self.pools.iter().map(pool).collect()
+    }
+
+    /// Most tokens behind the history for which [`Core::provide`] finds room now and leaves `leave` slots of each pool:
+    /// `tokens`, or the largest multiple of `unit` below it; 0 if there is room for none.
+    pub fn fitting(&self, cache: &mut Cache, tokens: u64, unit: u64, leave: &[u32]) -> Result<u64> {
+        self.ready(cache)?;
+        let limit = self.config.max_seq_len.unwrap_or(u64::from(u32::MAX));
+        let tokens = tokens.min(limit.saturating_sub(cache.history));
+        let room = self.rooms(cache, leave);
+        self.look_far(cache, &[]);
+        let fits = |cache: &Cache, tokens: u64| {
+            let needs = room.iter().enumerate();
+            needs
+                .map(|(pool, &room)| (self.needs(cache, pool, tokens), room))
+                .all(|(need, room)| need == 0 || room.is_some_and(|room| need <= room))
+        };
+        let mut found = 0;
+        if fits(cache, tokens) {
+            found = tokens;
+        } else if unit > 0 {
+            // fits(low * unit) holds for low > 0, fits(high * unit) does not.
+            let (mut low, mut high) = (0, tokens.div_ceil(unit));
+            while high - low > 1 {
+                let middle = low + (high - low) / 2;
+                if fits(cache, middle * unit) {
+                    low = middle;
+                } else {
+                    high = middle;
+                }
+            }
+            found = low * unit;
+        }
+        cache.far.fill(0);
+        Ok(found)
+    }
+
+    /// Per pool, the slots that are missing for so many tokens behind the history, with `leave` to be left.
+    pub fn lacking(&self, cache: &mut Cache, tokens: u64, leave: &[u32]) -> Result<Vec<u32>> {
+        self.ready(cache)?;
+        let rooms = self.rooms(cache, leave);
+        self.look_far(cache, &[]);
+        let pool = |(pool, room): (usize, Option<u32>)| {
+            self.needs(cache, pool, tokens).saturating_sub(room.unwrap_or(0))
+        };
+        let lacking = rooms.into_iter().enumerate().map(pool).collect();
+        cache.far.fill(0);
+        Ok(lacking)
+    }
+
+    fn needs(&self, cache: &Cache, pool: usize, tokens: u64) -> u32 {
+        let capacity = cache.capacity.max(cache.history + tokens);
+        self.need(cache, pool, cache.history, capacity.div_ceil(self.t()) as usize)
+    }
+
+    /// Per pool, slots that the cache could have now; `None`: fewer than must be left. Its own pages stay.
+    fn rooms(&self, cache: &mut Cache, leave: &[u32]) -> Vec<Option<u32>> {
+        let pinned = cache.pinned;
+        let stays = self.pin(cache);
+        let room = |pool: usize| {
+            let movable = if stays {
+                self.reachable(pool)
+            } else {
+                self.pools[pool].available()
+            };
+            (movable + cache.promise[pool]).checked_sub(leave.get(pool).copied().unwrap_or(0))
+        };
+        let rooms = (0..self.pools.len()).map(room).collect();
+        if stays && !pinned {
+            self.unpin(cache);
+        }
+        rooms
+    }
+
+    /// Whether a launched step may still touch the cache.
+    pub fn is_in_flight(&self, cache: &Cache) -> bool {
+        cache.in_flight > 0
+    }
+
+    /// Per pool, the pages that could leave the device if this ACTIVE cache were suspended now; `None` if one of them
+    /// would find no room on the host.
+    pub fn below(&self, cache: &Cache) -> Result<Option<Vec<u32>>> {
+        self.active(cache, "below")?;
+        if !self.tiered || cache.in_flight > 0 {
+            return Ok(None);
+        }
+        let mut pages = Vec::with_capacity(self.pools.len());
+        for (pool, host) in self.hosts.iter().enumerate() {
+            let mine = |node: &Link| match self.tree.windowed[pool] {
+                false => self.tree.pins(node.index()) == 1,
+                true => self.tree.page(pool, node.index()).active() == 1,
+            };
+            let table = &cache.tables[pool];
+            let claimed = cache.nodes.iter().zip(table).enumerate();
+            let claimed = claimed
+                .filter(|(_, (node, &slot))| slot != 0 && mine(node))
+                .count();
+            let private = table.iter().skip(cache.nodes.len()).filter(|&&slot| slot != 0);
+            let count = (claimed + private.count()) as u32;
+            if count > 0 && self.reachable(pool) - self.pools[pool].available() + count > host.available() {
+                return Ok(None);
+            }
+            pages.push(count);
+        }
+        Ok(Some(pages))
+    }
+
+    /// Per pool, what a claim for a start took off what was available (its promise included), and how many of its live
+    /// pages others had claimed.
+    pub fn costs(&self, cache: &Cache) -> (Vec<u32>, Vec<u32>) {
+        let taken = cache
+            .paid
+            .iter()
+            .zip(&cache.promise)
+            .map(|(paid, promise)| paid + promise);
+        let held = |pool: usize| cache.tables[pool].iter().filter(|&&slot| slot != 0).count() as u32;
+        let source = u32::from(!cache.source.is_nil());
+        let shared = |(pool, paid): (usize, &u32)| held(pool).saturating_sub(paid.saturating_sub(source));
+        (
+            taken.collect(),
+            cache.paid.iter().enumerate().map(shared).collect(),
+        )
+    }
+
+    /// Slots that come back at the end of the steps in flight, now that the cache is closed: those that only it has.
+    pub(super) fn count_returning(&self, cache: &mut Cache) {
+        let mut alone = cache.nodes.len();
+        while alone > 0 && self.tree.state(cache.nodes[alone - 1].index()).refs() == 1 {
+            alone -= 1;
+        }
+        for pool in 0..self.pools.len() {
+            let windowed = self.tree.windowed[pool];
+            let comes = |(i, &slot): (usize, &u32)| {
+                let only = match cache.nodes.get(i) {
+                    None => true,
+                    Some(node) if windowed => self.tree.page(pool, node.index()).claims() == 1,
+                    Some(_) => i >= alone,
+                };
+                slot != 0 && only
+            };
+            let units = cache.tables[pool]
+                .iter()
+                .enumerate()
+                .filter(|&at| comes(at))
+                .count() as u32;
+            self.pools[pool].returning.add(u64::from(units));
+            cache.returning[pool] += units;
+        }
+    }
+}

@@ -1,0 +1,176 @@
+//! The `Started` class: what the scheduler asks of a core, one call per phase.
+
+use crate::cache::{enter_all, Cache};
+use crate::core::{int32s, outcome, plan, retention, Copies, Core, Ranges};
+use kvpool_core::forecast::{overflow, Growth};
+use kvpool_core::types::RetentionSpec;
+use kvpool_core::{Claim, Refusal};
+use pyo3::buffer::PyBuffer;
+use pyo3::prelude::*;
+use pyo3::pybacked::PyBackedBytes;
+
+/// (tokens, scope, epoch, retention, most tokens to reuse or None)
+type First = (
+    PyBuffer<i32>,
+    PyBackedBytes,
+    Option<u64>,
+    Option<Ranges>,
+    Option<u64>,
+);
+
+/// (why, cache, reused tokens, slots taken per pool, pages shared per pool)
+type Claimed = (&'static str, Option<Cache>, u64, Vec<u32>, Vec<u32>);
+
+/// A scheduler's view of a core. Holds no state of its own.
+#[pyclass(frozen, module = "kvpool._core")]
+pub struct Started {
+    core: Py<Core>,
+}
+
+#[pymethods]
+impl Started {
+    #[new]
+    fn new(core: Py<Core>) -> Self {
+        Self { core }
+    }
+
+    /// -> per pool (available, returning): device slots that can be had now; that come back after the steps in flight
+    fn pressure(&self) -> Vec<(u32, u32)> {
+        self.core.get().core.pressure()
+    }
+
+    /// Claims for first chunks, in order, within `budget` new tokens -> ("kept" | "memory" | "tokens", cache or None,
+    /// reused tokens, slots taken per pool, pages shared per pool) for those that were looked at. A first chunk is `unit` tokens at least, or all (None: always all).
+    fn claim(
+        &self,
+        py: Python<'_>,
+        requests: Vec<First>,
+        unit: Option<u64>,
+        budget: u64,
+    ) -> PyResult<Vec<Claimed>> {
+        let core = self.core.get();
+        let mut tokens = Vec::with_capacity(requests.len());
+        for (given, ..) in &requests {
+            tokens.push(int32s(py, given)?);
+        }
+        let mut timed = core.core.is_timed();
+        let mut claims = Vec::with_capacity(requests.len());
+        for ((_, scope, epoch, ranges, most), tokens) in requests.iter().zip(&tokens) {
+            let retention = ranges.clone().map(retention);
+            timed |= retention.as_ref().is_some_and(RetentionSpec::is_timed);
+            claims.push(Claim {
+                tokens,
+                scope,
+                epoch: *epoch,
+                retention,
+                least: None,
+                most: *most,
+            });
+        }
+        if timed {
+            core.read_clock(py)?;
+        }
+        let starts = outcome(py, core.core.claim_starts(claims, unit, budget))?;
+        let start = |start: kvpool_core::Start| match start {
+            Ok(cache) => {
+                let reused = core.core.info(&cache).map_or(0, |info| info.reused);
+                let (taken, shared) = core.core.costs(&cache);
+                ("kept", Some(Cache::new(cache)), reused, taken, shared)
+            }
+            Err(Refusal::Memory) => ("memory", None, 0, vec![], vec![]),
+            Err(Refusal::Tokens) => ("tokens", None, 0, vec![], vec![]),
+        };
+        Ok(starts.into_iter().map(start).collect())
+    }
+
+    /// Most tokens behind its history that each (cache, tokens, unit) could get by itself now: all, or a multiple of its
+    /// unit; 0: not one unit. `leave`: per pool, slots that must be left.
+    fn fitting(
+        &self,
+        py: Python<'_>,
+        caches: Vec<(Py<Cache>, u64, u64)>,
+        leave: Vec<u32>,
+    ) -> PyResult<Vec<u64>> {
+        let core = self.core.get().core(py)?;
+        let handles: Vec<Py<Cache>> = caches.iter().map(|(cache, ..)| cache.clone_ref(py)).collect();
+        let mut entered = enter_all(py, &handles)?;
+        let fits = entered.iter_mut().zip(&caches);
+        fits.map(|((cache, _), (_, tokens, unit))| outcome(py, core.fitting(cache, *tokens, *unit, &leave)))
+            .collect()
+    }
+
+    /// Room for (cache, tokens behind its history, unit) in order: as much as there is, in multiples of the unit ->
+    /// (tokens per cache, 0 if not one unit; copies to make). A cache that was only claimed is closed then.
+    fn provide(
+        &self,
+        py: Python<'_>,
+        caches: Vec<(Py<Cache>, u64, u64)>,
+        leave: Vec<u32>,
+    ) -> PyResult<(Vec<u64>, Copies)> {
+        let core = self.core.get().core(py)?;
+        let handles: Vec<Py<Cache>> = caches.iter().map(|(cache, ..)| cache.clone_ref(py)).collect();
+        let mut entered = enter_all(py, &handles)?;
+        let (mut provided, mut copies) = (Vec::with_capacity(caches.len()), Vec::new());
+        for ((cache, _), (_, tokens, unit)) in entered.iter_mut().zip(&caches) {
+            let mut room = outcome(py, core.fitting(cache, *tokens, *unit, &leave))?;
+            let history = outcome(py, core.info(cache))?.history;
+            if room > 0 && !outcome(py, core.provide(cache, history + room, &mut copies))? {
+                room = 0;
+            }
+            if room == 0 && core.is_in_work(cache) {
+                outcome(py, core.close(cache))?;
+            }
+            provided.push(room);
+        }
+        Ok((provided, plan(&copies)))
+    }
+
+    /// Per pool the pages that could leave the device if this ACTIVE cache were suspended; None if one would find no room.
+    fn below(&self, py: Python<'_>, cache: &Bound<'_, Cache>) -> PyResult<Option<Vec<u32>>> {
+        let entered = outcome(py, cache.get().enter())?;
+        outcome(py, self.core.get().core.below(&entered))
+    }
+
+    /// Per pool the slots that are missing for so many tokens behind the history, with `leave` to be left.
+    fn lacking(
+        &self,
+        py: Python<'_>,
+        cache: &Bound<'_, Cache>,
+        tokens: u64,
+        leave: Vec<u32>,
+    ) -> PyResult<Vec<u32>> {
+        let mut entered = outcome(py, cache.get().enter())?;
+        outcome(py, self.core.get().core.lacking(&mut entered, tokens, &leave))
+    }
+
+    /// Whether the cache is CLOSED.
+    fn is_closed(&self, py: Python<'_>, cache: &Bound<'_, Cache>) -> PyResult<bool> {
+        let entered = outcome(py, cache.get().enter())?;
+        Ok(self.core.get().core.info(&entered).is_err())
+    }
+
+    /// Whether a launched step may still touch the cache.
+    fn in_flight(&self, py: Python<'_>, cache: &Bound<'_, Cache>) -> PyResult<bool> {
+        let entered = outcome(py, cache.get().enter())?;
+        Ok(self.core.get().core.is_in_flight(&entered))
+    }
+
+    /// The first step in which requests that grow to their ends need more than `available` slots, and how many more.
+    /// Rows: (steps to its end, tokens of its context, most slots, slots now, slots of them that come back).
+    #[staticmethod]
+    fn overflow(
+        rows: Vec<(u64, u64, u64, u64, u64)>,
+        tokens_per_block: u64,
+        available: u64,
+    ) -> Option<(u64, u64)> {
+        let growth = |(steps, tokens, most, held, back)| Growth {
+            steps,
+            tokens,
+            most,
+            held,
+            back,
+        };
+        let mut rows: Vec<Growth> = rows.into_iter().map(growth).collect();
+        overflow(&mut rows, tokens_per_block, available)
+    }
+}

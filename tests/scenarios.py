@@ -1,0 +1,394 @@
+"""Random small worlds for the scheduler: pools, tiers, limits, requests that arrive and are cancelled, steps in flight.
+
+`run(scenario)` drives a scheduler through one and raises AssertionError where a promise is broken; `shrunk` makes a
+failing scenario small. Books only: bytes are verified elsewhere.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from kvpool import (
+    AdapterBudget,
+    CacheConfig,
+    ConfigError,
+    KVCacheManager,
+    PoolConfig,
+    PoolPlan,
+    Request,
+    RequestTooLargeError,
+    Retention,
+    Scheduler,
+    SchedulerConfig,
+    Step,
+    TokenRange,
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One request: `family` and `prompt` make its tokens; equal families share a prefix."""
+
+    prompt: int
+    new: int
+    family: int = 0
+    draft: int = 0
+    arrival: int = 0  # pass
+    cancel: int | None = None  # pass
+    adapter: int | None = None
+    priority: int | None = None
+    stop: bool = False
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """Everything that happens; the seed decides what the executor accepts and in which order steps end."""
+
+    seed: int = 0
+    t: int = 4
+    windows: tuple[tuple[int | None, int], ...] = ((None, 0),)  # (window, sinks) by pool
+    device: tuple[int, ...] = (8,)
+    host: tuple[int, ...] = (0,)
+    reservation: str = "sliding"
+    chunk: int | None = None
+    tokens: int = 64
+    batch: int = 8
+    started: int | None = None
+    bypass: int = 16
+    depth: int = 1  # steps in flight
+    faults: float = 0.0  # share of steps that the executor fails
+    adapters: int | None = None  # budget; every adapter has 1 page
+    draft_model: bool = False
+    as_list: bool = False  # requests are given to each schedule call
+    victim: str = "newest"
+    jobs: tuple[Job, ...] = ()
+
+
+def generate(seed: int) -> Scenario:
+    """A random scenario of tight pools."""
+    r = random.Random(seed)
+    t = r.choice([1, 2, 3, 4, 4, 8])
+    pools = r.choice([1, 1, 1, 2, 2, 3])
+    windows = tuple(
+        (None, 0) if r.random() < 0.5 else (r.randint(1, 3 * t), r.choice([0, 0, 1, t + 1])) for _ in range(pools)
+    )
+    device = tuple(r.randint(1, 12) for _ in range(pools))
+    tier = r.choice(["none", "none", "tiny", "full"])
+    host = tuple({"none": 0, "tiny": r.randint(1, 3), "full": n + r.randint(0, 12)}[tier] for n in device)
+    chunk = r.choice([None, None, 1, r.randint(1, 2 * t), t])
+    draft = r.choice([0, 0, 0, 1, 3])
+    adapters = r.choice([None, None, None, 1, 2])
+    longest = max(2, min(device) * t)
+
+    def job() -> Job:
+        new = r.randint(1, max(1, min(12, longest // 2)))
+        return Job(
+            prompt=r.randint(1, max(1, longest + 2 - new)),
+            new=new,
+            family=r.randint(0, 3),
+            draft=r.randint(0, draft),
+            arrival=r.choice([0, 0, r.randint(0, 15)]),
+            cancel=r.randint(0, 30) if r.random() < 0.1 else None,
+            adapter=r.choice([None, 1, 2, 3]) if adapters is not None else None,
+            priority=r.choice([None, None, None, 0, 100]),
+            stop=r.random() < 0.1,
+        )
+
+    return Scenario(
+        seed=seed,
+        t=t,
+        windows=windows,
+        device=device,
+        host=host,
+        reservation=r.choice(["sliding", "aligned", "none"]),
+        chunk=chunk,
+        tokens=max(chunk or 1, 1 + draft, r.choice([r.randint(1, 12), longest + 8, 64])),
+        batch=r.choice([1, 2, 3, 8]),
+        started=r.choice([None, None, 1, 2, 5]),
+        bypass=r.choice([16, 16, 2, 1, 0]),
+        depth=r.choice([1, 1, 1, 2, 3]),
+        faults=r.choice([0.0, 0.0, 0.0, 0.05]),
+        adapters=adapters,
+        draft_model=r.random() < 0.15,
+        as_list=r.random() < 0.25,
+        victim=r.choice(["newest", "newest", "cheapest"]),
+        jobs=tuple(job() for _ in range(r.randint(1, 7))),
+    )
+
+
+class Broken(AssertionError):
+    """A promise of the scheduler does not hold."""
+
+
+def manager_of(scenario: Scenario, draft: int) -> KVCacheManager:
+    """Books only, with exactly the scenario's slots."""
+    names = [f"p{i}" for i in range(len(scenario.windows))]
+    pools = [PoolConfig(name, 8, *window) for name, window in zip(names, scenario.windows, strict=True)]
+    config = CacheConfig(
+        scenario.t, pools, 1 << 20, draft_tokens=draft, decode_reservation=scenario.reservation, hash_seed=1
+    )
+    device = dict(zip(names, scenario.device, strict=True))
+    plan = PoolPlan(dict.fromkeys(names, 1), device, dict(zip(names, scenario.host, strict=True)), 1 << 20)
+    return KVCacheManager(config, None, plan=plan)
+
+
+class World:
+    """A scheduler, its requests and a simulated executor."""
+
+    def __init__(self, scenario: Scenario) -> None:
+        self.scenario = s = scenario
+        self.random = random.Random(s.seed)
+        draft = max((job.draft for job in s.jobs), default=0)
+        self.managers = [manager_of(s, draft)] + ([manager_of(s, draft)] if s.draft_model else [])
+        adapters = None if s.adapters is None else AdapterBudget({1: 1, 2: 1, 3: 1}, s.adapters)
+        config = SchedulerConfig(s.batch, s.tokens, s.chunk, s.bypass, s.started, adapters, victim=s.victim)
+        self.scheduler = Scheduler(self.managers[0], config, self.managers[1] if s.draft_model else None)
+        self.config = config
+        self.requests: dict[int, Request] = {}
+        self.alive: dict[int, Request] = {}
+        self.limits: dict[int, int] = {}  # executed steps by which it must have ended
+        self.flying: deque[Step] = deque()
+        self.steps = self.passes = self.failed = 0
+        self.counts: Counter[str] = Counter()
+        self.arrived: list[Request] = []
+
+    # -- the bound of docs/LIVENESS.md --------------------------------------------------------------
+
+    def life(self, job: Job) -> int:
+        """Most executed steps that the request can use itself."""
+        if self.scenario.chunk is None:
+            return 1 + job.new
+        return -(-(job.prompt + job.new - 1) // self.scenario.chunk) + job.new
+
+    def bound(self, older: int) -> int:
+        s = max(self.life(self.scenario.jobs[i]) for i in self.requests)
+        config = self.config
+        most = (older + 1) * (config.most_started + config.max_bypass + 1) * s * self.scenario.depth
+        return self.steps + most + (1 + self.failed) * s
+
+    # -- what happens -------------------------------------------------------------------------------
+
+    def tokens(self, number: int, job: Job) -> list[int]:
+        """Families share the first half of their prompts."""
+        common = [job.family * 1000 + i for i in range(job.prompt // 2)]
+        return common + [100_000 + number * 1000 + i for i in range(job.prompt - len(common))]
+
+    def arrive(self) -> None:
+        for number, job in enumerate(self.scenario.jobs):
+            if job.arrival == self.passes:
+                retention = job.priority and Retention([TokenRange(0, None, job.priority)])
+                request = Request(
+                    number, self.tokens(number, job), job.new, lora_id=job.adapter, draft_tokens=job.draft,
+                    retention=retention or None, stop_token_ids=[9] if job.stop else [],
+                )  # fmt: skip
+                if self.scenario.as_list:
+                    self.arrived.append(request)
+                    self.enter(number, request)
+                    continue
+                try:
+                    self.scheduler.add(request)
+                except (RequestTooLargeError, ConfigError):
+                    self.counts["refused"] += 1
+                    continue
+                self.enter(number, request)
+            if job.cancel == self.passes and number in self.requests and self.scheduler.cancel(number):
+                self.counts["cancelled"] += 1
+
+    def enter(self, number: int, request: Request) -> None:
+        self.requests[number] = request
+        self.alive[number] = request
+
+    def set_limits(self) -> None:
+        """For those that the scheduler saw in this pass."""
+        for number, request in self.alive.items():
+            if number not in self.limits and request._entry is not None:
+                age = request._entry.age
+                older = sum(other._entry is not None and other._entry.age < age for other in self.alive.values())
+                self.limits[number] = self.bound(older)
+
+    def schedule(self) -> Step:
+        if not self.scenario.as_list:
+            step = self.scheduler.schedule()
+        else:
+            listed = list(self.arrived)
+            self.random.shuffle(listed)
+            step = self.scheduler.schedule(listed)
+            for request, _ in step.refused:
+                self.alive.pop(request.request_id)
+                self.counts["refused"] += 1
+        self.passes += 1
+        self.set_limits()
+        self.look_at(step)
+        return step
+
+    def look_at(self, step: Step) -> None:
+        """Limits, order, and what a step consists of."""
+        work = [*step.generation, *(chunk.request for chunk in step.context)]
+        ids = [request.request_id for request in work]
+        tokens = sum(chunk.num_tokens for chunk in step.context)
+        for request in step.generation:
+            whole = len(request.tokens) + request.max_new_tokens - 1
+            tokens += min(1 + request.draft_tokens, whole - request.num_computed)
+        expect(len(ids) == len(set(ids)), "a request is in a step twice")
+        expect(tokens == step.num_tokens <= self.config.max_num_tokens, f"{step.num_tokens} tokens, {tokens} counted")
+        expect(len(ids) <= self.config.max_batch_size, "more requests than max_batch_size")
+        expect(not {r.request_id for r in [*step.suspended, *step.recompute]} & set(ids), "gave way and runs")
+        flying = {request.request_id for other in self.flying for request in other.requests}
+        expect(not flying & set(ids), "a request in flight is scheduled")
+        lasts = [chunk.is_last for chunk in step.context]
+        expect(lasts == sorted(lasts), "last chunks come last")
+        for chunk in step.context:
+            request = chunk.request
+            end = len(request.tokens) + len(request.output_tokens)
+            expect(chunk.start == request.num_computed, "a chunk starts where the last one ended")
+            expect(chunk.is_last == (chunk.start + chunk.num_tokens == end), "is_last")
+            unit = self.config.chunk_tokens
+            expect(chunk.is_last or (unit is not None and chunk.num_tokens % unit == 0), "a multiple of chunk_tokens")
+        for manager in self.managers:
+            manager.check()
+            for request in work:
+                cache = manager.cache(request.request_id)
+                expect(cache.state == "ACTIVE", f"{request} runs on a cache that is {cache.state}")
+        started = [r for r in self.alive.values() if r.state in ("RUNNING", "SUSPENDED")]
+        expect(len(started) <= self.config.most_started, "more started than max_started")
+        held = {request.request_id for request in started} | flying
+        for manager in self.managers:
+            expect(set(manager._caches) <= held, f"un-started requests hold something: {set(manager._caches) - held}")
+        adapters = {request.lora_id for request in started} - {None}
+        expect(self.config.adapters is None or len(adapters) <= self.config.adapters.budget, "adapters over budget")
+        self.counts.update(suspended=len(step.suspended), recomputed=len(step.recompute))
+
+    def launch(self, step: Step) -> None:
+        self.steps += 1
+        for manager, caches in self.scheduler.memory.caches(list(step.requests)):
+            manager.step_begin(caches)
+            step_caches.setdefault(id(step), []).append((manager, caches))
+        self.flying.append(step)
+
+    def land(self) -> None:
+        """The oldest step in flight ends."""
+        step = self.flying.popleft()
+        for manager, caches in step_caches.pop(id(step)):
+            manager.step_end(caches)
+        if self.random.random() < self.scenario.faults:
+            self.failed += 1
+            ended = self.scheduler.fail(step, RuntimeError("the executor failed"))
+        else:
+            ended = self.scheduler.update(step, self.execute(step))
+        self.finish(ended)
+
+    def execute(self, step: Step) -> dict[Any, list[int]]:
+        outputs = {chunk.request.request_id: [self.token()] for chunk in step.context if chunk.is_last}
+        for request in step.generation:
+            outputs[request.request_id] = [
+                self.token() for _ in range(self.random.randint(1, 1 + request.draft_tokens))
+            ]
+        return outputs
+
+    def token(self) -> int:
+        return self.random.randint(0, 50)
+
+    def finish(self, ended: list[Request]) -> None:
+        for request in ended:
+            self.alive.pop(request.request_id, None)
+            self.counts[str(request.finish_reason)] += 1
+            if request.finish_reason == "length":
+                expect(len(request.output_tokens) == request.max_new_tokens, "finished by length, and shorter")
+
+    def go(self) -> None:
+        """Until everything has arrived and ended."""
+        last = max((max(job.arrival, job.cancel or 0) for job in self.scenario.jobs), default=0)
+        while self.alive or self.passes <= last:
+            self.arrive()
+            step = self.schedule()
+            if step:
+                self.launch(step)
+            late = [r for r in self.alive if self.steps > self.limits[r]]
+            expect(not late, f"request {late and late[0]} is not done after {self.steps} executed steps")
+            if self.flying and (not step or len(self.flying) >= self.scenario.depth):
+                self.land()
+            elif not step:
+                self.finish(self.scheduler.update(step, {}))
+                expect(self.passes <= last + 1 or not self.alive, "nothing runs and nothing is in flight")
+        while self.flying:
+            self.land()
+        for manager in self.managers:
+            manager.check()
+            expect(not manager._caches, "a cache is left")
+            for tiers in manager.stats().pools.values():
+                books = tiers["device"]
+                expect(books["free"] + books["cached"] == books["slots"], f"a page is lost: {books}")
+
+
+step_caches: dict[int, list[Any]] = {}
+
+
+def expect(holds: object, what: str) -> None:
+    if not holds:
+        raise Broken(what)
+
+
+def run(scenario: Scenario) -> World:
+    """Drive a scenario to its end; the first broken promise is raised."""
+    world = World(scenario)
+    try:
+        world.go()
+    except Exception as error:
+        error.add_note(f"{scenario}")
+        raise
+    return world
+
+
+def _smaller(s: Scenario) -> Iterator[Scenario]:
+    for i in range(len(s.jobs)):
+        yield replace(s, jobs=s.jobs[:i] + s.jobs[i + 1 :])
+    for name, plain in (
+        ("draft_model", False), ("as_list", False), ("faults", 0.0), ("depth", 1), ("adapters", None), ("chunk", None),
+        ("started", None), ("victim", "newest"), ("reservation", "none"), ("bypass", 16), ("batch", 8), ("tokens", 64),
+    ):  # fmt: skip
+        if getattr(s, name) != plain:
+            yield replace(s, **{name: plain})
+    if any(s.host):
+        yield replace(s, host=(0,) * len(s.host))
+    for i in range(len(s.windows)):
+        if len(s.windows) > 1:
+            rest = {name: getattr(s, name)[:i] + getattr(s, name)[i + 1 :] for name in ("windows", "device", "host")}
+            yield replace(s, **rest)
+        if s.windows[i] != (None, 0):
+            yield replace(s, windows=(*s.windows[:i], (None, 0), *s.windows[i + 1 :]))
+    plain_job = Job(1, 1)
+    for i, job in enumerate(s.jobs):
+        for name in ("family", "draft", "arrival", "cancel", "adapter", "priority", "stop"):
+            if getattr(job, name) != getattr(plain_job, name):
+                changed = replace(job, **{name: getattr(plain_job, name)})
+                yield replace(s, jobs=(*s.jobs[:i], changed, *s.jobs[i + 1 :]))
+        for name in ("prompt", "new", "arrival"):
+            if getattr(job, name) > 1:
+                changed = replace(job, **{name: getattr(job, name) - 1})
+                yield replace(s, jobs=(*s.jobs[:i], changed, *s.jobs[i + 1 :]))
+
+
+def fails(scenario: Scenario) -> BaseException | None:
+    """What a scenario breaks."""
+    try:
+        run(scenario)
+    except Exception as error:
+        return error
+    return None
+
+
+def shrunk(scenario: Scenario, is_same: Callable[[BaseException], bool] = lambda error: True) -> Scenario:
+    """The smallest scenario found that still fails."""
+    best, again = scenario, True
+    while again:
+        again = False
+        for smaller in _smaller(best):
+            error = fails(smaller) if smaller.jobs else None
+            if error is not None and is_same(error):
+                best, again = smaller, True
+                break
+    return best
