@@ -59,9 +59,9 @@ class Beside:
 def calibrate(rows: list[Row]) -> dict[str, dict[str, int | None]]:
     """Per direction, from its largest counts.
 
-    engine_bytes: the smallest page from which on the copy engine, page by page, is at least as fast as every kernel path
-    (None: it never is). max_blocks: the least cap of blocks with which the register kernel reaches 95 % of its best on
-    the smallest page.
+    engine_bytes: the smallest page from which on the copy engine, page by page, is at least as fast as every path with
+    a kernel (None: it never is). max_blocks: the least cap of blocks with which the register kernel reaches 95 % of its
+    best on the smallest page.
     """
     found: dict[str, dict[str, int | None]] = {}
     for direction in dict.fromkeys(row.direction for row in rows):
