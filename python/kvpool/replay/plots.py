@@ -12,6 +12,8 @@ _PAGES = {"active": "#1f5fa8", "held": "#e08a1e", "cached": "#a9cbe8", "fenced":
 _REQUESTS = {"active": "#1f5fa8", "suspended": "#e08a1e", "waiting": "#8a8a8a"}
 _MOVES = {"evicted": "#1f5fa8", "dropped": "#c0392b", "offloaded": "#e08a1e", "onboarded": "#2e9e5b"}
 _HEIGHT = 260  # pixels per plot
+_MOST_POINTS = 5000
+_RECENT = 20  # points of a moving hit rate: prompts start in bursts
 
 
 def html(report: Report, title: str) -> str:
@@ -52,10 +54,10 @@ def html(report: Report, title: str) -> str:
     row = len(tiers) + 1
     prompts = [sample.prompt_tokens for sample in samples]
     reused = [sample.reused_tokens for sample in samples]
-    line(row, "since the last point", _ratios(_steps(reused), _steps(prompts)), "#a9cbe8")
+    line(row, f"last {_RECENT} points", _ratios(_steps(reused, _RECENT), _steps(prompts, _RECENT)), "#a9cbe8")
     line(row, "since the start", _ratios(reused, prompts), "#1f5fa8", line={"color": "#1f5fa8", "width": 2.5})
     bound = {"color": "#c0392b", "dash": "dot"}
-    line(row, "bound for any cache, blocks, whole run", [report.hit_rate_bound] * len(at), "", line=bound)
+    line(row, "bound, blocks", [report.hit_rate_bound] * len(at), "", line=bound)
     for name, color in _MOVES.items():
         rates = _ratios(_steps([getattr(sample, name) for sample in samples]), _steps(at))
         if any(rates):
@@ -63,15 +65,17 @@ def html(report: Report, title: str) -> str:
     for name, color in _REQUESTS.items():
         line(row + 2, name, [getattr(sample, name) for sample in samples], color)
     if report.times is not None:
-        points = go.Scattergl(
-            x=report.times.arrivals,
-            y=report.times.first_token,
-            name="one request",
+        every = -(-len(report.times.arrivals) // _MOST_POINTS) or 1
+        # Not the WebGL kind of points: a browser without it shows a blank page instead of all plots.
+        points = go.Scatter(
+            x=report.times.arrivals[::every],
+            y=report.times.first_token[::every],
+            name="one request" if every == 1 else f"one of {every} requests",
             mode="markers",
-            marker={"size": 3, "color": "#1f5fa8", "opacity": 0.35},
+            marker={"size": 4, "color": "#1f5fa8", "opacity": 0.35},
         )
         add(row + 3, points)
-    line(row + 4, "p99 since the last point", [sample.step_us[1] for sample in samples], "#a9cbe8")
+    line(row + 4, "p99", [sample.step_us[1] for sample in samples], "#a9cbe8")
     line(row + 4, "mean", [sample.step_us[0] for sample in samples], "#1f5fa8")
     _lay_out(figure, report, title, len(names))
     page: str = figure.to_html(include_plotlyjs=True, full_html=True)
@@ -97,9 +101,9 @@ def _lay_out(figure: Any, report: Report, title: str, rows: int) -> None:
     figure.update_xaxes(title_text="simulated seconds", row=rows, col=1)
 
 
-def _steps(values: Sequence[float]) -> list[float]:
-    """What each of the values adds to the one before it."""
-    return [value - before for before, value in zip([0.0, *values], values, strict=False)]
+def _steps(values: Sequence[float], count: int = 1) -> list[float]:
+    """What each of the values adds to the one so many before it."""
+    return [value - before for before, value in zip([*[0.0] * count, *values], values, strict=False)]
 
 
 def _ratios(parts: Sequence[float], wholes: Sequence[float]) -> list[float | None]:
