@@ -199,8 +199,9 @@ def test_limits_and_window_reach_the_scheduler(tmp_path: Path, capsys: pytest.Ca
 
     assert result()["steps"] == 5
     assert result("--max-batch-size", "1")["steps"] == 30
-    assert result("--max-num-tokens", "30")["steps"] == 9  # 120 prompt tokens, 24 generations besides
-    assert result("--max-num-tokens", "30", "--chunk-tokens", "17")["steps"] > 9
+    # A unit of 30, so one whole prompt per step; with units of 5 a step takes parts of two.
+    assert result("--max-num-tokens", "30")["steps"] == 10
+    assert result("--max-num-tokens", "30", "--chunk-tokens", "5")["steps"] == 9
     assert list(result("--window", "16")["pools"]) == ["kv", "window"]
 
 
