@@ -10,16 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from enum import StrEnum
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from kvpool.arguments import Int32Array, RetentionSpec, Tokens, count, retention_spec, scope_key, token_array
 from kvpool.batches import checked_id, scope_of
 from kvpool.config import Retention, Scope
-
-if TYPE_CHECKING:
-    from kvpool.scheduler.step import Step
 
 
 class RequestState(StrEnum):
@@ -43,8 +39,8 @@ class Request:
     """
 
     __slots__ = (
-        "__weakref__", "_entry", "_prompt", "_stops", "arrival", "draft_tokens", "error", "finish_reason", "lora_id",
-        "max_new_tokens", "num_computed", "output_tokens", "request_id", "retention", "scope", "state",
+        "__weakref__", "_computed", "_entry", "_generates", "_prompt", "_stops", "arrival", "draft_tokens", "error",
+        "finish_reason", "lora_id", "max_new_tokens", "output_tokens", "request_id", "retention", "scope", "state",
         "stop_token_ids", "tokens",
     )  # fmt: skip
 
@@ -83,10 +79,18 @@ class Request:
         self.arrival = arrival
         self.state = RequestState.WAITING
         self.output_tokens: list[int] = []
-        self.num_computed = 0
+        self._generates = False  # only the token that came out last is to be computed
+        self._computed = 0  # otherwise: tokens that are
         self.finish_reason: str | None = None
         self.error: Exception | None = None
         self._entry: Entry | None = None
+
+    @property
+    def num_computed(self) -> int:
+        """Tokens, of prompt and output, whose keys and values are computed."""
+        if self._generates:
+            return len(self._prompt) + len(self.output_tokens) - 1
+        return self._computed
 
     def __repr__(self) -> str:
         return (
@@ -99,8 +103,7 @@ class Entry:
     """What the scheduler knows of an unfinished request."""
 
     __slots__ = (
-        "adapter", "age", "bypassed", "home", "key", "limit", "lost", "prompt", "request", "shared", "spec", "started",
-        "step", "why",
+        "adapter", "age", "bypassed", "home", "key", "limit", "lost", "prompt", "request", "spec", "started", "why",
     )  # fmt: skip
 
     def __init__(self, request: Request, age: int, home: object) -> None:
@@ -113,10 +116,8 @@ class Entry:
         self.key: tuple[bytes, int | None] = scope_key(scope_of(request))
         self.spec: RetentionSpec | None = retention_spec(request.retention)
         self.started = False
-        self.step: Step | None = None  # handed out and not yet updated
         self.bypassed = 0  # first chunks of younger ones that overtook it
         self.lost = 0  # tokens that were computed when it was freed
-        self.shared: list[int] = []  # per pool: pages that others had claimed before it started
         self.why = "it has not been looked at yet"
 
     @property
@@ -132,8 +133,7 @@ class Entry:
     @property
     def generates(self) -> bool:
         """Whether only the token that came out last is to be computed."""
-        request = self.request
-        return bool(request.output_tokens) and self.rest == 1
+        return self.request._generates
 
     @property
     def generation_tokens(self) -> int:

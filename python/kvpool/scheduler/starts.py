@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from kvpool.scheduler.admission import Forecast, decode_debt
+from kvpool.scheduler.admission import Forecast
 from kvpool.scheduler.memory import Claimed, first_chunk
 from kvpool.scheduler.request import Entry
 
@@ -60,7 +60,7 @@ class _Starts:
         batch: list[Entry] = []
         adapters = set(self._scheduler.adapters)
         for entry in self._waiting():
-            if entry.age <= self._seen or not run.may_run(entry):
+            if entry.age <= self._seen or entry.age in run.gone or entry.request.request_id in run.busy:
                 continue
             run.waits = True
             if len(batch) >= most or self._is_blocked(None) or len(self._refused) >= MOST_REFUSED:
@@ -126,26 +126,28 @@ class _Starts:
 
     def _refusal(self, claim: Claimed, room: list[int], debts: list[int], first: bool) -> str | None:
         """Why a claim that was kept must not start, or None: then it counts as started."""
-        if first and not self._scheduler.started:
-            return None  # the oldest that can be had; nobody is started whose pages it could take later
+        alone = (
+            first and not self._scheduler.started
+        )  # the oldest that can be had: nobody is started whom it could harm
         if debts:
             held = [shared + taken for shared, taken in zip(claim.shared, claim.taken, strict=True)]
             own = [max(0, slots - pages) for slots, pages in zip(self._memory.decode_slots, held, strict=True)]
             for name, n, debt, more in zip(self._memory.names(), room, debts, own, strict=True):
-                if debt + more > n:
+                if debt + more > n and not alone:
                     return f"{name} keeps {debt + more} decode slots for the started requests, {n} can be had"
             debts[:] = [debt + more for debt, more in zip(debts, own, strict=True)]
         if self._memory.tiered:
             return None
         if self._forecast is None:
-            scheduler = self._scheduler
-            self._forecast = Forecast(self._memory, self._config, scheduler.outlook, scheduler.started)
+            self._forecast = Forecast(self._memory, self._scheduler.outlook)
+        if alone:
+            self._forecast.start(claim)
+            return None
         return self._forecast.refuses(claim, room)
 
     def _debts(self) -> list[int]:
         """Per pool: decode slots that are reserved for started requests and that they do not hold yet."""
-        debts = [decode_debt(self._memory, entry) for entry in self._scheduler.started]
-        return [sum(per_pool) for per_pool in zip(self._memory.nothing, *debts, strict=True)]
+        return self._memory.roster.debts(self._memory.decode_slots)
 
     def provide(self, admitted: list[Claimed]) -> None:
         """Pages for the first chunks."""
@@ -167,7 +169,7 @@ class _Starts:
                 self._refuse(claim.entry, "the pages that it was promised were taken by others")
                 continue
             self._scheduler.start(claim.entry, claim.reused, claim.shared)
-            run.serve_context(claim.entry, got)
+            self._scheduler.serve_context(run, claim.entry, got)
 
     def _provide(self, work: list[tuple[Entry, int, int]]) -> list[int]:
         memory = self._memory

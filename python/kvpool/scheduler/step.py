@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from kvpool.scheduler.request import Entry, Request
+from kvpool.scheduler.request import Request
 
 
 class Context(NamedTuple):
@@ -25,16 +25,16 @@ class Step:
     in this pass. refused: (request, error) of a list that can never run. num_tokens: of all, drafts included.
     """
 
-    __slots__ = ("context", "entries", "generation", "num_tokens", "recompute", "refused", "suspended")
+    __slots__ = ("context", "generation", "num_tokens", "number", "recompute", "refused", "suspended")
 
-    def __init__(self) -> None:
+    def __init__(self, number: int = 0) -> None:
+        self.number = number  # from 1; 0: it was not handed out
         self.context: list[Context] = []
         self.generation: list[Request] = []
         self.suspended: list[Request] = []
         self.recompute: list[Request] = []
         self.refused: list[tuple[Request, Exception]] = []
         self.num_tokens = 0
-        self.entries: list[Entry] = []  # of all that are in work
 
     @property
     def requests(self) -> Iterator[Request]:
