@@ -22,6 +22,7 @@ from kvpool.replay.traces import TraceError, TraceRequest, read_azure, read_moon
 
 TRACES = Path(__file__).parents[1] / ".." / "shared" / "traces"
 WORKLOAD = generate(Workload(requests=150, answer_blocks=(0, 3)), 3, 16)
+LONG = [TraceRequest(i + 1, float(i), 30, 200, (2 * i, 2 * i + 1)) for i in range(12)]
 
 
 # -- contents ---------------------------------------------------------------------------------------
@@ -167,6 +168,31 @@ def test_times_of_one_request_follow_the_model() -> None:
     assert result["queue_s_p99"] == 0.0
 
 
+def test_times_with_a_window_follow_the_model() -> None:
+    report = run(100, [TraceRequest(1, 0.0, 40, 7, ())], window=40)
+    model = StepModel()
+    # Both pools have half of the layers; from 41 tokens on the window leaves one out, then two, ...
+    decodes = [model.seconds(1, (n + 40) / 2, (n + 40) / 2) for n in range(41, 47)]
+    assert report.times is not None
+    assert report.times.simulated_s == pytest.approx(model.seconds(40, 40 * 41 / 2, 40) + sum(decodes))
+
+
+def test_moves_take_time() -> None:
+    at_once = [TraceRequest(r.line, 0.0, r.input_length, r.output_length, ()) for r in LONG]
+    options = Options(16, 40, tokens_per_id=16, host_blocks=200)
+    seconds, reports = [], []
+    for link in (1e6, 1e30):
+        reports.append(run_timed(at_once, options, model=StepModel(link_bytes_per_s=link)))
+        times = reports[-1].times
+        assert times is not None
+        seconds.append(times.simulated_s)
+    # All are there from the beginning, so time changes nothing but itself.
+    assert reports[0].offloaded == reports[1].offloaded > 0
+    page = 16 * StepModel().kv_bytes_per_token / 1e6 / 8
+    moved = (seconds[0] - seconds[1]) / page
+    assert max(reports[0].offloaded, reports[0].onboarded) <= moved <= reports[0].offloaded + reports[0].onboarded
+
+
 def test_long_prompts_are_computed_in_chunks() -> None:
     one = [TraceRequest(1, 0.0, 100, 1, ())]
     assert run(100, one, max_num_tokens=32, chunk_tokens=10).steps == 4  # 30, 30, 30, 10
@@ -182,9 +208,6 @@ def test_second_request_waits_for_the_place_of_the_first() -> None:
     assert apart.times is not None
     assert together.times.queue == [0.0, 0.0]
     assert apart.times.queue[1] == pytest.approx(apart.times.simulated_s / 2)
-
-
-LONG = [TraceRequest(i + 1, float(i), 30, 200, (2 * i, 2 * i + 1)) for i in range(12)]
 
 
 def test_memory_running_out_suspends_the_newest_and_everything_ends() -> None:
