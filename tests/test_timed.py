@@ -405,9 +405,9 @@ def replay_trace(name: str, limit: int | None, **options: Any) -> Report:
 
 
 @pytest.mark.skipif(not TRACES.exists(), reason="no traces")
-@pytest.mark.parametrize("host", [0, 1000])
-def test_conversation_trace_begins_with_every_byte_right(host: int) -> None:
-    report = replay_trace("mooncake_conversation.jsonl", 400, device_blocks=1500, host_blocks=host)
+@pytest.mark.parametrize(("limit", "host"), [(2000, 0), (1000, 1000)])
+def test_conversation_trace_begins_with_every_byte_right(limit: int, host: int) -> None:
+    report = replay_trace("mooncake_conversation.jsonl", limit, device_blocks=1500, host_blocks=host)
     assert 0 < report.hit_rate_blocks <= report.hit_rate_bound < 0.37
     assert report.evicted > 0
     assert (report.onboarded > 0) == bool(host)

@@ -41,13 +41,14 @@ class Job:
     """A request on its way. line: of its trace. seen_blocks: leading blocks of the prompt that earlier ones had."""
 
     __slots__ = (
-        "answer", "arrival", "contents", "due", "first_token", "last_step", "line", "request", "seen_blocks",
+        "answer", "arrival", "contents", "due", "first_token", "last_step", "line", "prompt", "request", "seen_blocks",
         "started", "tokens", "written",
     )  # fmt: skip
 
     def __init__(self, request: Request, line: int, tokens: NDArray[np.int32], seen_blocks: int) -> None:
         self.request, self.line, self.tokens, self.seen_blocks = request, line, tokens, seen_blocks
-        self.answer: list[int] = tokens[len(request.tokens) :].tolist()
+        self.prompt = len(request.tokens)
+        self.answer: list[int] = tokens[self.prompt :].tolist()
         self.arrival = request.arrival or 0.0
         self.started: float | None = None  # simulated seconds, as the next
         self.first_token: float | None = None
@@ -97,11 +98,14 @@ class SimulatedExecutor:
     ) -> list[Job]:
         """The chunks; returns who gets a first token."""
         first = []
+        now = self._report.steps
         for request, start, num_tokens, is_last in step.context:
             job = self.jobs[request.request_id]
             if job.started is None:
                 self._admit(job, start)
-            self._visit(job, start, shaken)
+            if shaken or job.last_step != now - 1:
+                self._enter(job, start)
+            job.last_step = now
             end = start + num_tokens
             if end >= job.due:
                 self._write(job, end)
@@ -110,32 +114,35 @@ class SimulatedExecutor:
                 work[0] += pairs
                 work[1] += read
             if is_last:
-                if not request.output_tokens:
+                at = len(request.output_tokens)
+                if not at:
                     first.append(job)
-                self._answer(job, end, outputs)
+                outputs[request.request_id] = job.answer[at : at + 1]
+                if at + 1 == len(job.answer):
+                    self._verify(job, start)
         return first
 
     def _generations(self, step: Step, shaken: bool, outputs: dict[int | str, Sequence[int]], work: list[int]) -> None:
-        whole = 0
+        """The last token of each, and the next one out. This loop is half of a replay: no calls in the common case."""
+        now, jobs = self._report.steps, self.jobs
+        ends = []
         for request in step.generation:
-            job = self.jobs[request.request_id]
-            start = request.num_computed
-            self._visit(job, start, shaken)
-            if start + 1 >= job.due:
-                self._write(job, start + 1)
-            whole += start + 1
-            self._answer(job, start + 1, outputs)
+            job = jobs[request.request_id]
+            at = len(request.output_tokens)
+            end = job.prompt + at
+            if shaken or job.last_step != now - 1:
+                self._enter(job, end - 1)
+            job.last_step = now
+            if end >= job.due:
+                self._write(job, end)
+            ends.append(end)
+            outputs[request.request_id] = job.answer[at : at + 1]
+            if at + 1 == len(job.answer):
+                self._verify(job, end - 1)
         for window in self._windows:
-            seen = whole if window is None else sum(min(r.num_computed + 1, window) for r in step.generation)
+            seen = sum(ends) if window is None else sum(min(end, window) for end in ends)
             work[0] += seen
             work[1] += seen
-
-    def _answer(self, job: Job, computed: int, outputs: dict[int | str, Sequence[int]]) -> None:
-        request = job.request
-        at = len(request.output_tokens)
-        outputs[request.request_id] = job.answer[at : at + 1]
-        if at + 1 == len(job.answer):
-            self._verify(job, computed)
 
     def _pass_time(self, tokens: int, pairs: int, read: int) -> None:
         pools = len(self._pools)
@@ -151,7 +158,7 @@ class SimulatedExecutor:
 
     def _admit(self, job: Job, reused: int) -> None:
         """The first chunk: counted once, whatever happens to the request later."""
-        report, prompt = self._report, len(job.request.tokens)
+        report, prompt = self._report, job.prompt
         job.started = self._clock.now
         job.contents = [contents.of(job.tokens) for contents in self._contents]
         report.prompt_tokens += prompt
@@ -160,15 +167,11 @@ class SimulatedExecutor:
         report.reused_tokens += reused
         report.reused_blocks += reused // self._block
 
-    def _visit(self, job: Job, computed: int, shaken: bool) -> None:
-        """The job is in this step, with so many tokens computed."""
-        now = self._report.steps
-        if shaken or job.last_step != now - 1:
-            content = job.contents[0]
-            job.written = content.count(computed)
-            job.due = self._due(job)
-            self._verify(job, computed)
-        job.last_step = now
+    def _enter(self, job: Job, computed: int) -> None:
+        """The job was not in the last step, or may have been moved since: what it has of its tokens must be right."""
+        job.written = job.contents[0].count(computed)
+        job.due = self._due(job)
+        self._verify(job, computed)
 
     @staticmethod
     def _due(job: Job) -> int:
@@ -184,15 +187,15 @@ class SimulatedExecutor:
         job.written = ready
         job.due = self._due(job)
 
-    def _verify(self, job: Job, computed: int) -> None:
-        """Every word that stands is in its page, unless the page is stale."""
+    def _verify(self, job: Job, history: int) -> None:
+        """Every word that stands is in its page, unless the page is stale with so many tokens computed before."""
         if not job.written or self._report.wrong is not None:
             return
         request = job.request
         cache = self._manager.cache(request.request_id)
         for pool, pages, content in zip(self._pools, self._pages, job.contents, strict=True):
             table = cache.block_table(pool.name)
-            stale = stale_range(pool, self._block, request.num_computed)
+            stale = stale_range(pool, self._block, history)
             wrong, compared = content.wrong(pages, table, job.written, stale)
             self._report.bytes_checked += 8 * compared
             if wrong is not None:
