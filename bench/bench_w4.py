@@ -28,11 +28,8 @@ OTHERS = [
 
 
 def name(case: Case) -> str:
-    given = asdict(case)
-    more = [
-        f"{what} {given[what]}" for what in ("waiting", "cached", "drafts") if given[what] != asdict(PLAIN[0])[what]
-    ]
-    more += [what for what in ("host", "window") if given[what]]
+    given, usual = asdict(case), asdict(Case(case.kind))
+    more = [what if value is True else f"{what} {value}" for what, value in given.items() if value != usual[what]]
     return ", ".join([case.kind, *more])
 
 
