@@ -29,7 +29,7 @@ TOKENS = REQUESTS * (PROMPT + OUTPUT)
 
 @dataclass(frozen=True)
 class Outcome:
-    """One run. extra_percent: of all 256 * 1,536 tokens. cpu_s: of schedule and update."""
+    """One run. extra_percent: of all 256 * 1,536 tokens. mean_end: mean step in which a request ends."""
 
     ratio: float
     host: str
@@ -37,6 +37,7 @@ class Outcome:
     steps: int
     extra_tokens: int
     extra_percent: float
+    mean_end: float
     recomputed: int
     suspended: int
     onboarded: int
@@ -66,13 +67,14 @@ def run(ratio: float, tiered: bool, victim: str, chunk: int | None) -> Outcome:
     requests = [Request(i, rng.integers(0, 2**31 - 1, PROMPT, np.int32), OUTPUT) for i in range(REQUESTS)]
     for request in requests:
         scheduler.add(request)
-    steps = executed = most = 0
+    steps = executed = ends = most = 0
     cpu = time.thread_time()
     while scheduler.has_work:
         step = scheduler.schedule()
         assert step, "nothing runs though requests are left"
-        scheduler.update(step, execute(step))
+        ended = scheduler.update(step, execute(step))
         steps += 1
+        ends += steps * len(ended)
         executed += step.num_tokens
         most = max(most, len(step.entries))
     cpu = time.thread_time() - cpu
@@ -82,8 +84,9 @@ def run(ratio: float, tiered: bool, victim: str, chunk: int | None) -> Outcome:
     stats = scheduler.stats
     assert extra == stats.recomputed_tokens, f"{extra} tokens executed twice, {stats.recomputed_tokens} counted"
     return Outcome(
-        ratio, "full" if tiered else "none", victim, steps, extra, round(100 * extra / TOKENS, 2), stats.recomputed,
-        stats.suspended, scheduler.manager.stats().onboarded, most, round(cpu, 2),
+        ratio, "full" if tiered else "none", victim, steps, extra, round(100 * extra / TOKENS, 2),
+        round(ends / REQUESTS, 1), stats.recomputed, stats.suspended,
+        scheduler.manager.stats().onboarded, most, round(cpu, 2),
     )  # fmt: skip
 
 
@@ -96,15 +99,16 @@ def main() -> None:
     parser.add_argument("--victims", default="newest,cheapest")
     given = parser.parse_args()
     outcomes = []
-    print("| pool / need | host tier | victim | steps | extra tokens | recomputes | suspensions | onboarded | CPU s |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    columns = "pool / need, host tier, victim, steps, extra, mean end, recomputes, suspensions, onboarded, CPU s"
+    print(f"| {columns.replace(', ', ' | ')} |")
+    print("| --- " * 10 + "|")
     for tier in given.tiers.split(","):
         for ratio in map(float, given.ratios.split(",")):
             for victim in given.victims.split(","):
                 o = run(ratio, tier == "full", victim, given.chunk or None)
                 print(
-                    f"| {o.ratio} | {o.host} | {o.victim} | {o.steps} | {o.extra_percent} % | {o.recomputed} "
-                    f"| {o.suspended} | {o.onboarded} | {o.cpu_s} |",
+                    f"| {o.ratio} | {o.host} | {o.victim} | {o.steps} | {o.extra_percent} % | {o.mean_end} "
+                    f"| {o.recomputed} | {o.suspended} | {o.onboarded} | {o.cpu_s} |",
                     flush=True,
                 )
                 outcomes.append(asdict(o))
