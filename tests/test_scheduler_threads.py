@@ -11,7 +11,7 @@ import pytest
 
 from kvpool import CacheConfig, Engine, KVCacheManager, PoolConfig, Request, Scheduler, SchedulerConfig, Step
 
-T, THREADS, EACH = 4, 6, 40
+T, THREADS, EACH = 4, 4, 20
 
 
 class Echo:
