@@ -11,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 EXTRAS = ("torch", "transformers")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch on models this small
 
 
 def _blocks(path: Path) -> list[str]:
@@ -48,3 +49,4 @@ def test_page_runs_from_its_top(page: Path) -> None:
 def test_readme_and_embedding_have_blocks() -> None:
     assert any(path == "README.md" for path, _, _ in ALONE)
     assert len(_blocks(ROOT / "docs" / "embedding.md")) == 6
+    assert len(_blocks(ROOT / "docs" / "transformers.md")) == 3
