@@ -1,29 +1,24 @@
-"""Every Python block of the documents runs: those of the README and the map each alone, a page of docs/ from its top."""
+"""Every Python block of the documents runs: those of README and map each alone, a page of docs/ from its top."""
 
 from __future__ import annotations
 
 import os
-import re
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from pages import blocks
 
 ROOT = Path(__file__).parents[1]
 EXTRAS = ("torch", "transformers")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch on models this small
 
-
-def _blocks(path: Path) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", path.read_text(), re.S)
-
-
 ALONE = [
     (path.name, number, block)
     for path in (ROOT / "README.md", ROOT / "ARCHITECTURE.md")
-    for number, block in enumerate(_blocks(path))
+    for number, block in enumerate(blocks(path))
 ]
-PAGES = [path for path in sorted((ROOT / "docs").glob("*.md")) if _blocks(path)]
+PAGES = [path for path in sorted((ROOT / "docs").glob("*.md")) if blocks(path)]
 
 
 def _run(block: str, where: str, names: dict[str, object]) -> None:
@@ -42,11 +37,11 @@ def test_block_runs(path: str, number: int, block: str) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_page_runs_from_its_top(page: Path) -> None:
     names: dict[str, object] = {"__name__": page.stem}
-    for number, block in enumerate(_blocks(page)):
+    for number, block in enumerate(blocks(page)):
         _run(block, f"docs/{page.name}, block {number}", names)
 
 
-def test_readme_and_embedding_have_blocks() -> None:
+def test_readme_and_embedding_haveblocks() -> None:
     assert any(path == "README.md" for path, _, _ in ALONE)
-    assert len(_blocks(ROOT / "docs" / "embedding.md")) == 6
-    assert len(_blocks(ROOT / "docs" / "transformers.md")) == 3
+    assert len(blocks(ROOT / "docs" / "embedding.md")) == 6
+    assert len(blocks(ROOT / "docs" / "transformers.md")) == 3

@@ -47,4 +47,6 @@ def test_a_missing_extra_names_the_pip_line(module: str, package: str) -> None:
     assert done.returncode == 1
     if package not in done.stderr:  # torch is not here either, and is asked for first
         package = "torch"
-    assert f"kvpool.integrations.{module} needs {package}; install it with: pip install 'kvpool[{module}]'" in done.stderr
+    assert (
+        f"kvpool.integrations.{module} needs {package}; install it with: pip install 'kvpool[{module}]'" in done.stderr
+    )

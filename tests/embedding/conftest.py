@@ -1,4 +1,4 @@
-"""These tests need the extras torch and transformers. Without them they are skipped, unless KVPOOL_REQUIRE_EXTRAS is set."""
+"""These tests need the extra transformers. Without it they are left out, unless KVPOOL_REQUIRE_EXTRAS is set."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Random request mixes on a real model: what runs on kvpool's pages against the same weights without any pages.
 
-`run(mix)` drives an engine through one and raises AssertionError at the first token, or logit, that differs. Pools are so
+`run` drives an engine through one and raises AssertionError at the first token, or logit, that differs. Pools are so
 small that requests wait, give way, move to the host and are computed again; everything a request gets is NaN before it
 is written. Counts say what has happened.
 """
@@ -42,8 +42,9 @@ DRAFTS = 3
 
 WANTED = (
     "reused", "partial copies", "chunks", "mixed steps", "evicted", "dropped", "offloaded", "onboarded", "suspended",
-    "resumed", "recomputed", "recomputed after output", "adapter 1", "adapter two", "adapters mixed", "salt a", "salt b",
-    "drafts accepted", "drafts rejected", "drafts cut", "stale blocks", "turns", "stop", "length", "cancelled",
+    "resumed", "recomputed", "recomputed after output", "adapter 1", "adapter two", "adapters mixed", "salt a",
+    "salt b", "drafts accepted", "drafts rejected", "drafts cut", "stale blocks", "turns", "stop", "length",
+    "cancelled",
 )  # fmt: skip
 
 
@@ -176,8 +177,8 @@ class Mix:
         lora_id = r.choice(lora_ids)
         salt = r.choice(salts)
         return Request(
-            number, tokens, r.randint(1, 8), lora_id=lora_id, scope=Scope(lora_id, salt), draft_tokens=r.choice([0, 0, DRAFTS]),
-            stop_token_ids=range(5) if r.random() < 0.2 else (),
+            number, tokens, r.randint(1, 8), lora_id=lora_id, scope=Scope(lora_id, salt),
+            draft_tokens=r.choice([0, 0, DRAFTS]), stop_token_ids=range(5) if r.random() < 0.2 else (),
         )  # fmt: skip
 
     def memory(self, chunk: int | None) -> tuple[CacheConfig, PoolPlan]:
@@ -185,8 +186,8 @@ class Mix:
         r = self.random
         pools = model(self.variant).config.pools(self.t)
         config = CacheConfig(
-            self.t, pools, 1 << 30, max_seq_len=40, draft_tokens=DRAFTS, decode_reservation=r.choice(["sliding", "none"]),
-            offload_min_priority=r.choice([0, 30]), hash_seed=1,
+            self.t, pools, 1 << 30, max_seq_len=40, draft_tokens=DRAFTS, hash_seed=1,
+            decode_reservation=r.choice(["sliding", "none"]), offload_min_priority=r.choice([0, 30]),
         )  # fmt: skip
         peaks = [peak_slots(config, request, chunk) for request in self.all.values()]
         device = {pool.name: max(peak[pool.name] for peak in peaks) + r.randint(0, 5) for pool in pools}

@@ -135,10 +135,13 @@ def test_no_room_is_a_memory_error_and_gives_all_back() -> None:
     page = sum(pool.page_bytes for pool in pools_of(model("Llama"), T))
     ids = torch.arange(1, 30)[None]
     with memory("Llama", device_bytes=9 * page, max_seq_len=32) as manager:
-        with PagedCache(manager, model("Llama"), 1, ids[:, :9]) as paged, pytest.raises(MemoryError, match="no room for"):
-            with PagedCache(manager, model("Llama"), 2, ids[:, 9:18]) as other:
-                generate("Llama", ids[:, 9:18], other)
-                generate("Llama", ids[:, :9], paged)
+        with (
+            PagedCache(manager, model("Llama"), 1, ids[:, :9]),
+            PagedCache(manager, model("Llama"), 2, ids[:, :8]) as two,
+        ):
+            generate("Llama", ids[:, :8], two)
+            with pytest.raises(MemoryError, match="no room for"), PagedCache(manager, model("Llama"), 3, ids) as three:
+                generate("Llama", ids, three)
         manager.check()
         assert manager.stats().pools["full"]["device"]["active"] == 0
 

@@ -1,6 +1,7 @@
 """Models of the transformers package on kvpool's pages, through that package's own `Cache` interface.
 
-`pools_of(model, ...)` are the pools that a model needs, `PagedCache` is what its `generate` and `forward` take as `cache`.
+`pools_of(model, ...)` are the pools that a model needs, `PagedCache` is what its `generate` and `forward` take as
+`cache`.
 Full-attention and sliding-window layers, one sequence to a cache, any number of caches to a manager.
 """
 
@@ -116,8 +117,8 @@ class _PagedLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
 class PagedCache(cache_utils.Cache):  # type: ignore[misc]
     """The cache of one sequence, to be given as `cache` to a model's `generate` or `forward`.
 
-    tokens: the prompt, (n) or (1, n); what is cached of it is claimed here, and its length is the cache's. Prompt tokens
-    are committed as they are computed, generated ones by `commit`. A context manager that closes.
+    tokens: the prompt, (n) or (1, n); what is cached of it is claimed here, and that many tokens the cache has at once.
+    Prompt tokens are committed as they are computed, generated ones by `commit`. A context manager that closes.
 
     ConfigError: the manager's pools are not `pools_of(model, ...)`. MemoryError: no room, here or, during a forward
     pass, for its tokens. ValueError: a batch of several sequences.

@@ -1,7 +1,7 @@
 """A paged executor in torch: a small decoder that reads and writes keys and values in kvpool's pages.
 
 `pages.py` shows a pool as a tensor over the same memory, `attention.py` reads it through block tables, `decoder.py` is
-the model, `executor.py` runs a scheduler's steps on it, `drafts.py` guesses tokens for it to verify. It is written to be
+the model, `executor.py` runs a scheduler's steps on it, `drafts.py` guesses tokens for it to verify. It is there to be
 read and copied from; it runs on the CPU, and it is no fast kernel.
 """
 

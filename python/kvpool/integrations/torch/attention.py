@@ -74,8 +74,8 @@ def paged_attention(
 ) -> torch.Tensor:
     """Write k and v (token, kv_head, dim) of the step into their pages, then attend to all that the tables show.
 
-    pages: one layer of a pool, (slot, 2, token, kv_head, dim). tables: (request, block) slots, stale entries 0, the null
-    page, whose zeros the mask hides. q and the result: (token, head, dim). IndexError: a token has no page of its own.
+    pages: one layer of a pool, (slot, 2, token, kv_head, dim). tables: (request, block) slots, stale entries 0, the
+    null page, whose zeros the mask hides. q and the result: (token, head, dim). IndexError: a token has no page.
     """
     t = pages.shape[2]
     slots = tables[rows.row, rows.positions // t].long()

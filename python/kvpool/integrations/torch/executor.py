@@ -1,4 +1,4 @@
-"""Runs the steps of a scheduler on a decoder: prefill chunks, decodes and drafts of many requests in one forward pass."""
+"""Runs the steps of a scheduler on a decoder: prefill chunks, decodes and drafts of many requests in one pass."""
 
 from __future__ import annotations
 

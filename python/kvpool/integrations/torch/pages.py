@@ -13,7 +13,7 @@ from kvpool.manager import KVCacheManager
 def page_tensor(manager: KVCacheManager, pool: str, dtype: torch.dtype, tier: str = "device") -> torch.Tensor:
     """Pages of `pool` over the same memory, no copy: (slot, layer, 2, token, kv_head, head_dim); [:, :, 0] are keys.
 
-    The pool comes from `PoolConfig.attention`, with this dtype. ConfigError: it does not, or its pages have other bytes.
+    The pool comes from `PoolConfig.attention`, with this dtype. ConfigError: it does not, or pages have other bytes.
     """
     config = next((one for one in manager.config.pools if one.name == pool), None)
     if config is None:
