@@ -1,4 +1,4 @@
-"""Python blocks of a document. As a program: runs those of one page, from its top, with the kvpool that is installed."""
+"""Python blocks of a document. As a program: runs those of one page, with the kvpool that is installed."""
 
 from __future__ import annotations
 

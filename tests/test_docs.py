@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+
 from pages import blocks
 
 ROOT = Path(__file__).parents[1]
@@ -41,7 +42,7 @@ def test_page_runs_from_its_top(page: Path) -> None:
         _run(block, f"docs/{page.name}, block {number}", names)
 
 
-def test_readme_and_embedding_haveblocks() -> None:
+def test_readme_and_embedding_have_blocks() -> None:
     assert any(path == "README.md" for path, _, _ in ALONE)
     assert len(blocks(ROOT / "docs" / "embedding.md")) == 6
     assert len(blocks(ROOT / "docs" / "transformers.md")) == 3

@@ -8,7 +8,7 @@ is written. Counts say what has happened.
 from __future__ import annotations
 
 import random
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass
 from functools import cache
 
@@ -17,6 +17,7 @@ import torch
 from kvpool import (
     CacheConfig,
     Engine,
+    KVCache,
     KVCacheManager,
     PoolPlan,
     Request,
@@ -28,7 +29,7 @@ from kvpool import (
     peak_slots,
 )
 from kvpool.integrations.torch import Adapter, Decoder, DecoderConfig, DecoderLayer, NGramDrafter, PagedExecutor
-from kvpool.integrations.torch.executor import Work
+from kvpool.integrations.torch.executor import Batch, Work
 
 VOCAB, HIDDEN = 61, 24
 LAYERS = {
@@ -44,7 +45,7 @@ WANTED = (
     "reused", "partial copies", "chunks", "mixed steps", "evicted", "dropped", "offloaded", "onboarded", "suspended",
     "resumed", "recomputed", "recomputed after output", "adapter 1", "adapter two", "adapters mixed", "salt a",
     "salt b", "drafts accepted", "drafts rejected", "drafts cut", "stale blocks", "turns", "stop", "length",
-    "cancelled",
+    "cancelled", "overlapped", "faults", "cancelled in flight",
 )  # fmt: skip
 
 
@@ -122,7 +123,7 @@ class Watched(PagedExecutor):
         self.counts["drafts rejected"] += drafts > accepted == 0
         self.counts["drafts cut"] += drafts > accepted > 0
 
-    def execute(self, step: Step) -> dict[int | str, list[int]]:
+    def prepare(self, step: Step) -> Batch:
         self.gone.update({request.request_id: "suspended" for request in step.suspended})
         self.gone.update({request.request_id: "recomputed" for request in step.recompute})
         t = self.manager.config.tokens_per_block
@@ -143,7 +144,7 @@ class Watched(PagedExecutor):
                 self.counts["stale blocks"] += 0 in self.manager.cache(request.request_id).block_table(pool.name)
         self.counts["mixed steps"] += bool(step.context and step.generation)
         self.counts["adapters mixed"] += len({request.lora_id for request in step.requests}) > 1
-        return super().execute(step)
+        return super().prepare(step)
 
 
 class Mix:
@@ -171,6 +172,8 @@ class Mix:
         self.manager = KVCacheManager(cache_config, plan=plan)
         self.executor = Watched(self.variant, self.manager, r, counts)
         self.engine = Engine(Scheduler(self.manager, self.config), self.executor)
+        self.depth = r.choice([1, 1, 2, 3])  # steps in flight
+        self.flying: deque[tuple[Step, list[KVCache], Batch]] = deque()
 
     def request(self, number: int, tokens: list[int], lora_ids: list[int | str | None], salts: list[object]) -> Request:
         r = self.random
@@ -199,12 +202,16 @@ class Mix:
         """Until all have ended, and their tokens are right."""
         passes = 0
         ended: list[Request] = []
-        while self.pending or self.engine.scheduler.has_work:
+        while self.pending or self.engine.scheduler.has_work or self.flying:
             while self.pending and self.pending[0][0] <= passes:
                 self.submit(self.turn(self.pending.pop(0)[1], ended))
-            if self.random.random() < 0.01 and self.engine.cancel(self.random.choice(list(self.all))):
-                self.counts["cancelled"] += 1
-            for request in self.engine.step() if self.engine.scheduler.has_work else ():
+            if self.random.random() < 0.02:
+                victim = self.random.choice(list(self.all))
+                in_flight = any(victim in {r.request_id for r in step.requests} for step, _, _ in self.flying)
+                if self.engine.cancel(victim):
+                    self.counts["cancelled"] += 1
+                    self.counts["cancelled in flight"] += in_flight
+            for request in self.step():
                 ended.append(request)
                 self.verify(request)
             self.manager.check()
@@ -218,6 +225,29 @@ class Mix:
             books = tiers["device"]
             assert books["free"] + books["cached"] == books["slots"], f"a page is lost: {books}"
         self.manager.close()
+
+    def step(self) -> list[Request]:
+        """The engine's step; or launch one while others are in flight, which compute, and write, when they land."""
+        scheduler = self.engine.scheduler
+        if self.depth == 1:
+            return self.engine.step() if scheduler.has_work else []
+        step = scheduler.schedule()
+        if step:
+            caches = [self.manager.cache(request.request_id) for request in step.requests]
+            self.manager.step_begin(caches)
+            self.flying.append((step, caches, self.executor.prepare(step)))
+            self.counts["overlapped"] += len(self.flying) > 1
+        if not self.flying:
+            return scheduler.update(step, {})
+        if step and len(self.flying) < self.depth:
+            return []
+        step, caches, batch = self.flying.popleft()
+        outputs = self.executor.run(batch)
+        self.manager.step_end(caches)
+        if self.random.random() < 0.01:
+            self.counts["faults"] += 1
+            return scheduler.fail(step, RuntimeError("planted"))
+        return scheduler.update(step, outputs)
 
     def submit(self, request: Request) -> None:
         try:
@@ -241,11 +271,11 @@ class Mix:
 
     def verify(self, request: Request) -> None:
         """Each token is the one that the whole sequence before it gives, and its logits are those to 1e-9."""
-        assert request.error is None, f"{request}: {request.error}"
-        self.counts[str(request.finish_reason)] += request.finish_reason != "cancelled"
+        assert request.error is None or "planted" in str(request.error), f"{request}: {request.error}"
+        self.counts[str(request.finish_reason)] += request.finish_reason in ("stop", "length")
         n, output = len(request.tokens), request.output_tokens
         if not output:
-            assert request.finish_reason == "cancelled"
+            assert request.finish_reason in ("cancelled", "error")
             return
         right = right_logits(self.variant, request, [*request.tokens, *output[:-1]])[n - 1 :]
         assert output == [int(token) for token in right.argmax(-1)], f"{request}: wrong tokens"

@@ -27,6 +27,14 @@ class Work:
     yields: int
 
 
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """A step as it is launched: block tables (request, block) by pool are as they were then."""
+
+    work: list[Work]
+    tables: Mapping[str, torch.Tensor]
+
+
 class PagedExecutor:
     """An `Executor` on one manager, greedy. adapters: by lora_id. drafter: guesses for requests with draft_tokens.
 
@@ -60,13 +68,20 @@ class PagedExecutor:
 
     def execute(self, step: Step) -> dict[int | str, list[int]]:
         """One forward pass: {request_id: tokens} of generations and last chunks."""
+        return self.run(self.prepare(step))
+
+    def prepare(self, step: Step) -> Batch:
+        """What a step computes, and where; to be called when it is launched, between step_begin and step_end."""
         work = self.work(step)
         caches = [self.manager.cache(one.request.request_id) for one in work]
         tables = {name: torch.from_numpy(self.manager.block_tables(caches, name)) for name in self.pages}
         if self.poison:
             self._poison(work, caches, tables)
-        hidden = self._forward(work, tables)
-        return self._results(work, hidden)
+        return Batch(work, tables)
+
+    def run(self, batch: Batch) -> dict[int | str, list[int]]:
+        """The forward pass; asks the manager for nothing, so its requests may be cancelled meanwhile."""
+        return self._results(batch.work, self._forward(batch.work, batch.tables))
 
     def work(self, step: Step) -> list[Work]:
         """What each request of a step computes."""
