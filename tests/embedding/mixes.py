@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter, deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -28,7 +29,15 @@ from kvpool import (
     Step,
     peak_slots,
 )
-from kvpool.integrations.torch import Adapter, Decoder, DecoderConfig, DecoderLayer, NGramDrafter, PagedExecutor
+from kvpool.integrations.torch import (
+    Adapter,
+    Decoder,
+    DecoderConfig,
+    DecoderLayer,
+    NGramDrafter,
+    PagedExecutor,
+    PagedModel,
+)
 from kvpool.integrations.torch.executor import Batch, Work
 
 VOCAB, HIDDEN = 61, 24
@@ -45,7 +54,7 @@ WANTED = (
     "reused", "partial copies", "chunks", "mixed steps", "evicted", "dropped", "offloaded", "onboarded", "suspended",
     "resumed", "recomputed", "recomputed after output", "adapter 1", "adapter two", "adapters mixed", "salt a",
     "salt b", "drafts accepted", "drafts rejected", "drafts cut", "stale blocks", "turns", "stop", "length",
-    "cancelled", "overlapped", "faults", "cancelled in flight",
+    "cancelled", "drafts of a model", "overlapped", "faults", "cancelled in flight",
 )  # fmt: skip
 
 
@@ -100,25 +109,33 @@ class Oracle:
 class Watched(PagedExecutor):
     """Counts what it is asked to do and keeps the logits of what it answers."""
 
-    def __init__(self, variant: str, manager: KVCacheManager, r: random.Random, counts: Counter[str]) -> None:
-        adapters = {lora_id: adapter(variant, lora_id) for lora_id in ADAPTERS}
-        super().__init__(model(variant), manager, adapters=adapters, drafter=Oracle(variant, r), poison=True)
-        if any(manager.plan.host_slots.values()):
-            for pool in manager.config.pools:
-                manager.pages(pool.name, "host").view("f8")[:] = float("nan")
-        self.counts = counts
+    def __init__(self, mix: Mix, managers: list[KVCacheManager]) -> None:
+        target, *draft = (self.paged(mix.variant, manager) for manager in managers)
+        super().__init__(target, drafter=Oracle(mix.variant, mix.random), draft=draft[0] if draft else None)
+        self.counts = mix.counts
         self.logits: dict[int | str, list[torch.Tensor]] = {}
         self.gone: dict[int | str, str] = {}  # gave way, and how
         self.begun: set[int | str] = set()
 
-    def extra(self, work: list[Work]) -> torch.Tensor | None:
+    def paged(self, variant: str, manager: KVCacheManager) -> PagedModel:
+        if any(manager.plan.host_slots.values()):
+            for pool in manager.config.pools:
+                manager.pages(pool.name, "host").view("f8")[:] = float("nan")
+        adapters = {lora_id: adapter(variant, lora_id) for lora_id in ADAPTERS}
+        return PagedModel(model(variant), manager, adapters=adapters, extra=self.extra, poison=True)
+
+    @staticmethod
+    def extra(work: Sequence[Work]) -> torch.Tensor | None:
         parts = [content(salt_of(one.request)) for one in work for _ in one.tokens]
         return torch.stack([torch.zeros(HIDDEN, dtype=torch.float64) if part is None else part for part in parts])
 
-    def accept(self, work: Work, logits: torch.Tensor) -> None:
-        self.logits.setdefault(work.request.request_id, []).extend(logits)
-        drafts = work.yields - 1
+    def accept(self, request: Request, logits: torch.Tensor, num_drafts: int) -> None:
+        self.logits.setdefault(request.request_id, []).extend(logits)
+        drafts = num_drafts
         accepted = len(logits) - 1
+        if self.draft is not None:  # the target's own weights: a wrong byte in its pages is a draft that is refused
+            assert accepted == drafts, f"{request}: the draft model disagrees with itself"
+            self.counts["drafts of a model"] += drafts
         self.counts["drafts accepted"] += accepted == drafts > 0
         self.counts["drafts rejected"] += drafts > accepted == 0
         self.counts["drafts cut"] += drafts > accepted > 0
@@ -126,7 +143,7 @@ class Watched(PagedExecutor):
     def prepare(self, step: Step) -> Batch:
         self.gone.update({request.request_id: "suspended" for request in step.suspended})
         self.gone.update({request.request_id: "recomputed" for request in step.recompute})
-        t = self.manager.config.tokens_per_block
+        t = self.target.manager.config.tokens_per_block
         for request, start, _, is_last in step.context:
             first = request.request_id not in self.begun or self.gone.get(request.request_id) == "recomputed"
             self.counts["partial copies"] += first and start % t > 0
@@ -140,8 +157,8 @@ class Watched(PagedExecutor):
             salt = salt_of(request)
             if salt is not None:
                 self.counts[f"salt {salt if isinstance(salt, str) else salt.decode()}"] += 1
-            for pool in self.manager.config.pools:
-                self.counts["stale blocks"] += 0 in self.manager.cache(request.request_id).block_table(pool.name)
+            for pool in self.target.manager.config.pools:
+                self.counts["stale blocks"] += 0 in self.target.manager.cache(request.request_id).block_table(pool.name)
         self.counts["mixed steps"] += bool(step.context and step.generation)
         self.counts["adapters mixed"] += len({request.lora_id for request in step.requests}) > 1
         return super().prepare(step)
@@ -168,12 +185,11 @@ class Mix:
         self.config = SchedulerConfig(
             r.choice([2, 3, 6]), r.choice([32, 48, max(chunk or 32, 8)]), chunk, max_started=r.choice([None, 6])
         )
-        cache_config, plan = self.memory(chunk)
-        self.manager = KVCacheManager(cache_config, plan=plan)
-        self.executor = Watched(self.variant, self.manager, r, counts)
-        self.engine = Engine(Scheduler(self.manager, self.config), self.executor)
+        self.managers = [self.memory(chunk) for _ in range(2 if r.random() < 0.25 else 1)]  # the second a draft model's
+        self.executor = Watched(self, self.managers)
+        self.engine = Engine(Scheduler(self.managers[0], self.config, *self.managers[1:]), self.executor)
         self.depth = r.choice([1, 1, 2, 3])  # steps in flight
-        self.flying: deque[tuple[Step, list[KVCache], Batch]] = deque()
+        self.flying: deque[tuple[Step, list[tuple[KVCacheManager, list[KVCache]]], Batch]] = deque()
 
     def request(self, number: int, tokens: list[int], lora_ids: list[int | str | None], salts: list[object]) -> Request:
         r = self.random
@@ -184,7 +200,7 @@ class Mix:
             draft_tokens=r.choice([0, 0, DRAFTS]), stop_token_ids=range(5) if r.random() < 0.2 else (),
         )  # fmt: skip
 
-    def memory(self, chunk: int | None) -> tuple[CacheConfig, PoolPlan]:
+    def memory(self, chunk: int | None) -> KVCacheManager:
         """Room for the largest request alone and a little more; no tier below, a tiny one, or a large one."""
         r = self.random
         pools = model(self.variant).config.pools(self.t)
@@ -196,7 +212,7 @@ class Mix:
         device = {pool.name: max(peak[pool.name] for peak in peaks) + r.randint(0, 5) for pool in pools}
         tier = r.choice(["none", "tiny", "large"])
         host = {name: {"none": 0, "tiny": r.randint(1, 3), "large": 2 * n}[tier] for name, n in device.items()}
-        return config, PoolPlan(dict.fromkeys(device, 1), device, host, 1 << 30)
+        return KVCacheManager(config, plan=PoolPlan(dict.fromkeys(device, 1), device, host, 1 << 30))
 
     def go(self) -> None:
         """Until all have ended, and their tokens are right."""
@@ -214,17 +230,19 @@ class Mix:
             for request in self.step():
                 ended.append(request)
                 self.verify(request)
-            self.manager.check()
+            for manager in self.managers:
+                manager.check()
             passes += 1
-        stats, mine = self.manager.stats(), self.engine.scheduler.stats
-        self.counts.update(
-            reused=stats.reused_tokens, evicted=stats.evicted, dropped=stats.dropped, offloaded=stats.offloaded,
-            onboarded=stats.onboarded, suspended=mine.suspended, recomputed=mine.recomputed,
-        )  # fmt: skip
-        for tiers in stats.pools.values():
-            books = tiers["device"]
-            assert books["free"] + books["cached"] == books["slots"], f"a page is lost: {books}"
-        self.manager.close()
+        mine = self.engine.scheduler.stats
+        self.counts.update(suspended=mine.suspended, recomputed=mine.recomputed)
+        for manager in self.managers:
+            stats = manager.stats()
+            for name in ("reused_tokens", "evicted", "dropped", "offloaded", "onboarded"):
+                self.counts[name.partition("_")[0]] += getattr(stats, name)
+            for tiers in stats.pools.values():
+                books = tiers["device"]
+                assert books["free"] + books["cached"] == books["slots"], f"a page is lost: {books}"
+            manager.close()
 
     def step(self) -> list[Request]:
         """The engine's step; or launch one while others are in flight, which compute, and write, when they land."""
@@ -233,8 +251,9 @@ class Mix:
             return self.engine.step() if scheduler.has_work else []
         step = scheduler.schedule()
         if step:
-            caches = [self.manager.cache(request.request_id) for request in step.requests]
-            self.manager.step_begin(caches)
+            caches = [(manager, [manager.cache(r.request_id) for r in step.requests]) for manager in self.managers]
+            for manager, own in caches:
+                manager.step_begin(own)
             self.flying.append((step, caches, self.executor.prepare(step)))
             self.counts["overlapped"] += len(self.flying) > 1
         if not self.flying:
@@ -243,7 +262,8 @@ class Mix:
             return []
         step, caches, batch = self.flying.popleft()
         outputs = self.executor.run(batch)
-        self.manager.step_end(caches)
+        for manager, own in caches:
+            manager.step_end(own)
         if self.random.random() < 0.01:
             self.counts["faults"] += 1
             return scheduler.fail(step, RuntimeError("planted"))

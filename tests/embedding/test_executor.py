@@ -12,6 +12,7 @@ from kvpool.integrations.torch import (
     DecoderLayer,
     NGramDrafter,
     PagedExecutor,
+    PagedModel,
     Rows,
     greedy,
     page_tensor,
@@ -57,9 +58,9 @@ def test_page_tensor_names_what_does_not_fit() -> None:
         page_tensor(manager, "kv", torch.float64)
 
 
-def test_executor_needs_the_pools_of_its_model() -> None:
+def test_a_paged_model_needs_the_pools_of_its_model() -> None:
     with _manager(_attention()) as manager, pytest.raises(ConfigError, match="no pool 'full'"):
-        PagedExecutor(Decoder(DecoderConfig(dtype=torch.float64)), manager)
+        PagedModel(Decoder(DecoderConfig(dtype=torch.float64)), manager)
 
 
 def test_paged_attention_never_writes_the_null_page() -> None:
@@ -89,7 +90,7 @@ def test_a_model_of_millions_of_parameters(sliding: bool) -> None:
     )
     prompts = [list(range(70)), [*range(60), 5, 4, 5, 4, 5]]
     with KVCacheManager(config) as manager:
-        executor = PagedExecutor(model, manager, drafter=NGramDrafter(1), poison=True)
+        executor = PagedExecutor(PagedModel(model, manager, poison=True), drafter=NGramDrafter(1))
         engine = Engine(Scheduler(manager, SchedulerConfig(2, 48, chunk_tokens=16)), executor)
         engine.submit(Request(0, prompts[0], 6, draft_tokens=2))
         while not engine.step():

@@ -12,18 +12,21 @@ need("torch", "torch")
 from kvpool.integrations.torch.attention import Rows, paged_attention, plain_attention  # noqa: E402
 from kvpool.integrations.torch.decoder import Adapter, Decoder, DecoderConfig, DecoderLayer, greedy  # noqa: E402
 from kvpool.integrations.torch.drafts import Drafter, NGramDrafter  # noqa: E402
-from kvpool.integrations.torch.executor import PagedExecutor  # noqa: E402
+from kvpool.integrations.torch.executor import Batch, PagedExecutor, PagedModel, Work  # noqa: E402
 from kvpool.integrations.torch.pages import page_tensor  # noqa: E402
 
 __all__ = [
     "Adapter",
+    "Batch",
     "Decoder",
     "DecoderConfig",
     "DecoderLayer",
     "Drafter",
     "NGramDrafter",
     "PagedExecutor",
+    "PagedModel",
     "Rows",
+    "Work",
     "greedy",
     "page_tensor",
     "paged_attention",
