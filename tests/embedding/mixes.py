@@ -45,6 +45,8 @@ LAYERS = {
     "full": (DecoderLayer(), DecoderLayer()),
     "sliding beside full": (DecoderLayer("window", 6, 3), DecoderLayer()),
     "two windows": (DecoderLayer("near", 4), DecoderLayer("far", 9, 1)),
+    "more sinks than window": (DecoderLayer("window", 2, 7), DecoderLayer("window", 2, 7)),
+    "three pools": (DecoderLayer("self", 1), DecoderLayer(), DecoderLayer("far", 11)),
 }
 ADAPTERS: dict[int | str, int] = {1: 101, "two": 102}  # lora_id: seed
 SALTS = ("a", b"b")
@@ -54,20 +56,20 @@ WANTED = (
     "reused", "partial copies", "chunks", "mixed steps", "evicted", "dropped", "offloaded", "onboarded", "suspended",
     "resumed", "recomputed", "recomputed after output", "adapter 1", "adapter two", "adapters mixed", "salt a",
     "salt b", "drafts accepted", "drafts rejected", "drafts cut", "stale blocks", "turns", "stop", "length",
-    "cancelled", "drafts of a model", "overlapped", "faults", "cancelled in flight",
+    "cancelled", "drafts of a model", "epochs", "overlapped", "faults", "cancelled in flight",
 )  # fmt: skip
 
 
 @cache
-def model(variant: str) -> Decoder:
-    """Tiny, float64: logits of both ways agree to rounding."""
+def model(variant: str, epoch: int) -> Decoder:
+    """Tiny, float64: logits of both ways agree to rounding. Other weights in each epoch."""
     sizes = {"vocab_size": VOCAB, "hidden": HIDDEN, "heads": 4, "kv_heads": 2, "head_dim": 6, "mlp": 40}
-    return Decoder(DecoderConfig(LAYERS[variant], dtype=torch.float64, **sizes), seed=7)
+    return Decoder(DecoderConfig(LAYERS[variant], dtype=torch.float64, **sizes), seed=7 + epoch)
 
 
 @cache
 def adapter(variant: str, lora_id: int | str) -> Adapter:
-    return model(variant).adapter(ADAPTERS[lora_id])
+    return model(variant, 0).adapter(ADAPTERS[lora_id])
 
 
 @cache
@@ -82,27 +84,27 @@ def salt_of(request: Request) -> str | bytes | None:
     return None if request.scope is None else request.scope.salt
 
 
-def right_logits(variant: str, request: Request, tokens: list[int]) -> torch.Tensor:
+def right_logits(variant: str, epoch: int, request: Request, tokens: list[int]) -> torch.Tensor:
     """From scratch, without pages."""
     lora = None if request.lora_id is None else adapter(variant, request.lora_id)
-    return model(variant).plain(tokens, lora, content(salt_of(request)))
+    return model(variant, epoch).plain(tokens, lora, content(salt_of(request)))
 
 
 @dataclass
 class Oracle:
     """Drafts what the model would say, now and then with a mistake; else looks it up in the request's own tokens."""
 
-    variant: str
-    random: random.Random
+    mix: Mix
 
     def __call__(self, request: Request, most: int) -> list[int]:
-        if self.random.random() < 0.3:
+        r = self.mix.random
+        if r.random() < 0.3:
             return NGramDrafter(1)(request, most)
         tokens = [*request.tokens, *request.output_tokens]
         drafts: list[int] = []
         for _ in range(most):
-            right = int(right_logits(self.variant, request, [*tokens, *drafts])[-1].argmax())
-            drafts.append(right if self.random.random() < 0.8 else self.random.randrange(VOCAB))
+            right = int(self.mix.right_logits(request, [*tokens, *drafts])[-1].argmax())
+            drafts.append(right if r.random() < 0.8 else r.randrange(VOCAB))
         return drafts
 
 
@@ -111,7 +113,7 @@ class Watched(PagedExecutor):
 
     def __init__(self, mix: Mix, managers: list[KVCacheManager]) -> None:
         target, *draft = (self.paged(mix.variant, manager) for manager in managers)
-        super().__init__(target, drafter=Oracle(mix.variant, mix.random), draft=draft[0] if draft else None)
+        super().__init__(target, drafter=Oracle(mix), draft=draft[0] if draft else None)
         self.counts = mix.counts
         self.logits: dict[int | str, list[torch.Tensor]] = {}
         self.gone: dict[int | str, str] = {}  # gave way, and how
@@ -122,7 +124,7 @@ class Watched(PagedExecutor):
             for pool in manager.config.pools:
                 manager.pages(pool.name, "host").view("f8")[:] = float("nan")
         adapters = {lora_id: adapter(variant, lora_id) for lora_id in ADAPTERS}
-        return PagedModel(model(variant), manager, adapters=adapters, extra=self.extra, poison=True)
+        return PagedModel(model(variant, 0), manager, adapters=adapters, extra=self.extra, poison=True)
 
     @staticmethod
     def extra(work: Sequence[Work]) -> torch.Tensor | None:
@@ -171,7 +173,8 @@ class Mix:
         self.random = r = random.Random(seed)
         self.counts = counts
         self.variant = r.choice(list(LAYERS))
-        self.t = r.choice([2, 3, 4])
+        self.epoch = 0
+        self.t = r.choice([1, 2, 3, 4, 5])
         families = [[r.randrange(VOCAB) for _ in range(20)] for _ in range(2)]
         lora_ids, salts = r.sample([None, *ADAPTERS], 2), r.sample([None, *SALTS], 2)
         self.pending = []
@@ -203,7 +206,7 @@ class Mix:
     def memory(self, chunk: int | None) -> KVCacheManager:
         """Room for the largest request alone and a little more; no tier below, a tiny one, or a large one."""
         r = self.random
-        pools = model(self.variant).config.pools(self.t)
+        pools = model(self.variant, 0).config.pools(self.t)
         config = CacheConfig(
             self.t, pools, 1 << 30, max_seq_len=40, draft_tokens=DRAFTS, hash_seed=1,
             decode_reservation=r.choice(["sliding", "none"]), offload_min_priority=r.choice([0, 30]),
@@ -219,6 +222,8 @@ class Mix:
         passes = 0
         ended: list[Request] = []
         while self.pending or self.engine.scheduler.has_work or self.flying:
+            if passes and not (self.engine.scheduler.has_work or self.flying) and self.random.random() < 0.1:
+                self.change_weights()
             while self.pending and self.pending[0][0] <= passes:
                 self.submit(self.turn(self.pending.pop(0)[1], ended))
             if self.random.random() < 0.02:
@@ -243,6 +248,20 @@ class Mix:
                 books = tiers["device"]
                 assert books["free"] + books["cached"] == books["slots"], f"a page is lost: {books}"
             manager.close()
+
+    def change_weights(self) -> None:
+        """While nobody runs. What is cached of the old ones must not be reused."""
+        self.epoch += 1
+        for manager in self.managers:
+            manager.set_epoch(self.epoch)
+        for one in (self.executor.target, self.executor.draft):
+            if one is not None:
+                one.model = model(self.variant, self.epoch)
+        self.counts["epochs"] += 1
+
+    def right_logits(self, request: Request, tokens: list[int]) -> torch.Tensor:
+        """From scratch, without pages, with the weights of now."""
+        return right_logits(self.variant, self.epoch, request, tokens)
 
     def step(self) -> list[Request]:
         """The engine's step; or launch one while others are in flight, which compute, and write, when they land."""
@@ -297,7 +316,7 @@ class Mix:
         if not output:
             assert request.finish_reason in ("cancelled", "error")
             return
-        right = right_logits(self.variant, request, [*request.tokens, *output[:-1]])[n - 1 :]
+        right = self.right_logits(request, [*request.tokens, *output[:-1]])[n - 1 :]
         assert output == [int(token) for token in right.argmax(-1)], f"{request}: wrong tokens"
         seen = torch.stack(self.executor.logits[request.request_id][: len(output)])
         assert bool(seen.isfinite().all()), f"{request}: read what nobody has written"
