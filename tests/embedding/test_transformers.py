@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from kvpool import CacheConfig, ConfigError, KVCacheManager, LogicError, PoolConfig, Scope
+from kvpool import BatchDesc, CacheConfig, ConfigError, KVCacheDesc, KVCacheManager, LogicError, PoolConfig, Scope
 from kvpool.integrations.transformers import PagedCache, pools_of
 
 SIZES = {
@@ -174,3 +174,32 @@ def test_a_forward_pass_that_is_broken_off_gives_its_pages_back() -> None:
         books = manager.stats().pools["full"]["device"]
         assert books["free"] == books["slots"]
         manager.check()
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_prefix_comes_back_from_the_host(name: str) -> None:
+    page = sum(pool.page_bytes for pool in pools_of(model(name), T))
+    prompts = [torch.arange(1, 30)[None] + 30 * i for i in range(3)]
+    sizes = {"device_bytes": 17 * page, "host_bytes": 200 * page, "max_seq_len": 48, "max_num_tokens": 48}
+    # By default pools are split for 2,048 tokens, and a window would get next to nothing of the host.
+    with memory(name, typical_step=BatchDesc([KVCacheDesc(29, 28)]), **sizes) as manager:
+        for turn in range(2):
+            for prompt in prompts:
+                with PagedCache(manager, model(name), "r", prompt) as paged:
+                    assert paged.num_reused_tokens == 28 * turn
+                    assert generate(name, prompt, paged) == generate(name, prompt)
+        assert manager.stats().onboarded > 0
+        manager.check()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dtypes_of_real_models(dtype: torch.dtype) -> None:
+    """What comes back from a page is bit for bit what went in, so even coarse arithmetic gives the same tokens."""
+    config, of, more = CLASSES["Gemma2"]
+    torch.manual_seed(3)
+    gemma = of(config(**SIZES, **more)).to(dtype).eval()
+    ids = torch.arange(1, 40)[None]
+    right = gemma.generate(ids, max_new_tokens=30, do_sample=False).tolist()
+    manager = KVCacheManager(CacheConfig(T, pools_of(gemma, T), 1 << 20, max_seq_len=128))
+    with manager, PagedCache(manager, gemma, 1, ids) as paged:
+        assert gemma.generate(ids, cache=paged, max_new_tokens=30, do_sample=False).tolist() == right

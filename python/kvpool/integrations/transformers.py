@@ -194,7 +194,8 @@ class PagedCache(cache_utils.Cache):  # type: ignore[misc]
         if not self._cache.resize(start + num_tokens, start):
             raise MemoryError(
                 f"request {self._cache.request_id!r}: no room for {num_tokens} tokens behind {start}; close other "
-                "caches, or give the manager more device_bytes"
+                "caches, give the manager more device_bytes, or, where its windowed pools are too small for so many "
+                f"tokens at once, max_num_tokens={num_tokens}"
             )
         self._tables = {w: torch.from_numpy(self._cache.block_table(_pool_name(w))).long() for w in self._pages}
         self.manager.step_begin([self._cache])
