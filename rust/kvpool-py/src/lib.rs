@@ -4,7 +4,9 @@
 
 mod cache;
 mod core;
+mod forecast;
 mod kernels;
+mod roster;
 mod started;
 
 use pyo3::prelude::*;
@@ -17,7 +19,11 @@ mod _core {
     #[pymodule_export]
     use crate::core::Core;
     #[pymodule_export]
+    use crate::forecast::Forecast;
+    #[pymodule_export]
     use crate::kernels::{kernel_names, kernel_source};
+    #[pymodule_export]
+    use crate::roster::{Allocation, Roster};
     #[pymodule_export]
     use crate::started::Started;
 }
