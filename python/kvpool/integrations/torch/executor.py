@@ -142,12 +142,10 @@ class PagedExecutor:
         """What a step computes, and where; to be called when it is launched, between step_begin and step_end."""
         work = []
         for request, start, num_tokens, is_last in step.context:
-            tokens = [*map(int, request.tokens), *request.output_tokens]  # computed again after a recompute
-            work.append(Work(request, start, tokens[start : start + num_tokens], is_last))
-        for request in step.generation:
-            start = request.num_computed
-            drafts = min(request.draft_tokens, len(request.tokens) + request.max_new_tokens - 2 - start)
-            work.append(Work(request, start, request.output_tokens[-1:], True, drafts))
+            # Output too: after a recompute it is computed again.
+            work.append(Work(request, start, request.token_slice(start, start + num_tokens).tolist(), is_last))
+        for request, num_tokens in zip(step.generation, step.generation_tokens, strict=True):
+            work.append(Work(request, request.num_computed, request.output_tokens[-1:], True, num_tokens - 1))
         return Batch(work, self.target.tables(work), self.draft.tables(work) if self.draft else {})
 
     def run(self, batch: Batch) -> dict[int | str, list[int]]:
