@@ -12,7 +12,9 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
+import pytest
 import torch
 
 from kvpool import (
@@ -29,6 +31,7 @@ from kvpool import (
     Step,
     peak_slots,
 )
+from kvpool import manager as manager_module
 from kvpool.integrations.torch import (
     Adapter,
     Decoder,
@@ -56,7 +59,8 @@ WANTED = (
     "reused", "partial copies", "chunks", "mixed steps", "evicted", "dropped", "offloaded", "onboarded", "suspended",
     "resumed", "recomputed", "recomputed after output", "adapter 1", "adapter two", "adapters mixed", "salt a",
     "salt b", "drafts accepted", "drafts rejected", "drafts cut", "stale blocks", "turns", "stop", "length",
-    "cancelled", "drafts of a model", "epochs", "overlapped", "faults", "cancelled in flight",
+    "cancelled", "drafts of a model", "epochs", "overlapped", "faults", "failed offloads", "failed copies",
+    "cancelled in flight",
 )  # fmt: skip
 
 
@@ -166,6 +170,10 @@ class Watched(PagedExecutor):
         return super().prepare(step)
 
 
+class Fault(Exception):
+    """A copy that failed."""
+
+
 class Mix:
     """Everything that a seed decides."""
 
@@ -215,7 +223,34 @@ class Mix:
         device = {pool.name: max(peak[pool.name] for peak in peaks) + r.randint(0, 5) for pool in pools}
         tier = r.choice(["none", "tiny", "large"])
         host = {name: {"none": 0, "tiny": r.randint(1, 3), "large": 2 * n}[tier] for name, n in device.items()}
-        return KVCacheManager(config, plan=PoolPlan(dict.fromkeys(device, 1), device, host, 1 << 30))
+        plan = PoolPlan(dict.fromkeys(device, 1), device, host, 1 << 30)
+        return self.faulty(config, plan, r.choice([0.0, 0.0, 0.1]))
+
+    def faulty(self, config: CacheConfig, plan: PoolPlan, share: float) -> KVCacheManager:
+        """A manager of which a share of the copies fail: what goes down is dropped, other calls are as not made."""
+        make = manager_module._offload
+
+        def fails(what: str) -> bool:
+            failed = self.random.random() < share
+            self.counts[what] += failed
+            return failed
+
+        def offload(*given: Any) -> Any:
+            whole = make(*given)
+            return lambda *one: not fails("failed offloads") and whole(*one)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(manager_module, "_offload", offload)
+            manager = KVCacheManager(config, plan=plan)
+        copy = manager._copy
+
+        def copy_or_not(copies: Any) -> None:
+            if copies and fails("failed copies"):
+                raise Fault
+            copy(copies)
+
+        manager._copy = copy_or_not  # type: ignore[method-assign]
+        return manager
 
     def go(self) -> None:
         """Until all have ended, and their tokens are right."""
@@ -223,6 +258,7 @@ class Mix:
         ended: list[Request] = []
         while self.pending or self.engine.scheduler.has_work or self.flying:
             if passes and not (self.engine.scheduler.has_work or self.flying) and self.random.random() < 0.1:
+                self.take(self.engine.scheduler.update(Step(), {}), ended)  # cancelled since the last update
                 self.change_weights()
             while self.pending and self.pending[0][0] <= passes:
                 self.submit(self.turn(self.pending.pop(0)[1], ended))
@@ -232,12 +268,15 @@ class Mix:
                 if self.engine.cancel(victim):
                     self.counts["cancelled"] += 1
                     self.counts["cancelled in flight"] += in_flight
-            for request in self.step():
-                ended.append(request)
-                self.verify(request)
+            try:
+                done = self.step()
+            except Fault:
+                done = []
+            self.take(done, ended)
             for manager in self.managers:
                 manager.check()
             passes += 1
+        self.take(self.engine.scheduler.update(Step(), {}), ended)
         mine = self.engine.scheduler.stats
         self.counts.update(suspended=mine.suspended, recomputed=mine.recomputed)
         for manager in self.managers:
@@ -248,6 +287,12 @@ class Mix:
                 books = tiers["device"]
                 assert books["free"] + books["cached"] == books["slots"], f"a page is lost: {books}"
             manager.close()
+
+    def take(self, done: list[Request], ended: list[Request]) -> None:
+        """Requests that have ended."""
+        for request in done:
+            ended.append(request)
+            self.verify(request)
 
     def change_weights(self) -> None:
         """While nobody runs. What is cached of the old ones must not be reused."""
