@@ -67,8 +67,8 @@ class Stats(Counters):
     """Counters, and the books of every pool and tier.
 
     pools: {name: {tier: {slots, free, active, held, cached, fenced, peak}}}, in slots, with
-    `free + active + held + cached + fenced == slots`. failed_moves: pages that did not arrive. stuck_slots: slots that a
-    move which was not over in time may still write.
+    `free + active + held + cached + fenced == slots`. failed_moves: pages that did not arrive. stuck_slots: slots that
+    a move which was not over in time may still write.
     """
 
     pools: dict[str, dict[str, dict[str, int]]]
