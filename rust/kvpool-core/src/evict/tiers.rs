@@ -38,23 +38,23 @@ impl Core {
         })
     }
 
-    /// Drops all descendants of an unclaimed node. `path` is room to work in.
-    pub(crate) fn drop_below(&self, path: &mut Vec<Link>, index: usize) {
+    /// Drops all descendants of an unclaimed node; `below` is room for the way down.
+    pub(crate) fn drop_below(&self, below: &mut Vec<Link>, index: usize) {
         if !self.tiered {
             return;
         }
-        path.clear();
-        path.push(self.tree.at(index));
-        while let Some(&node) = path.last() {
+        below.clear();
+        below.push(self.tree.at(index));
+        while let Some(&node) = below.last() {
             match self.tree.any_child(node) {
-                Some(child) => path.push(child),
-                None if path.len() == 1 => return,
+                Some(child) => below.push(child),
+                None if below.len() == 1 => return,
                 None => {
                     let Some(dead) = self.tree.kill(node.index()) else {
                         return; // somebody has it: then the node itself cannot be killed either
                     };
                     self.bury(dead, None);
-                    path.pop();
+                    below.pop();
                 }
             }
         }
