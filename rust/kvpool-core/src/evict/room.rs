@@ -36,43 +36,69 @@ impl Core {
     /// Whether each pool could have so many slots available. One comparison by pool, unless pages of SUSPENDED caches have
     /// to move and a windowed pool's part of the host is too small for all of its own: then the moves are tried on paper.
     pub(crate) fn can_have(&self, need: impl Fn(usize) -> u32) -> bool {
+        match self.is_within_bounds(&need) {
+            Some(answer) => answer,
+            // Another thread inside: a moment's answer, by the bound alone.
+            None => self.on_paper().is_none_or(|mut paper| paper.can_have(&need)),
+        }
+    }
+
+    /// `None`: it is not above the bound, which may not be reached.
+    fn is_within_bounds(&self, need: &impl Fn(usize) -> u32) -> Option<bool> {
         let mut pools = 0..self.pools.len();
         let short = |pool: usize| need(pool) > self.pools[pool].available();
         if !pools.clone().any(short) {
-            return true;
+            return Some(true);
         }
-        if !self.tiered
-            || pools
-                .clone()
-                .any(|pool| short(pool) && need(pool) > self.reachable(pool))
-        {
-            return false;
+        let beyond = |pool: usize| short(pool) && need(pool) > self.reachable(pool);
+        if !self.tiered || pools.clone().any(beyond) {
+            return Some(false);
         }
+        let windowed = &self.tree.windowed;
         let crowded =
-            |pool| self.tree.windowed[pool] && self.suspended_pages(pool) > self.hosts[pool].available();
-        if !pools.any(crowded) {
-            return true;
-        }
-        match self.keeper.orders.enter() {
-            Some(mut orders) => OnPaper::new(self, &mut orders).can_have(&need),
-            None => true, // another thread is at it: a moment's answer, by the bound alone
-        }
+            |pool: usize| windowed[pool] && self.suspended_pages(pool) > self.hosts[pool].available();
+        (!pools.any(crowded)).then_some(true)
+    }
+
+    fn on_paper(&self) -> Option<OnPaper<'_>> {
+        let mut orders = self.keeper.orders.enter()?;
+        Some(OnPaper::new(self, &mut orders))
     }
 
     /// The most slots that each pool could have available at once.
     pub(crate) fn most_for_all(&self) -> u32 {
-        let mut most = self.pools.iter().map(|pool| pool.available()).min().unwrap_or(0);
-        let pools = 0..self.pools.len();
-        let mut too_much = pools.map(|pool| self.reachable(pool)).min().unwrap_or(0) + 1;
+        let pools = || 0..self.pools.len();
+        let most = pools().map(|pool| self.pools[pool].available()).min();
+        let most_at_all = pools().map(|pool| self.reachable(pool)).min();
+        let (mut most, mut too_much) = (most.unwrap_or(0), most_at_all.unwrap_or(0) + 1);
+        let mut paper = None;
         while self.tiered && too_much - most > 1 {
             let middle = most + (too_much - most) / 2;
-            if self.can_have(|_| middle) {
+            let fits = self.is_within_bounds(&|_| middle).unwrap_or_else(|| {
+                let paper = paper.get_or_insert_with(|| self.on_paper());
+                paper.clone().is_none_or(|mut paper| paper.can_have(&|_| middle))
+            });
+            if fits {
                 most = middle;
             } else {
                 too_much = middle;
             }
         }
         most
+    }
+
+    /// Whether a victim has to leave before a block that only SUSPENDED caches claim can, or is one.
+    fn is_in_the_way(&self, mut index: usize) -> bool {
+        loop {
+            if self.tree.state(index).refs() > 0 {
+                return self.tree.pins(index) == 0;
+            }
+            let parent = self.tree.parent(index);
+            if parent.is_nil() {
+                return false;
+            }
+            index = parent.index();
+        }
     }
 
     /// Moves pages down until every pool has so many available. `false`: it cannot be, and nothing has changed (or another
@@ -104,7 +130,9 @@ impl Core {
     }
 }
 
-/// What would come of `make_room`. Looks at what may leave next and at what stands above it, not at the rest of the tree.
+/// What would come of `make_room`. Victims that are no block of a SUSPENDED cache and stand below none change nothing: it
+/// costs a walk up from each leaf, and then as much as what could move and what stands below it.
+#[derive(Clone)]
 struct OnPaper<'a> {
     core: &'a Core,
     /// By pool, available.
@@ -124,7 +152,9 @@ impl<'a> OnPaper<'a> {
     fn new(core: &'a Core, orders: &mut Orders) -> Self {
         core.catch_up(orders);
         let mut seen = HashSet::new();
-        let first = |&index: &usize| core.is_victim(Tier::Device, index) && seen.insert(index);
+        let first = |&index: &usize| {
+            core.is_victim(Tier::Device, index) && core.is_in_the_way(index) && seen.insert(index)
+        };
         let leaves = orders.leaves[0].indices().filter(first);
         let mut paper = Self {
             core,
