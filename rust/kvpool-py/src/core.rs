@@ -18,7 +18,7 @@ use pyo3::pybacked::PyBackedBytes;
 use pyo3::types::{PyByteArray, PyDict};
 use std::collections::HashSet;
 
-fn raise(py: Python<'_>, error: CoreError) -> PyErr {
+pub fn raise(py: Python<'_>, error: CoreError) -> PyErr {
     let (class, message) = match error {
         CoreError::Value(message) => return PyValueError::new_err(message),
         CoreError::Memory(message) => return PyMemoryError::new_err(message),

@@ -5,6 +5,7 @@
 mod cache;
 mod core;
 mod kernels;
+mod mover;
 mod started;
 
 use pyo3::prelude::*;
@@ -18,6 +19,8 @@ mod _core {
     use crate::core::Core;
     #[pymodule_export]
     use crate::kernels::{kernel_names, kernel_source};
+    #[pymodule_export]
+    use crate::mover::{Mover, Ticket};
     #[pymodule_export]
     use crate::started::Started;
 }
