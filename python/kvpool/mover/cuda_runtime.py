@@ -36,6 +36,10 @@ class CudaRuntime:
         with self._device:
             return self._cupy.cuda.Stream(non_blocking=True)
 
+    def external_stream(self, address: int) -> Any:
+        """Somebody else's stream, by its address."""
+        return self._cupy.cuda.ExternalStream(address)
+
     def event(self, timing: bool = False) -> Any:
         """A new event, not recorded yet."""
         with self._device:
