@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import itertools
 import math
 import mmap
@@ -130,6 +131,17 @@ def test_an_interrupt_gives_all_registrations_back() -> None:
     with pytest.raises(KeyboardInterrupt):
         PinnedMemory(16 * MIB, 4096, books, chunk_bytes=2 * MIB, progress=interrupt)
     assert books.ranges == {}
+
+
+def test_memory_that_is_dropped_is_not_left_registered() -> None:
+    books = Books()
+    memory = PinnedMemory(4 * MIB, 4096, books, chunk_bytes=MIB)
+    assert len(books.ranges) == 4
+    array = memory.array
+    del memory
+    gc.collect()
+    assert books.ranges == {}
+    array[:] = 1  # and stays mapped while an array looks at it
 
 
 @pytest.mark.parametrize(

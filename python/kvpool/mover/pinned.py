@@ -7,7 +7,7 @@ system's page, so that two registrations never share one:
     chunks   [       0       )[       1       )[   the rest   )
 
 Who registers is behind `Registrar`: the CUDA runtime, or a stand-in. The memory is an anonymous mapping of its own;
-arrays over it keep it mapped, `close` takes its registrations back.
+arrays over it keep it mapped. Its registrations end by `close`, or with the object: nothing may be on its way then.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import os
 import platform
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
@@ -104,6 +105,7 @@ class PinnedMemory:
             raise ValueError(f"num_bytes {num_bytes} is no multiple of page_bytes {page_bytes}")
         self._registrar = registrar
         self._registered: list[int] = []
+        self._end = weakref.finalize(self, _unregister, registrar, self._registered)
         self._mapping = _map(num_bytes)
         self.array: ByteArray = np.frombuffer(self._mapping, np.uint8)
         self.address: int = self.array.ctypes.data
@@ -147,14 +149,18 @@ class PinnedMemory:
 
     def close(self) -> None:
         """Take the registrations back; nothing may be on its way any more. Twice is a no-op."""
-        while self._registered:
-            self._registrar.unregister(self._registered.pop())
+        _unregister(self._registrar, self._registered)
 
     def __enter__(self) -> PinnedMemory:
         return self
 
     def __exit__(self, *args: object) -> None:
         self.close()
+
+
+def _unregister(registrar: Registrar, addresses: list[int]) -> None:
+    while addresses:
+        registrar.unregister(addresses.pop())
 
 
 def _map(num_bytes: int) -> mmap.mmap:
