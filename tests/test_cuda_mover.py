@@ -6,6 +6,7 @@ import gc
 import re
 import threading
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from cuda_movers import CudaWorld, fake_gpu, view
 from kvpool import InvariantError, LogicError
 from kvpool.mover import MoveBatch, MoveError, Mover, SlotUse
 from kvpool.mover.cuda import CudaMover, CudaPool
-from kvpool.mover.descriptors import PER_CALL, pieces, runs
+from kvpool.mover.descriptors import PER_CALL, SLAB, pieces, runs
 from kvpool.mover.pinned import PinnedMemory
 from movers import PAGE_BYTES, World, page
 from test_mover_checker import PLANTS
@@ -200,6 +201,7 @@ def test_streams_by_address_and_at_most_four() -> None:
     for stream in streams[:4]:
         assert memory.mover.step_begin([SlotUse("kv", "device", [1])], stream.ptr)
         memory.mover.step_end([SlotUse("kv", "device", [1])], stream)
+        memory.mover.step_end([SlotUse("kv", "device", [1])], SimpleNamespace(cuda_stream=stream.ptr))  # PyTorch's
     with pytest.raises(ValueError, match="4 streams"):
         memory.mover.step_begin([SlotUse("kv", "device", [1])], streams[4])
 
@@ -308,3 +310,18 @@ def test_a_mover_that_is_dropped_waits_for_its_work() -> None:
     gc.collect()
     assert (memory.host[0] == page(101)).all()
     assert list(memory.gpu.registered) == [memory.pinned.address]  # its descriptors are given back
+
+
+def test_without_memory_for_the_lists_nothing_is_taken() -> None:
+    memory = Memory(lazy=True, options={"queue": 1000, "engine_bytes": 1 << 30})
+    memory.gpu.pinned_limit = sum(memory.gpu.registered.values())
+    for _ in range(SLAB):
+        memory.submit("offload", [1], [0])
+    with pytest.raises(MemoryError, match="pinned memory"):
+        memory.submit("offload", [2], [1])
+    assert memory.mover.pending("offload") == SLAB
+    assert memory.mover.synchronize()
+    assert (memory.host[0] == page(101)).all()
+    assert (memory.host[1] == page(201)).all()
+    assert memory.submit("offload", [2], [1]).result() is None
+    assert (memory.host[1] == page(102)).all()

@@ -71,8 +71,8 @@ class CudaMover:
     queue: tickets that a direction takes before `submit` returns None. check: the happens-before checker runs, and a
     call raises `InvariantError` for what it finds; None: if KVPOOL_CHECK=1. engine_bytes: runs of neighbours that are
     so long on average (bytes) go by the copy engine, others by a kernel of at most max_blocks blocks. The engine's
-    streams are CuPy's, or addresses of CUDA streams; at most four. plant, for tests: the wait that is left out, by the
-    name of what the checker will find. Every method may be called by any thread.
+    streams are CuPy's, PyTorch's, or addresses of CUDA streams; at most four. plant, for tests: the wait that is left
+    out, by the name of what the checker will find. Every method may be called by any thread.
     """
 
     def __init__(
@@ -97,6 +97,7 @@ class CudaMover:
         self._engine: dict[int, int] = {}  # address of an engine's stream -> its number
         self._tickets: list[deque[CudaTicket]] = [deque() for _ in DIRECTIONS]
         self._spare_events: list[Any] = []
+        runtime.compile("copy_pages")  # now, not within the first move
         self._buffers = Buffers(runtime)
         self._planted_buffer: Buffer | None = None
         self._checker = Checker() if (os.environ.get("KVPOOL_CHECK") == "1" if check is None else check) else None
@@ -111,7 +112,10 @@ class CudaMover:
     # -- moves --------------------------------------------------------------------------------
 
     def submit(self, batch: MoveBatch, after: Sequence[CudaTicket] = ()) -> CudaTicket | None:
-        """Enqueue, also behind the tickets `after`. None: the queue is full, nothing is taken. ValueError: bad slot."""
+        """Enqueue, also behind the tickets `after`. None: the queue is full, nothing is taken. ValueError: bad slot.
+
+        MemoryError: no pinned memory for the lists of slots; nothing is taken.
+        """
         number = DIRECTIONS.index(batch.direction)
         if any(other._mover is not self for other in after):
             raise ValueError("after: a ticket is another mover's")
@@ -136,13 +140,15 @@ class CudaMover:
                 before = DIRECTIONS.index(other._batch.direction)
                 waits[before] = max(waits[before], other._place)
             good = np.delete(np.arange(src.size), lost)
+            good = good[np.argsort(src[good], kind="stable")]  # neighbours come together
+            stretches = self._describe(ticket, src[good], dst[good])
             stream.place += 1
             self._tickets[number].append(ticket)
             self._book(number, waits, [(sources, src, False), (targets, dst, True)])
             targets.bad[dst[lost]] = True
             try:
                 self._wait(number, waits)
-                self._enqueue(ticket, src[good], dst[good])
+                self._enqueue(ticket, src[good], dst[good], stretches)
                 self._record(number)
             except RuntimeError as error:
                 self._break(error)
@@ -187,28 +193,43 @@ class CudaMover:
             targets.bad[dst] = True
         return ticket
 
-    def _enqueue(self, ticket: CudaTicket, src: Int32Array, dst: Int32Array) -> None:
-        """Long runs of neighbours by the copy engine, else a kernel per PER_CALL pages."""
+    def _describe(self, ticket: CudaTicket, src: Int32Array, dst: Int32Array) -> list[tuple[int, int]] | None:
+        """Runs for the copy engine, if they are long; else None, and the lists are in the ticket's buffers.
+
+        MemoryError: no memory for the lists; nothing is taken.
+        """
+        stretches = runs(src, dst)
+        size = self._pools[ticket._batch.pool].page_bytes
+        if len(src) * size >= self._engine_bytes * max(len(stretches), 1):
+            return stretches
+        for start in range(0, len(src), PER_CALL):
+            try:
+                buffer = self._buffer(ticket)
+            except (MemoryError, RuntimeError):
+                self._buffers.give_back(ticket._buffers)
+                raise
+            part = slice(start, start + PER_CALL)
+            buffer.lists[0, : len(src[part])], buffer.lists[1, : len(src[part])] = src[part], dst[part]
+        return None
+
+    def _enqueue(
+        self, ticket: CudaTicket, src: Int32Array, dst: Int32Array, stretches: list[tuple[int, int]] | None
+    ) -> None:
+        """Runs by the copy engine, or a kernel per buffer."""
         batch, pool = ticket._batch, self._pools[ticket._batch.pool]
-        number, size = DIRECTIONS.index(batch.direction), pool.page_bytes
-        stream = self._streams[number].cuda
+        size, stream = pool.page_bytes, self._streams[DIRECTIONS.index(batch.direction)].cuda
         source, target = (
             pool.device if tier == "device" or pool.host is None else pool.host.address
             for tier in ENDS[batch.direction]
         )
-        stretches = runs(src, dst)
-        if len(src) * size >= self._engine_bytes * max(len(stretches), 1):
-            for start, end in stretches:
-                for first, last in self._pieces(pool, batch.direction, src[start:end], dst[start:end]):
-                    at, count = start + first, last - first
-                    to, origin = target + int(dst[at]) * size, source + int(src[at]) * size
-                    self._runtime.copy_async(to, origin, count * size, stream)
-                    self._totals["engine_copies"] += 1
-            return
-        for start in range(0, len(src), PER_CALL):
-            part = slice(start, start + PER_CALL)
-            buffer, count = self._buffer(ticket), len(src[part])
-            buffer.lists[0, :count], buffer.lists[1, :count] = src[part], dst[part]
+        for start, end in stretches or ():
+            for first, last in self._pieces(pool, batch.direction, src[start:end], dst[start:end]):
+                at, count = start + first, last - first
+                to, origin = target + int(dst[at]) * size, source + int(src[at]) * size
+                self._runtime.copy_async(to, origin, count * size, stream)
+                self._totals["engine_copies"] += 1
+        for number, buffer in enumerate(ticket._buffers):
+            count = min(len(src) - number * PER_CALL, PER_CALL)
             launch = plan_launch("copy_pages", (source, target), size, count, self._max_blocks)
             assert launch is not None
             lists = buffer.sources, buffer.targets
@@ -239,13 +260,14 @@ class CudaMover:
         """Number of an engine's stream, which is new or known."""
         if stream is None:
             return CALLER
-        address = stream if isinstance(stream, int) else stream.ptr
+        given = stream if isinstance(stream, int) else getattr(stream, "cuda_stream", None)  # PyTorch's have that
+        address = stream.ptr if given is None else given
         number = self._engine.get(address)
         if number is None:
             number = len(self._streams)
             if number == STREAMS:
                 raise ValueError(f"stream: the mover knows {STREAMS - CALLER - 1} streams of the engine already")
-            cuda = self._runtime.external_stream(stream) if isinstance(stream, int) else stream
+            cuda = stream if given is None else self._runtime.external_stream(given)
             self._streams.append(_Stream(cuda))
             self._engine[address] = number
         return number
@@ -443,8 +465,6 @@ class CudaMover:
             self._reach(number, place, None if end is None else max(end - time.monotonic(), 0))
             for number, place in enumerate(places)
         )
-
-    # -- books --------------------------------------------------------------------------------
 
     def totals(self) -> dict[str, int]:
         """pages and bytes that arrived, pages that failed, copies of the copy engine, launches of kernels, submissions
