@@ -62,7 +62,8 @@ class Scenario:
     depth: int = 1  # steps in flight
     faults: float = 0.0  # share of steps that the executor fails
     adapters: int | None = None  # budget; every adapter has 1 page
-    draft_model: bool = False
+    draft_model: tuple[int, ...] = ()  # device slots of the draft model's manager, by pool; () for none
+    optimism: float = 1.0  # share of max_new_tokens that the scheduler expects at first
     as_list: bool = False  # requests are given to each schedule call
     victim: str = "newest"
     jobs: tuple[Job, ...] = ()
@@ -85,9 +86,9 @@ def generate(seed: int) -> Scenario:
     longest = max(2, min(device) * t)
 
     def job() -> Job:
-        new = r.randint(1, max(1, min(12, longest // 2)))
+        new = r.randint(1, max(1, r.choice([4, longest // 2, longest - 1])))
         return Job(
-            prompt=r.randint(1, max(1, longest + 2 - new)),
+            prompt=r.randint(1, max(1, r.choice([t, longest + 2 - new]))),
             new=new,
             family=r.randint(0, 3),
             draft=r.randint(0, draft),
@@ -98,7 +99,7 @@ def generate(seed: int) -> Scenario:
             stop=r.random() < 0.1,
         )
 
-    return Scenario(
+    scenario = Scenario(
         seed=seed,
         t=t,
         windows=windows,
@@ -113,25 +114,30 @@ def generate(seed: int) -> Scenario:
         depth=r.choice([1, 1, 1, 2, 3]),
         faults=r.choice([0.0, 0.0, 0.0, 0.05]),
         adapters=adapters,
-        draft_model=r.random() < 0.15,
+        draft_model=tuple(max(1, n + r.randint(-2, 3)) for n in device) if r.random() < 0.2 else (),
+        optimism=r.choice([1.0, 0.5, 0.0]),
         as_list=r.random() < 0.25,
         victim=r.choice(["newest", "newest", "cheapest"]),
         jobs=tuple(job() for _ in range(r.randint(1, 7))),
     )
+    if r.random() < 0.1:  # one at a time, several in flight, and cancelled there: slots come back late
+        jobs = tuple(replace(job, cancel=r.choice([None, r.randint(2, 20)])) for job in scenario.jobs)
+        scenario = replace(scenario, batch=1, started=5, depth=2, optimism=0.0, reservation="none", jobs=jobs)
+    return scenario
 
 
 class Broken(AssertionError):
     """A promise of the scheduler does not hold."""
 
 
-def manager_of(scenario: Scenario, draft: int) -> KVCacheManager:
-    """Books only, with exactly the scenario's slots."""
+def manager_of(scenario: Scenario, slots: tuple[int, ...], draft: int) -> KVCacheManager:
+    """Books only, with exactly so many slots."""
     names = [f"p{i}" for i in range(len(scenario.windows))]
     pools = [PoolConfig(name, 8, *window) for name, window in zip(names, scenario.windows, strict=True)]
     config = CacheConfig(
         scenario.t, pools, 1 << 20, draft_tokens=draft, decode_reservation=scenario.reservation, hash_seed=1
     )
-    device = dict(zip(names, scenario.device, strict=True))
+    device = dict(zip(names, slots, strict=True))
     plan = PoolPlan(dict.fromkeys(names, 1), device, dict(zip(names, scenario.host, strict=True)), 1 << 20)
     return KVCacheManager(config, None, plan=plan)
 
@@ -143,11 +149,14 @@ class World:
         self.scenario = s = scenario
         self.random = random.Random(s.seed)
         draft = max((job.draft for job in s.jobs), default=0)
-        self.managers = [manager_of(s, draft)] + ([manager_of(s, draft)] if s.draft_model else [])
+        self.managers = [manager_of(s, slots, draft) for slots in (s.device, s.draft_model) if slots]
         adapters = None if s.adapters is None else AdapterBudget({1: 1, 2: 1, 3: 1}, s.adapters)
         config = SchedulerConfig(s.batch, s.tokens, s.chunk, s.bypass, s.started, adapters, victim=s.victim)
         self.scheduler = Scheduler(self.managers[0], config, self.managers[1] if s.draft_model else None)
+        self.scheduler.outlook.expect(s.optimism)
         self.config = config
+        self.most_started = s.started or s.batch
+        self.ages: dict[int | str, int] = {}
         self.requests: dict[int, Request] = {}
         self.alive: dict[int, Request] = {}
         self.limits: dict[int, int] = {}  # executed steps by which it must have ended
@@ -167,7 +176,7 @@ class World:
     def bound(self, older: int) -> int:
         s = max(self.life(self.scenario.jobs[i]) for i in self.requests)
         config = self.config
-        most = (older + 1) * (config.most_started + config.max_bypass + 1) * s * self.scenario.depth
+        most = (older + 1) * (self.most_started + config.max_bypass + 1) * s * self.scenario.depth
         return self.steps + most + (1 + self.failed) * s
 
     # -- what happens -------------------------------------------------------------------------------
@@ -211,6 +220,30 @@ class World:
                 self.limits[number] = self.bound(older)
 
     def schedule(self) -> Step:
+        enough = self.returns_enough()
+        waited = {number for number, request in self.alive.items() if request.state == "WAITING"}
+        step = self.one_pass()
+        gave_way = bool(step.suspended or step.recompute)
+        first = any(chunk.request.request_id in waited for chunk in step.context)
+        expect(not (gave_way and first), "a request starts in a pass in which a started one gives way")
+        expect(not (gave_way and enough), "somebody gave way while enough slots were returning")
+        return step
+
+    def returns_enough(self) -> bool:
+        """Whether each pool gets back more than any one request can lack in this pass."""
+        t, unit = self.scenario.t, self.scenario.chunk or 10**6
+        lacks = [0]
+        for request in self.alive.values():
+            entry = request._entry
+            if entry is not None and entry.started:
+                tokens = entry.generation_tokens if entry.generates else min(unit, entry.rest)
+                end = request.num_computed + tokens
+                lacks.append(-(-end // t) if request.state == "SUSPENDED" else tokens // t + 1)
+        if self.scenario.reservation != "none" or not self.flying:
+            return False
+        return all(returning >= max(lacks) for _, returning in self.scheduler.memory.pressure())
+
+    def one_pass(self) -> Step:
         if not self.scenario.as_list:
             step = self.scheduler.schedule()
         else:
@@ -229,10 +262,12 @@ class World:
         """Limits, order, and what a step consists of."""
         work = [*step.generation, *(chunk.request for chunk in step.context)]
         ids = [request.request_id for request in work]
-        tokens = sum(chunk.num_tokens for chunk in step.context)
+        ends = {chunk.request.request_id: chunk.start + chunk.num_tokens for chunk in step.context}
         for request in step.generation:
             whole = len(request.tokens) + request.max_new_tokens - 1
-            tokens += min(1 + request.draft_tokens, whole - request.num_computed)
+            ends[request.request_id] = min(request.num_computed + 1 + request.draft_tokens, whole)
+        tokens = sum(chunk.num_tokens for chunk in step.context)
+        tokens += sum(ends[request.request_id] - request.num_computed for request in step.generation)
         expect(len(ids) == len(set(ids)), "a request is in a step twice")
         expect(tokens == step.num_tokens <= self.config.max_num_tokens, f"{step.num_tokens} tokens, {tokens} counted")
         expect(len(ids) <= self.config.max_batch_size, "more requests than max_batch_size")
@@ -253,11 +288,20 @@ class World:
             for request in work:
                 cache = manager.cache(request.request_id)
                 expect(cache.state == "ACTIVE", f"{request} runs on a cache that is {cache.state}")
+                expect(cache.history_length == request.num_computed, "the cache's history is what was computed")
+                expect(cache.capacity >= ends[request.request_id], f"{request} has no pages for its tokens")
         started = [r for r in self.alive.values() if r.state in ("RUNNING", "SUSPENDED")]
-        expect(len(started) <= self.config.most_started, "more started than max_started")
+        expect(len(started) <= self.most_started, "more started than max_started")
         held = {request.request_id for request in started} | flying
         for manager in self.managers:
             expect(set(manager._caches) <= held, f"un-started requests hold something: {set(manager._caches) - held}")
+        for request in self.alive.values():
+            if request._entry is not None:
+                age = request._entry.age
+                expect(self.ages.setdefault(request.request_id, age) == age, "the age of a request changed")
+        waiting = [r._entry for r in self.alive.values() if r.state == "WAITING" and r._entry is not None]
+        most = max((entry.bypassed for entry in waiting), default=0)
+        expect(most <= self.config.max_bypass, f"a request was overtaken {most} times")
         adapters = {request.lora_id for request in started} - {None}
         expect(self.config.adapters is None or len(adapters) <= self.config.adapters.budget, "adapters over budget")
         self.counts.update(suspended=len(step.suspended), recomputed=len(step.recompute))
@@ -343,20 +387,24 @@ def run(scenario: Scenario) -> World:
     return world
 
 
+PLAIN = {
+    "draft_model": (), "optimism": 1.0, "as_list": False, "faults": 0.0, "depth": 1, "adapters": None, "chunk": None,
+    "started": None, "victim": "newest", "reservation": "none", "bypass": 16, "batch": 8, "tokens": 64,
+}  # fmt: skip
+
+
 def _smaller(s: Scenario) -> Iterator[Scenario]:
     for i in range(len(s.jobs)):
         yield replace(s, jobs=s.jobs[:i] + s.jobs[i + 1 :])
-    for name, plain in (
-        ("draft_model", False), ("as_list", False), ("faults", 0.0), ("depth", 1), ("adapters", None), ("chunk", None),
-        ("started", None), ("victim", "newest"), ("reservation", "none"), ("bypass", 16), ("batch", 8), ("tokens", 64),
-    ):  # fmt: skip
+    for name, plain in PLAIN.items():
         if getattr(s, name) != plain:
             yield replace(s, **{name: plain})
     if any(s.host):
         yield replace(s, host=(0,) * len(s.host))
     for i in range(len(s.windows)):
         if len(s.windows) > 1:
-            rest = {name: getattr(s, name)[:i] + getattr(s, name)[i + 1 :] for name in ("windows", "device", "host")}
+            lists = ("windows", "device", "host", "draft_model")
+            rest = {name: getattr(s, name)[:i] + getattr(s, name)[i + 1 :] for name in lists}
             yield replace(s, **rest)
         if s.windows[i] != (None, 0):
             yield replace(s, windows=(*s.windows[:i], (None, 0), *s.windows[i + 1 :]))

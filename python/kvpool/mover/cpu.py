@@ -94,12 +94,12 @@ class CpuMover:
     ) -> None:
         self._names = list(pools)
         self._index = {name: i for i, name in enumerate(self._names)}
-        self._check = os.environ.get("KVPOOL_CHECK") == "1" if check is None else check
+        self.checks = os.environ.get("KVPOOL_CHECK") == "1" if check is None else check
         order, seed = simulate or (None, 0)
         self._core = _core.Mover(
             [(name, device.shape[1], device, host) for name, (device, host) in pools.items()],
             queue=queue,
-            check=self._check,
+            check=self.checks,
             staging=staging,
             order=order,
             seed=seed,
@@ -115,7 +115,7 @@ class CpuMover:
             raise ValueError(f"pool: {pool!r} is unknown; there are {self._names}") from None
 
     def _checked(self) -> None:
-        if self._check and (findings := self._core.findings()):
+        if self.checks and (findings := self._core.findings()):
             raise InvariantError("; ".join(text for _, text in findings))
 
     def submit(self, batch: MoveBatch, after: Sequence[CpuTicket] = ()) -> CpuTicket | None:

@@ -97,6 +97,12 @@ class Outlook:
         """Expected output / max_new_tokens."""
         return self._share + self._caution * (1.0 - self._share)
 
+    def expect(self, share: float) -> None:
+        """Begin with another share than 1: what is known of the workload."""
+        if not 0.0 <= share <= 1.0:
+            raise ValueError(f"share: {share!r} is not in 0..1")
+        self._share = share
+
     def ended(self, request: Request) -> None:
         """A request ended by itself."""
         self._ended += 1
@@ -185,8 +191,12 @@ class Forecast:
                     f"{names[at]} would lack {over[1]} slots in {over[0]} steps, with every started request growing to "
                     "its expected output"
                 )
-        self._add(entry, held, claim.taken)
+        self.start(claim)
         return None
+
+    def start(self, claim: Claimed) -> None:
+        """The claimed request counts as started from here on."""
+        self._add(claim.entry, [s + t for s, t in zip(claim.shared, claim.taken, strict=True)], claim.taken)
 
 
 def _peak(most: int, entry: Entry, tokens_per_block: int) -> int:

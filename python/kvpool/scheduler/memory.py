@@ -147,6 +147,10 @@ class Memory:
             pages += found
         return pages
 
+    def holds(self, entry: Entry) -> list[tuple[int, int]]:
+        """Per pool: live pages of a started request on the device, how many of them nobody else claims."""
+        return [both for side in self.sides for both in side.view.holds(side.cache(entry)._handle)]
+
     def is_fenced(self, entry: Entry) -> bool:
         """Whether a launched step may still touch its pages."""
         return any(side.view.in_flight(side.cache(entry)._handle) for side in self.sides)

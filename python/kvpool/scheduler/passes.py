@@ -30,6 +30,7 @@ class Pass:
         self.places = config.max_batch_size  # requests that the step has room for
         self.served: set[Entry] = set()  # in this step
         self.gone: set[Entry] = set()  # gave way in this pass
+        self.waiting: set[Entry] = set()  # for what is in flight
         self.started_refused = False
         self.waits = False  # whether a waiting request was looked at and not started
 
@@ -94,8 +95,8 @@ def _generations(scheduler: Scheduler, run: Pass) -> None:
         if _make_room_for(scheduler, run, refused):
             run.step.generation.append(refused.request)
             run.serve(refused, refused.generation_tokens)
-        elif refused.request.state is RequestState.SUSPENDED and refused in run.gone:
-            return  # it suspended itself: later ones are not looked at
+        elif refused not in run.waiting:
+            return  # it has suspended itself, or is still suspended: later ones are not looked at
         ready = [entry for entry in ready[done + 1 :] if run.may_run(entry)]
 
 

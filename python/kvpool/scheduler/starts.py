@@ -126,13 +126,14 @@ class _Starts:
 
     def _refusal(self, claim: Claimed, room: list[int], debts: list[int], first: bool) -> str | None:
         """Why a claim that was kept must not start, or None: then it counts as started."""
-        if first and not self._scheduler.started:
-            return None  # the oldest that can be had; nobody is started whose pages it could take later
+        alone = (
+            first and not self._scheduler.started
+        )  # the oldest that can be had: nobody is started whom it could harm
         if debts:
             held = [shared + taken for shared, taken in zip(claim.shared, claim.taken, strict=True)]
             own = [max(0, slots - pages) for slots, pages in zip(self._memory.decode_slots, held, strict=True)]
             for name, n, debt, more in zip(self._memory.names(), room, debts, own, strict=True):
-                if debt + more > n:
+                if debt + more > n and not alone:
                     return f"{name} keeps {debt + more} decode slots for the started requests, {n} can be had"
             debts[:] = [debt + more for debt, more in zip(debts, own, strict=True)]
         if self._memory.tiered:
@@ -140,6 +141,9 @@ class _Starts:
         if self._forecast is None:
             scheduler = self._scheduler
             self._forecast = Forecast(self._memory, self._config, scheduler.outlook, scheduler.started)
+        if alone:
+            self._forecast.start(claim)
+            return None
         return self._forecast.refuses(claim, room)
 
     def _debts(self) -> list[int]:

@@ -1,9 +1,9 @@
 """Older wins: who gives way when a started request needs room, and who waits instead.
 
 A started request takes room from younger started ones that are not in this step, not in flight and not fenced: the
-newest whose pages all find room below is suspended; if there is none, the newest is freed, to be computed again. What
-would fit once steps in flight have ended waits for them. If no younger one is left the request suspends itself, unless
-it is alone.
+newest whose pages all find room below is suspended; if there is none, the newest that has pages where they are missing
+is freed, to be computed again. What would fit once steps in flight have ended waits for them. If no younger one is left
+the request suspends itself, unless it is alone.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ def older_wins(
     while True:
         short = lacking()
         if _comes_back(scheduler, short):
+            run.waiting.add(entry)
             entry.why = "it waits for slots that come back when the steps in flight have ended" + _numbers(
                 scheduler, short
             )
@@ -38,6 +39,7 @@ def older_wins(
             return done
     entry.why = "there is no room, and no younger request is left to give way" + _numbers(scheduler, short)
     if any(run.is_busy(other) for other in scheduler.younger(entry)):
+        run.waiting.add(entry)
         entry.why += "; it waits for a younger one in flight"
     elif len(scheduler.started) > 1 and entry.request.state is RequestState.RUNNING:
         scheduler.suspend(run, entry, "itself: " + entry.why)
@@ -75,10 +77,26 @@ def _give_way(scheduler: Scheduler, run: Pass, entry: Entry, short: Sequence[int
             if pages is not None and any(n and moved for n, moved in zip(short, pages, strict=True)):
                 scheduler.suspend(run, other, why)
                 return True
-    if not candidates:
+    victims = _worth_freeing(scheduler, candidates, short)
+    if not victims:
         return False
-    victim = candidates[0]
+    victim = victims[0]
     if scheduler.config.victim == "cheapest":
-        victim = min(candidates, key=lambda other: (other.request.num_computed, -other.age))
+        victim = min(victims, key=lambda other: (other.request.num_computed, -other.age))
     scheduler.recompute(run, victim, why)
     return True
+
+
+def _worth_freeing(scheduler: Scheduler, candidates: Sequence[Entry], short: Sequence[int]) -> list[Entry]:
+    """Those that have pages on the device where they are missing, if possible pages that nobody else claims.
+
+    A request whose pages are all on the host already is left in peace: freeing it gives nothing.
+    """
+    some, own = [], []
+    for other in candidates:
+        pages = [both for n, both in zip(short, scheduler.memory.holds(other), strict=True) if n or not any(short)]
+        if any(alone for _, alone in pages):
+            own.append(other)
+        elif any(here for here, _ in pages):
+            some.append(other)
+    return own or some

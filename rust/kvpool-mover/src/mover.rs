@@ -196,7 +196,7 @@ pub struct Mover {
 }
 
 impl Mover {
-    /// Over these pools. Starts a thread per direction, unless it is simulated.
+    /// Over these pools. A direction gets its thread with its first batch, unless it is simulated.
     pub fn new(pools: Vec<Pool>, options: Options) -> Result<Self, Refusal> {
         if options.queue == 0 {
             return Err("queue: 0 would take nothing; give at least 1".into());
@@ -213,19 +213,20 @@ impl Mover {
             wake: Default::default(),
             news: Condvar::new(),
         });
-        let mover = Self {
+        Ok(Self {
             shared,
             threads: Mutex::new(Vec::new()),
             streams: Mutex::new(CALLER + 1),
-        };
-        for direction in Direction::ALL {
-            mover.start(direction as usize)?;
-        }
-        Ok(mover)
+        })
     }
 
-    fn start(&self, stream: usize) -> Result<(), Refusal> {
+    /// The stream has a thread.
+    pub(crate) fn start(&self, stream: usize) -> Result<(), Refusal> {
         if self.shared.order.is_some() {
+            return Ok(());
+        }
+        let first = !std::mem::replace(&mut self.lock().streams[stream].started, true);
+        if !first {
             return Ok(());
         }
         let shared = self.shared.clone();

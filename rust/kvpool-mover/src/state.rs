@@ -106,6 +106,8 @@ pub(crate) struct Stream {
     pub placed: u64,
     running: bool,
     pub stalled: bool,
+    /// Whether it has a thread.
+    pub started: bool,
     /// What the next work waits for besides.
     pub pending: Clock,
     /// Tickets that are not done.

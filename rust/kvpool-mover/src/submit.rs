@@ -46,6 +46,17 @@ impl Mover {
             return Err("after: a ticket is another mover's".into());
         }
         let (from, to) = direction.ends();
+        let stream = direction as usize;
+        let staged =
+            direction == Direction::Offload && pools.get(pool).is_some_and(|p| p.rows(Tier::Staging) > 0);
+        let streams = [stream, Direction::Copy as usize];
+        let streams = &streams[..1 + usize::from(staged)];
+        drop(self.open()?);
+        if !src.is_empty() {
+            for &stream in streams {
+                self.start(stream)?;
+            }
+        }
         let mut state = self.open()?;
         state.books.exist(pools, reads(pool, from, src))?;
         state.books.exist(pools, writes(pool, to, dst))?;
@@ -55,7 +66,6 @@ impl Mover {
         }
         let books = &mut state.books;
         books.differ(pools, reads(pool, from, src), writes(pool, to, dst))?;
-        let stream = direction as usize;
         let full = state
             .faults
             .as_mut()
@@ -89,9 +99,7 @@ impl Mover {
                 }
             }
         }
-        let staged = pools[pool].rows(Tier::Staging) > 0 && direction == Direction::Offload;
-        let streams = [stream, Direction::Copy as usize];
-        self.shared.enqueued(state, &streams[..1 + usize::from(staged)]);
+        self.shared.enqueued(state, streams);
         Ok(Some(Ticket {
             shared: self.shared.clone(),
             progress,

@@ -6,6 +6,7 @@ mod cache;
 mod core;
 mod kernels;
 mod mover;
+mod recorded;
 mod started;
 
 use pyo3::prelude::*;
@@ -21,6 +22,8 @@ mod _core {
     use crate::kernels::{kernel_names, kernel_source};
     #[pymodule_export]
     use crate::mover::{Mover, Ticket};
+    #[pymodule_export]
+    use crate::recorded::Recorder;
     #[pymodule_export]
     use crate::started::Started;
 }

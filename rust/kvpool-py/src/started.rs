@@ -131,6 +131,12 @@ impl Started {
         outcome(py, self.core.get().core.below(&entered))
     }
 
+    /// Per pool (live pages of the cache on the device, how many of them nobody else claims).
+    fn holds(&self, py: Python<'_>, cache: &Bound<'_, Cache>) -> PyResult<Vec<(u32, u32)>> {
+        let entered = outcome(py, cache.get().enter())?;
+        outcome(py, self.core.get().core.holds(&entered))
+    }
+
     /// Per pool the slots that are missing for so many tokens behind the history, with `leave` to be left.
     fn lacking(
         &self,

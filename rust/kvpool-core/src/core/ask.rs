@@ -5,7 +5,7 @@
 use super::Core;
 use crate::cache::Cache;
 use crate::error::Result;
-use crate::words::Link;
+use crate::words::{Link, Tier};
 
 impl Core {
     /// Per pool: device slots that are free or evictable and promised to nobody; slots that come back when the steps
@@ -119,6 +119,50 @@ impl Core {
         Ok(Some(pages))
     }
 
+    /// Per pool, the live pages of the cache on the device; how many of them nobody else claims.
+    pub fn holds(&self, cache: &Cache) -> Result<Vec<(u32, u32)>> {
+        self.ready(cache)?;
+        let alone = self.alone(cache);
+        let pool = |pool: usize| {
+            let (mut here, mut own) = (0, 0);
+            for (i, _) in cache.tables[pool]
+                .iter()
+                .enumerate()
+                .filter(|(_, &slot)| slot != 0)
+            {
+                let node = cache.nodes.get(i);
+                if node.is_some_and(|node| self.tree.page(pool, node.index()).tier() == Tier::Host) {
+                    continue;
+                }
+                here += 1;
+                own += u32::from(self.is_own(cache, pool, i, alone));
+            }
+            (here, own)
+        };
+        Ok((0..self.pools.len()).map(pool).collect())
+    }
+
+    /// Blocks of its path from here on are claimed by nobody else.
+    fn alone(&self, cache: &Cache) -> usize {
+        let refs = |node: &Link| self.tree.state(node.index()).refs();
+        cache.nodes.len()
+            - cache
+                .nodes
+                .iter()
+                .rev()
+                .take_while(|node| refs(node) == 1)
+                .count()
+    }
+
+    /// Whether nobody else claims the live page of block `i`.
+    fn is_own(&self, cache: &Cache, pool: usize, i: usize, alone: usize) -> bool {
+        match cache.nodes.get(i) {
+            None => true,
+            Some(node) if self.tree.windowed[pool] => self.tree.page(pool, node.index()).claims() == 1,
+            Some(_) => i >= alone,
+        }
+    }
+
     /// Per pool, what a claim for a start took off what was available (its promise included), and how many of its live
     /// pages others had claimed.
     pub fn costs(&self, cache: &Cache) -> (Vec<u32>, Vec<u32>) {
@@ -138,25 +182,13 @@ impl Core {
 
     /// Slots that come back at the end of the steps in flight, now that the cache is closed: those that only it has.
     pub(super) fn count_returning(&self, cache: &mut Cache) {
-        let mut alone = cache.nodes.len();
-        while alone > 0 && self.tree.state(cache.nodes[alone - 1].index()).refs() == 1 {
-            alone -= 1;
-        }
+        let alone = self.alone(cache);
         for pool in 0..self.pools.len() {
-            let windowed = self.tree.windowed[pool];
-            let comes = |(i, &slot): (usize, &u32)| {
-                let only = match cache.nodes.get(i) {
-                    None => true,
-                    Some(node) if windowed => self.tree.page(pool, node.index()).claims() == 1,
-                    Some(_) => i >= alone,
-                };
-                slot != 0 && only
-            };
-            let units = cache.tables[pool]
+            let live = cache.tables[pool]
                 .iter()
                 .enumerate()
-                .filter(|&at| comes(at))
-                .count() as u32;
+                .filter(|(_, &slot)| slot != 0);
+            let units = live.filter(|&(i, _)| self.is_own(cache, pool, i, alone)).count() as u32;
             self.pools[pool].returning.add(u64::from(units));
             cache.returning[pool] += units;
         }

@@ -11,6 +11,7 @@ mod ask;
 mod batch;
 mod commit;
 mod create;
+mod lost;
 #[cfg(all(test, kvpool_loom))]
 mod models;
 mod paths;
@@ -19,6 +20,7 @@ mod release;
 mod tiers;
 
 pub use batch::{Claim, Refusal, Start};
+pub use lost::BadPage;
 
 use crate::cache::Cache;
 use crate::error::{CoreError, Result};

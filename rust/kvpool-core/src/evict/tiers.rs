@@ -27,7 +27,7 @@ impl Core {
     }
 
     /// Drops all descendants of an unclaimed node.
-    pub(super) fn drop_below(&self, index: usize) {
+    pub(crate) fn drop_below(&self, index: usize) {
         if !self.tiered {
             return;
         }

@@ -89,6 +89,7 @@ impl Tree {
         n.segment.set(0);
         n.seq.set(self.seq.next());
         n.epoch.set(root.epoch);
+        n.lost.set(0);
         for (field, value) in n.scope.iter().zip(root.digest) {
             field.set(value);
         }

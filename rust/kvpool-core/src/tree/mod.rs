@@ -58,6 +58,8 @@ pub struct Node {
     pub seq: Field,
     /// Weights epoch of its root.
     pub epoch: Field,
+    /// 1: a page of it is bad; no look-up finds it any more.
+    pub lost: Field,
     /// Digest of its root; compared for first blocks only.
     scope: [Field; 2],
 }
@@ -164,6 +166,7 @@ impl Tree {
             segment: Field::new(0),
             seq: Field::new(0),
             epoch: Field::new(0),
+            lost: Field::new(0),
             scope: [Field::new(0), Field::new(0)],
             holders: Counter::default(),
         };
