@@ -207,7 +207,7 @@ class Allocation:
     """Device memory, filled with rubbish when it comes and when it goes."""
 
     def __init__(self, world: World, num_bytes: int) -> None:
-        self._world = world
+        self._world, self.ptr, self._whole = world, 0, np.empty(0, np.uint8)
         self._whole = np.full(num_bytes + ALIGNMENT, 0xCD, np.uint8)
         self.ptr = -(-self._whole.ctypes.data // ALIGNMENT) * ALIGNMENT
         with world.lock:
@@ -219,6 +219,26 @@ class Allocation:
             self._world.ranges.pop(self.ptr, None)
             self._world.graveyard.append(self._whole)
             self._whole[:] = 0xDD
+
+
+class DeviceArray(np.ndarray):  # type: ignore[type-arg]
+    """Device memory that the host can look at, which a real one's cannot."""
+
+    @property
+    def data(self) -> Any:  # type: ignore[override]
+        return types.SimpleNamespace(ptr=self.ctypes.data)
+
+
+def _zeros(world: World) -> Callable[..., DeviceArray]:
+    def zeros(shape: tuple[int, int], dtype: Any) -> DeviceArray:
+        memory = Allocation(world, int(np.prod(shape)))
+        part = (ctypes.c_uint8 * int(np.prod(shape))).from_address(memory.ptr)
+        part.memory = memory  # lives as long as a view of it
+        array = np.ctypeslib.as_array(part).reshape(shape).view(DeviceArray)
+        array[:] = 0
+        return array
+
+    return zeros
 
 
 class Runtime:
@@ -330,6 +350,7 @@ def make(world: World) -> types.ModuleType:
         __version__="fake",
         RawModule=bound(RawModule),
         ones=np.ones,
+        zeros=_zeros(world),
         matmul=_matmul(world),
         cuda=types.SimpleNamespace(
             Device=bound(Device),

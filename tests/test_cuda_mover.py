@@ -325,3 +325,13 @@ def test_without_memory_for_the_lists_nothing_is_taken() -> None:
     assert (memory.host[1] == page(201)).all()
     assert memory.submit("offload", [2], [1]).result() is None
     assert (memory.host[1] == page(102)).all()
+
+
+def test_who_waits_for_a_slot_may_write_it() -> None:
+    """Also one who said to read it: a slot that is handed out again may still be the source of a move."""
+    memory = Memory(lazy=True)
+    memory.submit("offload", [1], [0])
+    assert memory.mover.step_begin([SlotUse("kv", "device", [1])])
+    memory.device[1] = 0
+    assert memory.mover.synchronize()
+    assert (memory.host[0] == page(101)).all()

@@ -39,12 +39,16 @@ ENDS = {"offload": ("device", "host"), "onboard": ("host", "device"), "copy": ("
 
 @dataclass(frozen=True, slots=True)
 class CudaPool:
-    """device: address of (device_slots, page_bytes) bytes, slot 0 the null page. host: whole pages, pinned."""
+    """device: address of (device_slots, page_bytes) bytes, slot 0 the null page. host: whole pages, pinned.
+
+    owner: what keeps the device memory; let go when no move is on its way any more.
+    """
 
     page_bytes: int
     device: int
     device_slots: int
     host: PinnedMemory | None = None
+    owner: object = None
 
 
 class _Stream:
@@ -57,8 +61,8 @@ class _Stream:
         self.events: deque[tuple[int, Any]] = deque()
 
 
-def _end(streams: Sequence[Any], buffers: Buffers) -> None:
-    """A mover is gone: nobody frees what its work still reads. After a fault nothing can be waited for, or freed."""
+def _end(streams: Sequence[Any], buffers: Buffers, pools: Mapping[str, CudaPool]) -> None:
+    """A mover is gone: its work ends before anything that it touches (the pools' memory is held here) is let go."""
     with contextlib.suppress(RuntimeError):
         for stream in streams:
             stream.synchronize()
@@ -107,7 +111,7 @@ class CudaMover:
         self._fault: str | None = None
         self._closed = False
         self._lock = threading.RLock()
-        self._end = weakref.finalize(self, _end, [stream.cuda for stream in self._streams[:CALLER]], self._buffers)
+        self._end = weakref.finalize(self, _end, [s.cuda for s in self._streams[:CALLER]], self._buffers, self._pools)
 
     # -- moves --------------------------------------------------------------------------------
 
@@ -413,15 +417,14 @@ class CudaMover:
         self, stream: Any, pool: str, tier: str, slots: Sequence[int] | Int32Array, timeout: float | None = None
     ) -> bool:
         """The stream waits for everything that touches these slots. False: the caller waited in vain."""
-        return self.step_begin([SlotUse(pool, tier, slots, writes=True)], stream, timeout)
+        return self.step_begin([SlotUse(pool, tier, slots)], stream, timeout)
 
     def step_begin(self, uses: Sequence[SlotUse], stream: Any = None, timeout: float | None = None) -> bool:
-        """The stream waits for what these uses must come after. False: the caller waited in vain, or the GPU is at its
-        end."""
+        """As `wait_on`, for all slots that a step will use. False too if the GPU is at its end."""
         with self._lock:
             number, waits = self._number(stream), new_clock()
-            for events, slots, writes in self._uses(uses):
-                events.waits(number, slots, writes, self._plant, waits)
+            for events, slots, _ in self._uses(uses):
+                events.waits(number, slots, True, self._plant, waits)  # the slot's owner may do anything with it
             if self._fault is not None:
                 return False
             if number != CALLER:
@@ -483,6 +486,11 @@ class CudaMover:
         """(pool, tier, slot) of tickets that were given up."""
         with self._lock:
             return list(self._fenced)
+
+    @property
+    def checks(self) -> bool:
+        """Whether the checker runs."""
+        return self._checker is not None
 
     @property
     def fault(self) -> str | None:

@@ -83,6 +83,13 @@ class CudaRuntime:
         with self._device:
             return self._cupy.cuda.alloc(num_bytes)
 
+    def zeros(self, shape: tuple[int, int]) -> tuple[Any, int]:
+        """Zeroed device memory as CuPy's array of uint8, and its address; returns when it is zero."""
+        with self._device:
+            array = self._cupy.zeros(shape, dtype=np.uint8)
+        self.synchronize()
+        return array, int(array.data.ptr)
+
     def upload(self, array: np.ndarray[Any, Any], target: int) -> None:
         """Any host array to device memory; returns when it is there."""
         data = np.ascontiguousarray(array)
