@@ -38,7 +38,7 @@ def older_wins(
         if done := attempt():
             return done
     entry.why = "there is no room, and no younger request is left to give way" + _numbers(scheduler, short)
-    if any(run.is_busy(other) for other in scheduler.younger(entry)):
+    if any(scheduler.is_busy(run, other) for other in scheduler.younger(entry)):
         run.waiting.add(entry)
         entry.why += "; it waits for a younger one in flight"
     elif len(scheduler.started) > 1 and entry.request.state is RequestState.RUNNING:
@@ -61,7 +61,7 @@ def _comes_back(scheduler: Scheduler, short: Sequence[int]) -> bool:
 def _candidates(scheduler: Scheduler, run: Pass, entry: Entry) -> Iterator[Entry]:
     """Younger started requests that may give way, the newest first."""
     for other in scheduler.younger(entry):
-        if not run.is_busy(other) and other not in run.served and not scheduler.memory.is_fenced(other):
+        if not scheduler.is_busy(run, other) and not scheduler.memory.is_fenced(other):
             yield other
 
 
@@ -90,11 +90,15 @@ def _give_way(scheduler: Scheduler, run: Pass, entry: Entry, short: Sequence[int
 def _worth_freeing(scheduler: Scheduler, candidates: Sequence[Entry], short: Sequence[int]) -> list[Entry]:
     """Those that have pages on the device where they are missing, if possible pages that nobody else claims.
 
-    A request whose pages are all on the host already is left in peace: freeing it gives nothing.
+    Pages of suspended requests count only where the host has no room for them: otherwise they make room anyhow, and to
+    free them would give nothing.
     """
     some, own = [], []
+    stuck = scheduler.memory.stuck()
     for other in candidates:
-        pages = [both for n, both in zip(short, scheduler.memory.holds(other), strict=True) if n or not any(short)]
+        suspended = other.request.state is RequestState.SUSPENDED
+        pools = zip(short, scheduler.memory.holds(other), stuck, strict=True)
+        pages = [both for n, both, rest in pools if (n or not any(short)) and (rest or not suspended)]
         if any(alone for _, alone in pages):
             own.append(other)
         elif any(here for here, _ in pages):

@@ -2,7 +2,6 @@
 
 use crate::cache::{enter_all, Cache};
 use crate::core::{int32s, outcome, plan, retention, Copies, Core, Ranges};
-use kvpool_core::forecast::{overflow, Growth};
 use kvpool_core::types::RetentionSpec;
 use kvpool_core::{Claim, Refusal};
 use pyo3::buffer::PyBuffer;
@@ -37,6 +36,11 @@ impl Started {
     /// -> per pool (available, returning): device slots that can be had now; that come back after the steps in flight
     fn pressure(&self) -> Vec<(u32, u32)> {
         self.core.get().core.pressure()
+    }
+
+    /// -> per pool: pages that only SUSPENDED caches claim and for which the host has no room
+    fn stuck(&self) -> Vec<u32> {
+        self.core.get().core.stuck()
     }
 
     /// Claims for first chunks, in order, within `budget` new tokens -> ("kept" | "memory" | "tokens", cache or None,
@@ -159,24 +163,5 @@ impl Started {
     fn in_flight(&self, py: Python<'_>, cache: &Bound<'_, Cache>) -> PyResult<bool> {
         let entered = outcome(py, cache.get().enter())?;
         Ok(self.core.get().core.is_in_flight(&entered))
-    }
-
-    /// The first step in which requests that grow to their ends need more than `available` slots, and how many more.
-    /// Rows: (steps to its end, tokens of its context, most slots, slots now, slots of them that come back).
-    #[staticmethod]
-    fn overflow(
-        rows: Vec<(u64, u64, u64, u64, u64)>,
-        tokens_per_block: u64,
-        available: u64,
-    ) -> Option<(u64, u64)> {
-        let growth = |(steps, tokens, most, held, back)| Growth {
-            steps,
-            tokens,
-            most,
-            held,
-            back,
-        };
-        let mut rows: Vec<Growth> = rows.into_iter().map(growth).collect();
-        overflow(&mut rows, tokens_per_block, available)
     }
 }
