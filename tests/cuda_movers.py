@@ -12,8 +12,9 @@ import numpy as np
 import fake_cupy
 from cpu_kernels import plain_kernels
 from fake_cupy import Stream, Work
-from kvpool.mover.cuda import CudaMover, CudaPool
+from kvpool.mover.cuda import CudaMover
 from kvpool.mover.cuda_runtime import CudaRuntime
+from kvpool.mover.descriptors import CudaPool
 from kvpool.mover.pinned import PinnedMemory
 from movers import PAGE_BYTES, World, page
 

@@ -9,8 +9,9 @@ import numpy as np
 
 from cpu_kernels import KERNELS_OF
 from kvpool.mover import MoveBatch
-from kvpool.mover.cuda import CudaMover, CudaPool
+from kvpool.mover.cuda import CudaMover
 from kvpool.mover.cuda_runtime import CudaRuntime
+from kvpool.mover.descriptors import CudaPool
 from kvpool.mover.launches import Launch
 from kvpool.mover.pinned import PinnedMemory
 

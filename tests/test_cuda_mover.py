@@ -16,8 +16,8 @@ import fake_cupy
 from cuda_movers import CudaWorld, fake_gpu, view
 from kvpool import InvariantError, LogicError
 from kvpool.mover import MoveBatch, MoveError, Mover, SlotUse
-from kvpool.mover.cuda import CudaMover, CudaPool
-from kvpool.mover.descriptors import PER_CALL, SLAB, pieces, runs
+from kvpool.mover.cuda import CudaMover
+from kvpool.mover.descriptors import PER_CALL, SLAB, CudaPool, pieces, runs
 from kvpool.mover.pinned import PinnedMemory
 from movers import PAGE_BYTES, World, page
 from test_mover_checker import PLANTS

@@ -16,7 +16,6 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,9 +24,8 @@ from kvpool.arguments import Int32Array
 from kvpool.errors import InvariantError, LogicError
 from kvpool.mover.cuda_runtime import CudaRuntime
 from kvpool.mover.cuda_ticket import CudaTicket
-from kvpool.mover.descriptors import PER_CALL, Buffer, Buffers, pieces, runs
+from kvpool.mover.descriptors import PER_CALL, Buffer, Buffers, CudaPool, pieces, runs
 from kvpool.mover.launches import plan_launch
-from kvpool.mover.pinned import PinnedMemory
 from kvpool.mover.slot_events import CALLER, DIRECTIONS, STREAMS, Checker, Clock, SlotEvents, new_clock
 from kvpool.mover.types import MoveBatch, MoveError, SlotUse, slot_array
 
@@ -35,20 +33,6 @@ ENGINE_BYTES = 256 << 10  # runs at least so long on average go by the copy engi
 MAX_BLOCKS = 16  # of a kernel; not calibrated
 POLL_S = 50e-6
 ENDS = {"offload": ("device", "host"), "onboard": ("host", "device"), "copy": ("device", "device")}
-
-
-@dataclass(frozen=True, slots=True)
-class CudaPool:
-    """device: address of (device_slots, page_bytes) bytes, slot 0 the null page. host: whole pages, pinned.
-
-    owner: what keeps the device memory; let go when no move is on its way any more.
-    """
-
-    page_bytes: int
-    device: int
-    device_slots: int
-    host: PinnedMemory | None = None
-    owner: object = None
 
 
 class _Stream:

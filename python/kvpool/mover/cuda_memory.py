@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from kvpool.machine import check_cuda, parse_device
-from kvpool.mover.cuda import CudaMover, CudaPool
+from kvpool.mover.cuda import CudaMover
 from kvpool.mover.cuda_runtime import CudaRuntime
+from kvpool.mover.descriptors import CudaPool
 from kvpool.mover.pinned import PinnedMemory, StderrProgress
 
 

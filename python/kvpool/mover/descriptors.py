@@ -1,4 +1,4 @@
-"""Descriptors of moves: slot lists where the GPU reads them, and runs of neighbours for the copy engine."""
+"""Descriptors of moves: where pools are, slot lists that the GPU reads, runs of neighbours for the copy engine."""
 
 from __future__ import annotations
 
@@ -13,6 +13,20 @@ from kvpool.mover.pinned import PinnedMemory, Registrar
 
 PER_CALL = 4096  # pages of one launch
 SLAB = 64  # buffers that are made at once
+
+
+@dataclass(frozen=True, slots=True)
+class CudaPool:
+    """device: address of (device_slots, page_bytes) bytes, slot 0 the null page. host: whole pages, pinned.
+
+    owner: what keeps the device memory; let go when no move is on its way any more.
+    """
+
+    page_bytes: int
+    device: int
+    device_slots: int
+    host: PinnedMemory | None = None
+    owner: object = None
 
 
 @dataclass(eq=False, slots=True)
