@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup replay test models lint bench gpu-check clean
+.PHONY: setup extras replay test models lint bench gpu-check clean
 
 $(BIN)/kvpool: pyproject.toml Cargo.toml $(shell find rust kernels -name '*.rs' -o -name '*.cu' -o -name Cargo.toml)
 	$(PYTHON) -m venv $(VENV)
@@ -12,12 +12,20 @@ $(BIN)/kvpool: pyproject.toml Cargo.toml $(shell find rust kernels -name '*.rs' 
 
 setup: $(BIN)/kvpool
 
+# What the integrations need besides: torch, some gigabytes. Only the tests want it.
+$(BIN)/.extras: $(BIN)/kvpool
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev,transformers]'
+	touch $@
+
+extras: $(BIN)/.extras
+
 replay: setup
 	$(BIN)/kvpool replay
 
-test: setup
+# Without the extras pytest skips the tests of the integrations; here they are all run.
+test: setup extras
 	cargo test --workspace --quiet
-	$(BIN)/python -m pytest
+	KVPOOL_REQUIRE_EXTRAS=1 $(BIN)/python -m pytest
 
 # Every interleaving of small models (loom) with controls that must fail, then random schedules (shuttle).
 LOOM := RUSTFLAGS="--cfg kvpool_loom" cargo test --quiet --profile models --target-dir target/loom -p kvpool-core --lib

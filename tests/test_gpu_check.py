@@ -75,6 +75,7 @@ def test_every_path_is_verified_and_timed(
     assert all(row["gb_per_s"] > 0 and row["of_plain"] > 0 for row in found["rows"])
     assert all(row["alone_ms"] > 0 for row in found["beside"])
     assert found["wrong"] is None
+    assert set(found["calibration"]) == {"offload", "onboard", "copy"}
     assert found["cut"] is False
     assert set(world.launches) == {"copy_pages_u128", "copy_ring_u128", "gather_pages_u128", "scatter_pages_u128"}
     out = capsys.readouterr().out
@@ -125,6 +126,20 @@ def test_targets_name_the_best_path(check: Any) -> None:
     columns = [list(column.cells) for column in table.columns]
     assert columns[2] == ["ring, 8 blocks", "ring, 16 blocks"]
     assert columns[4] == ["95% met", "80% MISSED"]
+
+
+def test_calibration_takes_the_engine_from_where_it_stays_faster(check: Any) -> None:
+    row = sys.modules["measure"].Row
+    engine, blocks = "copy engine, page by page", {8: 7.0, 16: 9.6, 32: 10.0}
+    rows = [row("offload", 4096, 64, engine, None, 99.0, 1.0)]  # not the largest count
+    for fragment, speed in ((4096, 1.0), (8192, 12.0), (16_384, 9.0), (32_768, 11.0), (65_536, 12.0)):
+        rows.append(row("offload", fragment, 128, engine, None, speed, 1.0))
+        rows += [row("offload", fragment, 128, "registers", cap, at, 1.0) for cap, at in blocks.items()]
+    rows += [row("copy", 4096, 128, engine, None, 1.0, 1.0), row("copy", 4096, 128, "ring", 8, 2.0, 1.0)]
+    assert check.calibrate(rows) == {
+        "offload": {"engine_bytes": 32_768, "max_blocks": 16},
+        "copy": {"engine_bytes": None, "max_blocks": None},
+    }
 
 
 @pytest.mark.parametrize("kernel", SIGNATURES)

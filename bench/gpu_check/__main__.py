@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import click
-from measure import Bench, Result, Sizes
+from measure import Bench, Result, Sizes, calibrate
 from rich.console import Console
 from rich.table import Table
 
@@ -62,6 +62,15 @@ def targets(result: Result) -> Table:
     return table
 
 
+def calibration(result: Result) -> Table:
+    """The thresholds that these figures suggest."""
+    table = Table("direction", "copy engine from", "blocks of a kernel", title="calibration", title_justify="left")
+    for direction, found in calibrate(result.rows).items():
+        engine = "never" if found["engine_bytes"] is None else f"{found['engine_bytes'] >> 10} KiB"
+        table.add_row(direction, engine, str(found["max_blocks"]))
+    return table
+
+
 def multiplies(result: Result) -> Table:
     table = Table("beside", "path", "blocks", "alone ms", "beside ms", "slower by", title_justify="left")
     table.title = "matrix multiply"
@@ -94,7 +103,7 @@ def check(device: str, json_path: Path | None, tests: bool, sizes: Sizes) -> int
         json_path.write_text(json.dumps(document | result.to_dict(), indent=2) + "\n")
     gpu = found.cuda.gpus[ordinal]
     console.print(f"{gpu.name}, driver CUDA {found.cuda.driver}, CuPy {found.cuda.cupy}", highlight=False)
-    for table in (speeds(result), targets(result), multiplies(result)):
+    for table in (speeds(result), targets(result), calibration(result), multiplies(result)):
         console.print(table)
     if result.cut:
         console.print(f"cut short after {SECONDS} s: rows are missing")

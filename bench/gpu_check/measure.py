@@ -56,6 +56,37 @@ class Beside:
     slower: float
 
 
+def calibrate(rows: list[Row]) -> dict[str, dict[str, int | None]]:
+    """Per direction, from its largest counts.
+
+    engine_bytes: the smallest page from which on the copy engine, page by page, is at least as fast as every path with
+    a kernel (None: it never is). max_blocks: the least cap of blocks with which the register kernel reaches 95 % of its
+    best on the smallest page.
+    """
+    found: dict[str, dict[str, int | None]] = {}
+    for direction in dict.fromkeys(row.direction for row in rows):
+        own = [row for row in rows if row.direction == direction]
+        fragments = sorted({row.fragment_bytes for row in own}, reverse=True)
+        engine_bytes = None
+        for fragment in fragments:
+            cell = _largest(own, fragment)
+            engine = [row.gb_per_s for row in cell if row.path.startswith("copy engine")]
+            kernels = [row.gb_per_s for row in cell if row.blocks is not None]
+            if not engine or not kernels or max(engine) < max(kernels):
+                break
+            engine_bytes = fragment
+        speeds = {row.blocks: row.gb_per_s for row in _largest(own, fragments[-1]) if row.path == "registers"}
+        enough = [blocks for blocks, speed in speeds.items() if blocks and speed >= 0.95 * max(speeds.values())]
+        found[direction] = {"engine_bytes": engine_bytes, "max_blocks": min(enough, default=None)}
+    return found
+
+
+def _largest(rows: list[Row], fragment: int) -> list[Row]:
+    """Rows of one page size with the largest count."""
+    count = max(row.count for row in rows if row.fragment_bytes == fragment)
+    return [row for row in rows if (row.fragment_bytes, row.count) == (fragment, count)]
+
+
 @dataclass
 class Result:
     """wrong: a path that left a wrong byte; nothing is measured after it. cut: time ran out."""
@@ -66,7 +97,7 @@ class Result:
     cut: bool = False
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return asdict(self) | {"calibration": calibrate(self.rows)}
 
 
 class Bench:
