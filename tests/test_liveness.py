@@ -76,7 +76,7 @@ BREAKS: dict[str, Scenario] = {
     "not_in_the_same_pass": Scenario(
         t=2, device=(4,), host=(2,), batch=1, started=5, depth=2, jobs=(J(1, 3), J(2, 4), J(2, 2), J(1, 1))
     ),
-    "bounded_bypass": Scenario(device=(12,), bypass=1, jobs=(J(3, 7), J(40, 2), J(1, 1), J(1, 1))),
+    "bounded_bypass": Scenario(device=(12,), bypass=0, jobs=(J(32, 2), J(13, 1, family=3), J(1, 1))),
     "bounded_starts": Scenario(t=1, device=(11,), batch=2, depth=2, jobs=(J(1, 1), J(1, 1), J(1, 1))),
     "all_or_nothing": Scenario(
         t=3, device=(10,), host=(20,), chunk=3, draft_model=(9,), jobs=(J(1, 2), J(10, 2), J(13, 1, family=2))

@@ -17,6 +17,9 @@ from kvpool.arguments import Int32Array, RetentionSpec, Tokens, count, retention
 from kvpool.batches import checked_id, scope_of
 from kvpool.config import Retention, Scope
 
+# Passes after which a refused start is tried again although nothing seems to have changed: its match may have grown.
+RETRY = 32
+
 
 class RequestState(StrEnum):
     """Where a request is."""
@@ -92,6 +95,14 @@ class Request:
             return len(self._prompt) + len(self.output_tokens) - 1
         return self._computed
 
+    def token_slice(self, start: int, end: int) -> Int32Array:
+        """Tokens [start, end) of prompt and output: int32, what a chunk of a context covers."""
+        n = len(self._prompt)
+        if end <= n:
+            return self._prompt[start:end]
+        output = np.array(self.output_tokens[max(0, start - n) : end - n], np.int32)
+        return output if start >= n else np.concatenate([self._prompt[start:], output])
+
     def __repr__(self) -> str:
         return (
             f"<kvpool request {self.request_id!r}: {self.state.value}, {len(self._prompt)} prompt tokens, "
@@ -99,11 +110,29 @@ class Request:
         )
 
 
+class Refusal:
+    """When a start was refused, so that it is not tried again before something has changed."""
+
+    __slots__ = ("available", "changes", "number", "tokens")
+
+    def __init__(self, number: int, changes: int, tokens: int, available: list[int]) -> None:
+        self.number = number  # of the pass
+        self.changes = changes  # requests that had started, ended or given way by then
+        self.tokens = tokens  # that the step had left
+        self.available = available  # per pool
+
+    def holds(self, now: Refusal) -> bool:
+        """Whether nothing has got better since, and it is not long ago."""
+        same = self.changes == now.changes and now.number - self.number < RETRY and now.tokens <= self.tokens
+        return same and all(n <= before for n, before in zip(now.available, self.available, strict=True))
+
+
 class Entry:
     """What the scheduler knows of an unfinished request."""
 
     __slots__ = (
-        "adapter", "age", "bypassed", "home", "key", "limit", "lost", "prompt", "request", "spec", "started", "why",
+        "adapter", "age", "bypassed", "home", "key", "limit", "lost", "prompt", "refusal", "request", "spec", "started",
+        "why",
     )  # fmt: skip
 
     def __init__(self, request: Request, age: int, home: object) -> None:
@@ -117,6 +146,7 @@ class Entry:
         self.spec: RetentionSpec | None = retention_spec(request.retention)
         self.started = False
         self.bypassed = 0  # first chunks of younger ones that overtook it
+        self.refusal: Refusal | None = None  # of its start, when it was last looked at
         self.lost = 0  # tokens that were computed when it was freed
         self.why = "it has not been looked at yet"
 
@@ -140,12 +170,3 @@ class Entry:
         """Tokens of its next generation: the last token and drafts, clipped at the end."""
         request = self.request
         return min(1 + request.draft_tokens, self.limit - request.num_computed)
-
-    def tokens(self, start: int, end: int) -> Int32Array:
-        """Its tokens [start, end), prompt and output."""
-        n = len(self.prompt)
-        if end <= n:
-            return self.prompt[start:end]
-        given = self.request.output_tokens[max(0, start - n) : end - n]
-        output = np.array(given, np.int32)
-        return output if start >= n else np.concatenate([self.prompt[start:], output])

@@ -23,7 +23,7 @@ from kvpool.scheduler.admission import Outlook, check_request
 from kvpool.scheduler.config import SchedulerConfig
 from kvpool.scheduler.memory import Memory
 from kvpool.scheduler.passes import Pass, run_pass
-from kvpool.scheduler.request import Entry, Request, RequestState
+from kvpool.scheduler.request import Entry, Refusal, Request, RequestState
 from kvpool.scheduler.step import Context, Step
 from kvpool.scheduler.updates import apply_outputs
 
@@ -67,14 +67,17 @@ class Scheduler:
         self.contexts: list[Entry] = []  # those of them that do not generate
         self.adapters: Counter[int | str] = Counter()  # started requests that use each adapter
         self.ended: list[Request] = []  # since the last update
+        self._lost: list[Request] = []  # freed because a move failed, since the last pass
         self._known: dict[int | str, Entry] = {}
-        self._ages = 0
+        self.ages = 0  # requests that were ever seen
+        self.all_refused: tuple[Refusal | None, int] = (None, 0)  # see `starts`
         self._fresh: OrderedDict[int, Entry] = OrderedDict()  # by age, never started
         self._returned: list[Entry] = []  # freed to be computed again, by age
         self._incoming: deque[Request] = deque()  # added by any thread, not yet seen
         self._cancelled: deque[Request] = deque()  # by another thread
         self._steps: set[int] = set()  # handed out and not yet updated
         self._passes = 0
+        self.changes = 0  # requests that started, ended or gave way
         self._last: Step | None = None
         self._thread = threading.get_ident()
 
@@ -138,8 +141,8 @@ class Scheduler:
                 self._see(entry)
 
     def _see(self, entry: Entry) -> None:
-        entry.age = self._ages
-        self._ages += 1
+        entry.age = self.ages
+        self.ages += 1
         self._fresh[entry.age] = entry
 
     def _enter(self) -> None:
@@ -149,6 +152,16 @@ class Scheduler:
             entry = self._cancelled.popleft()._entry
             if entry is not None:
                 self.end(entry, "cancelled")
+        self.memory.before()
+        self._take_lost()
+
+    def _take_lost(self) -> None:
+        """Requests whose pages did not arrive are computed again; those in a step when it comes back."""
+        for request_id in dict.fromkeys(self.memory.lost()):
+            entry = self._known.get(request_id)
+            if entry is not None and entry.started and not self.memory.roster.in_step(entry.age):
+                self._free(entry, "a move of its pages failed")
+                self._lost.append(entry.request)
 
     # -- the pass -------------------------------------------------------------------------------
 
@@ -163,6 +176,19 @@ class Scheduler:
         refused: list[tuple[Request, Exception]] = []
         world = None if requests is None else self._world(list(requests), refused)
         busy = frozenset(in_flight)
+        before: list[Step] = []
+        try:
+            run = self._passes_until_work(busy, world, before)
+        finally:
+            self.memory.after()
+        for other in reversed(before):
+            run.step.inherit(other)
+        run.step.recompute[:0] = [r for r in self._lost if r.state is not RequestState.FINISHED]
+        self._lost.clear()
+        return self._hand_out(run, refused, in_flight=bool(busy))
+
+    def _passes_until_work(self, busy: frozenset[int | str], world: list[Entry] | None, before: list[Step]) -> Pass:
+        """Where somebody gave way and nobody runs, what is free now may be enough for another one."""
         while True:
             self._passes += 1
             run = Pass(self.config, self._passes, busy, world)
@@ -172,9 +198,8 @@ class Scheduler:
                 self.memory.roster.release(run.step.number)
                 raise
             if run.step or not (run.step.suspended or run.step.recompute):
-                break
-            # Somebody gave way and nobody runs: what is free now may be enough for another one.
-        return self._hand_out(run, refused, in_flight=bool(busy))
+                return run
+            before.append(run.step)
 
     def _hand_out(self, run: Pass, refused: list[tuple[Request, Exception]], in_flight: bool) -> Step:
         step = run.step
@@ -185,7 +210,7 @@ class Scheduler:
             self._steps.add(step.number)
             return step
         moves_on = self._steps or in_flight or refused or step.recompute or not (self.started or run.waits)
-        if not moves_on and not any(returning for _, returning in self.memory.pressure()):
+        if not moves_on and not self.memory.is_returning():
             raise StalledError(self._stalled())
         return step
 
@@ -246,7 +271,14 @@ class Scheduler:
         """
         self._enter()
         self._take_back(step)
+        self.memory.arrive(step.requests)
+        for request_id in dict.fromkeys(self.memory.lost()):
+            entry = self._known.get(request_id)
+            if entry is not None and entry.started and any(entry.request is request for request in step.requests):
+                self.memory.roster.set_step(entry.age, 0)  # nothing of it leaves the engine
+        self._take_lost()
         apply_outputs(self, step, outputs)
+        self.memory.after()
         return self._take_ended()
 
     def fail(self, step: Step, error: Exception) -> list[Request]:
@@ -344,6 +376,7 @@ class Scheduler:
     def start(self, entry: Entry, reused: int, shared: Sequence[int]) -> None:
         """A waiting request has got its first pages."""
         self._leave_waiting(entry)
+        self.changes += 1
         insort(self.started, entry, key=_AGE)
         insort(self.contexts, entry, key=_AGE)
         entry.started = True
@@ -371,6 +404,7 @@ class Scheduler:
     def suspend(self, run: Pass, entry: Entry, why: str) -> None:
         """A running request gives up the place of its pages."""
         self.memory.suspend(entry)
+        self.changes += 1
         entry.request.state = RequestState.SUSPENDED
         entry.why = why
         self.stats.suspended += 1
@@ -379,6 +413,14 @@ class Scheduler:
 
     def recompute(self, run: Pass, entry: Entry, why: str) -> None:
         """A started request loses its pages and waits, as old as it is."""
+        self._free(entry, why)
+        self.outlook.recomputed()
+        run.gave_way(entry)
+        if entry.request in run.step.suspended:
+            run.step.suspended.remove(entry.request)
+        run.step.recompute.append(entry.request)
+
+    def _free(self, entry: Entry, why: str) -> None:
         self.memory.free([entry])
         entry.lost = entry.request.num_computed
         self._leave_started(entry)
@@ -387,11 +429,6 @@ class Scheduler:
         entry.why = why
         insort(self._returned, entry, key=_AGE)
         self.stats.recomputed += 1
-        self.outlook.recomputed()
-        run.gave_way(entry)
-        if entry.request in run.step.suspended:
-            run.step.suspended.remove(entry.request)
-        run.step.recompute.append(entry.request)
 
     def end(self, entry: Entry, reason: str, error: Exception | None = None) -> None:
         """A request is over."""
@@ -408,6 +445,7 @@ class Scheduler:
         self.ended.append(request)
 
     def _leave_started(self, entry: Entry) -> None:
+        self.changes += 1
         del self.started[bisect_left(self.started, entry.age, key=_AGE)]
         if entry.generates:
             computed = entry.request.num_computed

@@ -43,6 +43,19 @@ class Step:
             yield chunk.request
         yield from self.generation
 
+    @property
+    def generation_tokens(self) -> list[int]:
+        """Of each generation, before the update: tokens to compute, the last token and drafts, clipped at the end."""
+        return [
+            min(1 + r.draft_tokens, len(r._prompt) + r.max_new_tokens - 1 - r.num_computed) for r in self.generation
+        ]
+
+    def inherit(self, before: Step) -> None:
+        """An earlier pass of the same call, in which nobody ran: those who gave way in it, unless they run now."""
+        for mine, theirs in ((self.suspended, before.suspended), (self.recompute, before.recompute)):
+            known = {id(request) for request in [*self.requests, *self.suspended, *self.recompute]}
+            mine[:0] = [request for request in theirs if id(request) not in known]
+
     def __bool__(self) -> bool:
         """Whether there is anything to execute."""
         return self.num_tokens > 0

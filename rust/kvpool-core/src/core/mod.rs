@@ -11,6 +11,7 @@ mod ask;
 mod batch;
 mod commit;
 mod create;
+mod lost;
 #[cfg(all(test, kvpool_loom))]
 mod models;
 mod paths;
@@ -19,6 +20,7 @@ mod release;
 mod tiers;
 
 pub use batch::{Claim, Refusal, Start};
+pub use lost::BadPage;
 
 use crate::cache::Cache;
 use crate::error::{CoreError, Result};
@@ -276,9 +278,7 @@ impl Core {
 
     /// Largest capacity that one new unmatched cache could get now.
     pub fn available_tokens(&self) -> u64 {
-        let slots = (0..self.pools.len()).map(|pool| self.reachable(pool)).min();
-        let slots = slots.unwrap_or(0);
-        let tokens = u64::from(slots) * self.t();
+        let tokens = u64::from(self.most_for_all()) * self.t();
         self.config.max_seq_len.map_or(tokens, |most| tokens.min(most))
     }
 
