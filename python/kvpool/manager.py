@@ -29,6 +29,7 @@ from kvpool.batches import Batches, taken
 from kvpool.cache import CacheState, Closing, KVCache
 from kvpool.config import CacheConfig, Retention, Scope
 from kvpool.errors import ConfigError, InvariantError, LogicError
+from kvpool.machine import check_cuda, parse_device
 from kvpool.mover import CpuMover, Mover, SlotUse
 from kvpool.moves import Moves
 from kvpool.sizing import PoolPlan, plan_pools
@@ -66,8 +67,8 @@ class Stats(Counters):
     """Counters, and the books of every pool and tier.
 
     pools: {name: {tier: {slots, free, active, held, cached, fenced, peak}}}, in slots, with
-    `free + active + held + cached + fenced == slots`. failed_moves: pages that did not arrive. stuck_slots: slots
-    that a move which was not over in time may still write.
+    `free + active + held + cached + fenced == slots`. failed_moves: pages that did not arrive. stuck_slots: slots that
+    a move which was not over in time may still write.
     """
 
     pools: dict[str, dict[str, dict[str, int]]]
@@ -115,8 +116,9 @@ class KVCacheManager(Batches, Closing):
     ) -> None:
         if not isinstance(config, CacheConfig):
             raise ConfigError(f"config: {config!r} is not a kvpool.CacheConfig")
-        if device not in ("cpu", None):
-            raise ConfigError(f"device: {device!r} - only 'cpu' and None are available yet")
+        if device is not None and parse_device(device) is not None:
+            check_cuda(device)
+            raise ConfigError(f"device: {device!r} - the CUDA backend is not built yet; use device='cpu'")
         if policy not in ("lru", "slru"):
             raise ConfigError(f"policy: {policy!r} is none of 'lru', 'slru'")
         self.config = config

@@ -1,4 +1,4 @@
-"""The command line: `kvpool replay` and `kvpool --version`. Needs click and rich."""
+"""The command line: `kvpool replay`, `kvpool doctor` and `kvpool --version`. Needs click and rich."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from kvpool import ConfigError, __version__
+from kvpool.doctor import doctor
 from kvpool.replay import plots
 from kvpool.replay.content import Contents
 from kvpool.replay.generated import Workload, generate
@@ -52,6 +53,9 @@ def run(argv: list[str], *, corrupt_after: int | None = None) -> int:
 @click.version_option(__version__, prog_name="kvpool")
 def group() -> None:
     """KV-cache block manager for LLM inference engines."""
+
+
+group.add_command(doctor)
 
 
 @group.command()
