@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-SOURCE = Path(__file__).parent.parent / "rust" / "kvpool-core" / "src"
+RUST = Path(__file__).parent.parent / "rust"
+SOURCE = RUST / "kvpool-core" / "src"
 FILES = sorted(SOURCE.rglob("*.rs"))
+MOVER = sorted((RUST / "kvpool-mover" / "src").rglob("*.rs"))
 ORDERING = re.compile(r"Ordering::(Relaxed|Acquire|Release|AcqRel|SeqCst)\b")
 
 
@@ -51,5 +53,16 @@ def test_nobody_waits_for_a_lock() -> None:
 
 
 def test_files_stay_short() -> None:
-    for file in FILES:
+    for file in [*FILES, *MOVER]:
         assert len(file.read_text().splitlines()) <= 500, f"{file} wants to be two"
+
+
+def test_the_mover_keeps_unsafe_code_in_one_file_and_needs_no_atomics() -> None:
+    assert MOVER
+    for file in MOVER:
+        code = "\n".join(line.partition("//")[0] for line in file.read_text().splitlines())
+        assert file.name == "memory.rs" or "unsafe" not in code, f"{file}: unsafe code is in memory.rs"
+        assert "Atomic" not in code, f"{file}: one mutex guards the books"
+    memory = next(file for file in MOVER if file.name == "memory.rs").read_text()
+    blocks = re.findall(r"^\s*unsafe (?:impl|\{)", memory, re.MULTILINE)
+    assert len(blocks) == memory.count("// SAFETY:") == 3

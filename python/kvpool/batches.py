@@ -17,6 +17,8 @@ from kvpool.arguments import ByteArray, Int32Array, Tokens, count, retention_spe
 from kvpool.cache import CacheState, KVCache
 from kvpool.config import CacheConfig, Retention, Scope
 from kvpool.errors import ConfigError, LogicError
+from kvpool.mover import SlotUse
+from kvpool.moves import Moves
 
 if TYPE_CHECKING:
     from kvpool.manager import KVCacheManager
@@ -48,6 +50,7 @@ class Batches:
     _pages: dict[str, ByteArray]
     _host_pages: dict[str, ByteArray]
     _closed: bool
+    _moves: Moves | None
 
     def _open(self) -> None:
         if self._closed:
@@ -79,6 +82,7 @@ class Batches:
                         self._forget(own)
                 self._core.close([handle for handle in handles if handle is not None])
                 raise taken(cache.request_id)
+        self._check_lost(cache for cache in caches if cache is not None)
         return caches
 
     def _forget(self, cache: KVCache) -> None:
@@ -97,6 +101,12 @@ class Batches:
         for cache, free in zip(caches, released, strict=True):
             if free:
                 self._forget(cache)
+        self._bury(caches)
+
+    def _bury(self, caches: Iterable[KVCache]) -> None:
+        """What only LOST caches claimed goes with them."""
+        if self._moves is not None and any(cache._lost for cache in caches):
+            self._moves.recorder.drop_lost()
 
     def _cache_of(self, request: Any) -> KVCache:
         request_id = _id_of(request)
@@ -113,11 +123,8 @@ class Batches:
     # -- copies ---------------------------------------------------------------------------------
 
     def _copy(self, copies: Sequence[tuple[int, bool, int, int]]) -> None:
-        if self._pages:
-            for pool, host, source, destination in copies:
-                name = self.config.pools[pool].name
-                pages = self._pages[name]
-                pages[destination] = self._host_pages[name][source - 1] if host else pages[source]
+        if self._moves is not None:
+            self._moves.make(copies)
 
     def _make(self, handles: list[Cache], copies: Sequence[tuple[int, bool, int, int]]) -> None:
         """The copies for these caches; if they fail the caches are as before."""
@@ -128,8 +135,74 @@ class Batches:
             raise
         self._core.copies_done(handles)
 
+    # -- moves ----------------------------------------------------------------------------------
+
+    def _before(self) -> None:
+        """Before the books change: there is room in the mover's queues, and what has failed is known."""
+        if self._moves is not None and (self._moves.flying or self._moves.failed):
+            self._moves.before()
+            self._note_losses()
+
+    def _after(self) -> None:
+        """After the books have changed: what the core decided to move down is submitted."""
+        if self._moves is not None and self._host_pages:
+            self._moves.flush()
+
+    def _ready(self, handles: Sequence[Cache]) -> None:
+        """No move touches the slots of these ACTIVE caches any more."""
+        moves = self._moves
+        if moves is None or not (self._host_pages or moves.flying or moves.failed):
+            return
+        self._after()
+        if moves.flying or moves.stuck:
+            moves.wait([(pool, self._slots(handles, pool)) for pool in range(len(self.config.pools))])
+        self._note_losses()
+
+    def _slots(self, handles: Sequence[Cache], pool: int) -> list[int]:
+        _, indices, _ = self._core.block_tables_csr(handles, pool, self.config.tokens_per_block)
+        slots: list[int] = np.unique(np.frombuffer(indices, np.int32)).tolist()
+        return [slot for slot in slots if slot]
+
+    def _used_by(self, cache: KVCache) -> list[SlotUse]:
+        """What a step over an ACTIVE cache reads, and writes: the pages from its history on."""
+        uses = []
+        first = cache.history_length // self.config.tokens_per_block
+        for pool, config in enumerate(self.config.pools):
+            _, indices, _ = self._core.block_tables_csr([cache._handle], pool, self.config.tokens_per_block)
+            table = np.frombuffer(indices, np.int32)
+            if self._moves is not None and self._moves.stuck:  # of a LOST cache: nobody else ever uses them
+                stuck = [slot for at, host, slot in self._moves.stuck if at == pool and not host]
+                table = np.where(np.isin(table, stuck), 0, table)
+            written = table[first:]
+            uses.append(SlotUse(config.name, "device", table[table > 0]))
+            uses.append(SlotUse(config.name, "device", written[written > 0], True))
+        return uses
+
+    def _note_losses(self) -> None:
+        """Caches that claim or own a page that did not arrive are LOST; blocks that nobody claims are dropped."""
+        moves = self._moves
+        if moves is None or not (bad := moves.take_bad()):
+            return
+        caches = [cache for cache in list(self._caches.values()) if cache._state is None]
+        for cache, hit in zip(caches, moves.recorder.lose([cache._handle for cache in caches], bad), strict=True):
+            cache._lost |= hit
+
+    def _check_lost(self, caches: Iterable[KVCache]) -> None:
+        """New caches may have matched blocks that another thread was just losing."""
+        if self._moves is not None and self._moves.failed:
+            for cache in caches:
+                cache._lost |= self._moves.recorder.is_lost(cache._handle)
+
+    def lost(self) -> list[int | str]:
+        """Requests whose cache is LOST, and not closed yet: a move of its pages failed."""
+        self._before()
+        return [cache.request_id for cache in list(self._caches.values()) if cache._lost and cache._state is None]
+
     def _provide(self, caches: Sequence[tuple[KVCache, int, int]], stop: bool = False) -> list[bool]:
         """Room for (cache, tokens behind its history, most tokens in all), and the copies."""
+        self._before()
+        if any(cache._lost for cache, _, _ in caches):
+            return self._provide_others(caches, stop)
         entries = [(cache._handle, tokens, most) for cache, tokens, most in caches]
         provided, copies = self._core.provide(entries, stop)
         for (cache, _, _), done in zip(caches, provided, strict=False):
@@ -137,7 +210,16 @@ class Batches:
                 cache._state = CacheState.CLOSED
                 self._forget(cache)
         self._make([handle for (handle, _, _), done in zip(entries, provided, strict=False) if done], copies)
+        self._after()
         return [done is True for done in provided]
+
+    def _provide_others(self, caches: Sequence[tuple[KVCache, int, int]], stop: bool) -> list[bool]:
+        """As `_provide`; False for those that are LOST, which stay as they are."""
+        lost = [cache._lost for cache, _, _ in caches]
+        if stop:
+            return self._provide(caches[: lost.index(True)], stop)
+        provided = iter(self._provide([entry for entry, gone in zip(caches, lost, strict=True) if not gone]))
+        return [not gone and next(provided) for gone in lost]
 
     # -- caches ---------------------------------------------------------------------------------
 
@@ -221,7 +303,9 @@ class Batches:
     def suspend_requests(self, requests: Iterable[Any]) -> None:
         """Suspend the caches of these requests, in order; one that has none is passed over."""
         self._open()
+        self._before()
         self._core.suspend([cache._handle for cache in self._found(_listed(requests, "requests"))])
+        self._after()
 
     def free_requests(self, requests: Iterable[Any]) -> None:
         """Close the caches of these requests, in order; one that has none is passed over."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Self
 
 from kvpool import _core
 from kvpool.arguments import Int32Array, Tokens, count, token_array
+from kvpool.errors import LogicError
 
 if TYPE_CHECKING:
     from kvpool.manager import KVCacheManager
@@ -52,7 +53,7 @@ class KVCache(Closing):
     forbids a call, ValueError for arguments out of range; both leave everything as it was.
     """
 
-    __slots__ = ("__weakref__", "_handle", "_last", "_manager", "_state", "request_id")
+    __slots__ = ("__weakref__", "_handle", "_last", "_lost", "_manager", "_state", "request_id")
 
     request_id: int | str
 
@@ -61,6 +62,7 @@ class KVCache(Closing):
         self._handle = handle
         self._state: CacheState | None = None
         self._last = (0, 0, 0, 0)
+        self._lost = False
         self.request_id = request_id
 
     def _info(self) -> tuple[int, int, int, int]:
@@ -70,9 +72,11 @@ class KVCache(Closing):
 
     @property
     def state(self) -> CacheState:
-        """SUSPENDED, ACTIVE or CLOSED."""
+        """SUSPENDED, ACTIVE, CLOSED; or LOST: a page of it did not arrive, it can only be closed."""
         if self._state is CacheState.CLOSED:
             return CacheState.CLOSED
+        if self._lost:
+            return CacheState.LOST
         return CacheState(self._manager._core.info(self._handle)[0])
 
     @property
@@ -96,22 +100,36 @@ class KVCache(Closing):
         return self._info()[3]
 
     def resume(self) -> bool:
-        """All live pages on the device, the partial block copied; ACTIVE. True if it already was."""
+        """All live pages on the device, the partial block copied; ACTIVE. True if it already was. LOST: False."""
+        self._manager._before()
+        if self._lost and self._state is None:
+            return False
         resumed, copies = self._manager._core.resume(self._handle)
         if copies:
             self._manager._make([self._handle], copies)
+        self._manager._after()
         return resumed
 
     def suspend(self) -> None:
         """Give up the place: SUSPENDED. Its pages may move down to the host; without one they stay."""
+        self._manager._before()
         self._manager._core.suspend([self._handle])
+        self._manager._after()
 
     def resize(self, capacity: int, history_length: int | None = None) -> bool:
         """Set capacity and history (tokens) in all pools; False: not enough room, nothing changed."""
         capacity = count(capacity, "capacity")
         if history_length is not None:
             history_length = count(history_length, "history_length")
-        return self._manager._core.resize(self._handle, capacity, history_length)
+        self._manager._before()
+        self._usable("resize")
+        resized = self._manager._core.resize(self._handle, capacity, history_length)
+        self._manager._after()
+        return resized
+
+    def _usable(self, what: str) -> None:
+        if self._lost and self._state is None:
+            raise LogicError(f"{what}: the cache is LOST, a move of its pages failed: close it and compute again")
 
     def commit(self, tokens: Tokens) -> bool:
         """Declare the next tokens final; full blocks enter the tree. True if a block table entry changed.
@@ -119,7 +137,14 @@ class KVCache(Closing):
         Only tokens whose keys and values are written. ValueError past the capacity; LogicError for
         prompt tokens other than those given at creation.
         """
-        return self._manager._core.commit(self._handle, token_array(tokens))
+        final = token_array(tokens)
+        manager = self._manager
+        if manager._moves is not None and (manager._moves.flying or manager._moves.failed):
+            manager._ready([self._handle])  # nothing is final before the pages it depends on have arrived
+        self._usable("commit")
+        changed = manager._core.commit(self._handle, final)
+        manager._after()
+        return changed
 
     def block_table(self, pool: str, fill: int = 0) -> Int32Array:
         """Slots of this cache in `pool`: int32, ceil(capacity / tokens_per_block) entries, stale ones `fill`."""
@@ -138,6 +163,8 @@ class KVCache(Closing):
             raise
         if free:
             self._manager._forget(self)
+        if self._lost:
+            self._manager._bury([self])
 
     def _mark_closed(self) -> None:
         """Keep the last lengths: the core forgets them."""

@@ -29,6 +29,8 @@ from kvpool.batches import Batches, taken
 from kvpool.cache import CacheState, Closing, KVCache
 from kvpool.config import CacheConfig, Retention, Scope
 from kvpool.errors import ConfigError, InvariantError, LogicError
+from kvpool.mover import CpuMover, Mover, SlotUse
+from kvpool.moves import Moves
 from kvpool.sizing import PoolPlan, plan_pools
 
 _BOOKS = ("slots", "free", "active", "held", "cached", "fenced", "peak")
@@ -39,7 +41,8 @@ class Stats:
     """Counters since construction (tokens, blocks, pages) and the books of every pool and tier.
 
     pools: {name: {tier: {slots, free, active, held, cached, fenced, peak}}}, in slots, with
-    `free + active + held + cached + fenced == slots`.
+    `free + active + held + cached + fenced == slots`. failed_moves: pages that did not arrive. stuck_slots: slots
+    that a move which was not over in time may still write.
     """
 
     requests: int
@@ -52,6 +55,8 @@ class Stats:
     offloaded: int
     onboarded: int
     pools: dict[str, dict[str, dict[str, int]]]
+    failed_moves: int = 0
+    stuck_slots: int = 0
 
     @property
     def hit_rate_tokens(self) -> float:
@@ -81,26 +86,13 @@ class Event:
     tier: str
 
 
-def _offload(
-    config: CacheConfig, device: Mapping[str, ByteArray], host: Mapping[str, ByteArray]
-) -> Callable[[int, int, int], bool]:
-    """What the core calls to copy a page down: (pool, device slot, host slot from 1). Holds no manager."""
-    pairs = [(device[pool.name], host[pool.name]) for pool in config.pools]
-
-    def offload(pool: int, source: int, destination: int) -> bool:
-        near, far = pairs[pool]
-        far[destination - 1] = near[source]
-        return True
-
-    return offload
-
-
 class KVCacheManager(Batches, Closing):
     """Pools, tree and caches of one device.
 
     device: "cpu" (pages in host memory) or None (books only). plan: slots per pool instead of
     `plan_pools(config)`. buffers: the engine's own memory per pool, (num_slots + 1) * page_bytes bytes,
-    C-contiguous. policy: "lru", or "slru" (request-level segmented LRU with ghosts).
+    C-contiguous. policy: "lru", or "slru" (request-level segmented LRU with ghosts). move_timeout_s: a move that takes
+    longer has failed. mover: makes it from {pool: (device pages, host pages or None)}.
     Raises ConfigError for what cannot be provided. A context manager that closes.
     """
 
@@ -112,6 +104,8 @@ class KVCacheManager(Batches, Closing):
         plan: PoolPlan | None = None,
         buffers: Mapping[str, Any] | None = None,
         policy: str = "lru",
+        move_timeout_s: float | None = 60.0,
+        mover: Callable[[Mapping[str, tuple[ByteArray, ByteArray | None]]], Mover] = CpuMover,
     ) -> None:
         if not isinstance(config, CacheConfig):
             raise ConfigError(f"config: {config!r} is not a kvpool.CacheConfig")
@@ -141,8 +135,13 @@ class KVCacheManager(Batches, Closing):
             policy=policy,
             clock=config.clock,
             offload_min_priority=config.offload_min_priority,
-            offload=_offload(config, self._pages, self._host_pages) if self._host_pages else None,
+            record=bool(self._host_pages),
         )
+        self._moves: Moves | None = None
+        if self._pages:
+            pages = {name: (device, self._host_pages.get(name)) for name, device in self._pages.items()}
+            self._moves = Moves(self._core, mover(pages), list(pages), move_timeout_s)
+        self._uses: dict[KVCache, list[list[SlotUse]]] = {}
         self._caches: dict[int | str, KVCache] = {}
         self._closed = False
 
@@ -228,6 +227,7 @@ class KVCacheManager(Batches, Closing):
         if self._caches.setdefault(request_id, cache) is not cache:  # another thread was faster
             self._core.close([handle])
             raise taken(request_id)
+        self._check_lost([cache])
         return cache
 
     def cache(self, request_id: int | str) -> KVCache:
@@ -249,7 +249,10 @@ class KVCacheManager(Batches, Closing):
     def evict(self, num_blocks: int) -> int:
         """Up to `num_blocks` leaves leave the device, in the order of eviction; returns how many did."""
         self._open()
-        return self._core.evict(count(num_blocks, "num_blocks"))
+        self._before()
+        evicted = self._core.evict(count(num_blocks, "num_blocks"))
+        self._after()
+        return evicted
 
     def clear(self) -> None:
         """Drop all that is unclaimed."""
@@ -268,7 +271,7 @@ class KVCacheManager(Batches, Closing):
 
     def pages(self, pool: str, tier: str = "device") -> ByteArray:
         """Pages of a pool, zero-copy: (num_slots + 1, page_bytes) uint8, row 0 the null page; on the host (host_slots,
-        page_bytes).
+        page_bytes). All moves so far are over when it returns.
 
         LogicError: device=None, or no host tier.
         """
@@ -277,6 +280,8 @@ class KVCacheManager(Batches, Closing):
         self._pool(pool)
         if not self._pages:
             raise LogicError("pages: device=None keeps books only")
+        if self._moves is not None:
+            self._moves.settle()
         if tier == "device":
             return self._pages[pool]
         if not self._host_pages:
@@ -303,6 +308,7 @@ class KVCacheManager(Batches, Closing):
         index, handles = self._pool(pool), self._handles(caches)
         if isinstance(fill, bool) or not isinstance(fill, int | np.integer) or not -(2**31) <= fill < 2**31:
             raise ValueError(f"fill: {fill!r} is not an int32")
+        self._ready(handles)
         widest = self._core.widest(handles, index)
         if out is None:
             out = np.empty((len(handles), widest), np.int32)
@@ -321,17 +327,33 @@ class KVCacheManager(Batches, Closing):
 
         last_page_len counts capacity: 1..tokens_per_block, 0 for a cache without capacity.
         """
-        raw = self._core.block_tables_csr(self._handles(caches), self._pool(pool), self.config.tokens_per_block)
+        handles, index = self._handles(caches), self._pool(pool)
+        self._ready(handles)
+        raw = self._core.block_tables_csr(handles, index, self.config.tokens_per_block)
         indptr, indices, last_page_len = (np.frombuffer(part, np.int32) for part in raw)
         return indptr, indices, last_page_len
 
     def step_begin(self, caches: Sequence[KVCache], stream: object = None) -> None:
-        """Before the launch of a step over ACTIVE caches: their slots stay fenced until `step_end`."""
-        self._core.step_begin(self._handles(caches))
+        """Before the launch of a step over ACTIVE caches: their slots stay fenced until `step_end`.
+
+        Returns when every move that touches their slots is over. A cache whose pages did not arrive is LOST then.
+        """
+        handles = self._handles(caches)
+        self._ready(handles)
+        self._core.step_begin(handles)
+        if self._moves is not None and self._moves.notes(stream):
+            for cache in caches:
+                self._uses.setdefault(cache, []).append(self._used_by(cache))
 
     def step_end(self, caches: Sequence[KVCache], stream: object = None) -> None:
         """After the step: what was freed or closed meanwhile is given back. LogicError without `step_begin`."""
-        released = self._core.step_end(self._handles(caches))
+        handles = self._handles(caches)
+        if self._moves is not None and self._uses:
+            begun = [self._uses[cache].pop(0) for cache in caches if self._uses.get(cache)]
+            self._uses = {cache: uses for cache, uses in self._uses.items() if uses}
+            self._moves.used([use for uses in begun for use in uses], stream)
+        released = self._core.step_end(handles)
+        self._after()
         for cache, gone in zip(caches, released, strict=True):
             if gone:
                 self._forget(cache)
@@ -364,7 +386,9 @@ class KVCacheManager(Batches, Closing):
             counters, books = self._core.stats(tier == "host")
             for pool, book in zip(self.config.pools, books, strict=True):
                 pools[pool.name][tier] = dict(zip(_BOOKS, book, strict=True))
-        return Stats(**counters, pools=pools)
+        if self._moves is None:
+            return Stats(**counters, pools=pools)
+        return Stats(**counters, pools=pools, failed_moves=self._moves.failed, stuck_slots=len(self._moves.stuck))
 
     def check(self) -> None:
         """Recompute all books; `InvariantError` names the equation that broke, or the written null page."""
@@ -379,3 +403,5 @@ class KVCacheManager(Batches, Closing):
             return
         self._close([cache for cache in self._caches.values() if cache._state is not CacheState.CLOSED])
         self._closed = True
+        if self._moves is not None:
+            self._moves.mover.close()

@@ -67,7 +67,7 @@ fn check_tree(core: &Core) -> Result<()> {
             "node {i}: depth {} != {depth}",
             node.depth.get()
         );
-        if block {
+        if block && node.lost.get() == 0 {
             let tokens: Vec<i32> = tree.tokens(i).collect();
             let found = tree.child(&tree.root_of(i), parent, node.key.get(), &tokens);
             ensure!(found == Some(tree.at(i)), "node {i}: look-up finds {found:?}");
@@ -263,6 +263,22 @@ fn check_slots(core: &Core, caches: &[&Cache], tier: Tier, pool: usize) -> Resul
         }
         for &(_, slot) in cache.fenced.iter().filter(|(at, _)| *at as usize == pool) {
             owners[slot as usize].push(Owner::Fenced);
+        }
+    }
+    for cache in caches {
+        match tier {
+            Tier::Device => {
+                for &(_, _, slot) in cache.onboards.iter().filter(|(at, ..)| *at as usize == pool) {
+                    owners[slot as usize].push(cache.private_owner());
+                }
+            }
+            Tier::Host => {
+                for &(_, slot) in cache.lent.iter().filter(|(at, _)| *at as usize == pool) {
+                    if slots.is_left(slot) && owners[slot as usize].is_empty() {
+                        owners[slot as usize].push(Owner::Fenced);
+                    }
+                }
+            }
         }
     }
     for (slot, owners) in owners.iter().enumerate().skip(1) {

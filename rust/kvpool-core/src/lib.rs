@@ -29,6 +29,6 @@ pub mod tree;
 pub mod types;
 pub mod words;
 
-pub use crate::core::{CacheInfo, Claim, Core, Refusal, Start};
+pub use crate::core::{BadPage, CacheInfo, Claim, Core, Refusal, Start};
 pub use cache::Cache;
 pub use error::{CoreError, Result};

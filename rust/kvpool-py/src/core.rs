@@ -5,6 +5,7 @@
 //! than it gives); those that walk all blocks let it go.
 
 use crate::cache::{distinct, enter_all, Cache};
+use crate::recorded::Recorded;
 use kvpool_core::events::{Event, EventKind};
 use kvpool_core::types::{
     CoreConfig, Mover, NoMover, PageCopy, PolicyKind, PoolSpec, RangeSpec, Retain, RetentionSpec,
@@ -18,7 +19,7 @@ use pyo3::pybacked::PyBackedBytes;
 use pyo3::types::{PyByteArray, PyDict};
 use std::collections::HashSet;
 
-fn raise(py: Python<'_>, error: CoreError) -> PyErr {
+pub fn raise(py: Python<'_>, error: CoreError) -> PyErr {
     let (class, message) = match error {
         CoreError::Value(message) => return PyValueError::new_err(message),
         CoreError::Memory(message) => return PyMemoryError::new_err(message),
@@ -83,6 +84,7 @@ pub type Ranges = (Vec<(u64, Option<u64>, u8, Option<f64>)>, u8, Option<f64>);
 pub struct Core {
     pub core: kvpool_core::Core,
     clock: Option<Py<PyAny>>,
+    pub recorded: Recorded,
 }
 
 impl Core {
@@ -153,9 +155,9 @@ pub fn outcome<T>(py: Python<'_>, result: kvpool_core::Result<T>) -> PyResult<T>
 #[pymethods]
 impl Core {
     /// Pools: (name, device slots, host slots, window or None, sink_tokens). offload(pool, device slot, host slot) -> whether
-    /// the page was copied, both slots from 1.
+    /// the page was copied, both slots from 1; without it, `record`: they are kept for `Recorder.take`.
     #[new]
-    #[pyo3(signature = (*, tokens_per_block, pools, max_blocks, max_seq_len=None, partial_reuse=true, hash_seed=0, policy="lru", collide=false, clock=None, offload_min_priority=30, offload=None))]
+    #[pyo3(signature = (*, tokens_per_block, pools, max_blocks, max_seq_len=None, partial_reuse=true, hash_seed=0, policy="lru", collide=false, clock=None, offload_min_priority=30, offload=None, record=false))]
     #[allow(clippy::too_many_arguments)]
     fn new(
         py: Python<'_>,
@@ -170,6 +172,7 @@ impl Core {
         clock: Option<Py<PyAny>>,
         offload_min_priority: u8,
         offload: Option<Py<PyAny>>,
+        record: bool,
     ) -> PyResult<Self> {
         let policy = match policy {
             "lru" => PolicyKind::Lru,
@@ -201,12 +204,18 @@ impl Core {
             offload_min_priority,
             collide,
         };
+        let recorded = Recorded::default();
         let mover: Box<dyn Mover> = match offload {
             Some(call) => Box::new(Offload(call)),
+            None if record => Box::new(recorded.clone()),
             None => Box::new(NoMover),
         };
         let core = kvpool_core::Core::with_mover(config, mover).map_err(|error| raise(py, error))?;
-        Ok(Self { core, clock })
+        Ok(Self {
+            core,
+            clock,
+            recorded,
+        })
     }
 
     /// The cache claims the longest match of `tokens`.

@@ -6,6 +6,8 @@ mod cache;
 mod core;
 mod forecast;
 mod kernels;
+mod mover;
+mod recorded;
 mod roster;
 mod started;
 
@@ -22,6 +24,10 @@ mod _core {
     use crate::forecast::Forecast;
     #[pymodule_export]
     use crate::kernels::{kernel_names, kernel_source};
+    #[pymodule_export]
+    use crate::mover::{Mover, Ticket};
+    #[pymodule_export]
+    use crate::recorded::Recorder;
     #[pymodule_export]
     use crate::roster::{Allocation, Roster};
     #[pymodule_export]

@@ -11,14 +11,18 @@ mod ask;
 mod batch;
 mod commit;
 mod create;
+mod lost;
 #[cfg(all(test, kvpool_loom))]
 mod models;
 mod paths;
 mod provide;
 mod release;
+#[cfg(all(test, kvpool_loom))]
+mod tier_models;
 mod tiers;
 
 pub use batch::{Claim, Refusal, Start};
+pub use lost::BadPage;
 
 use crate::cache::Cache;
 use crate::error::{CoreError, Result};
@@ -182,7 +186,11 @@ impl Core {
             first_full: windowed.iter().position(|w| !w),
             keeper: Keeper::new(nodes, tiered, &windowed, config.policy),
             pools: config.pools.iter().map(|p| SlotPool::new(p.num_slots)).collect(),
-            hosts: config.pools.iter().map(|p| SlotPool::new(p.host_slots)).collect(),
+            hosts: config
+                .pools
+                .iter()
+                .map(|p| SlotPool::lending(p.host_slots))
+                .collect(),
             tree: Tree::new(
                 config.tokens_per_block as usize,
                 config.max_blocks,

@@ -70,6 +70,7 @@ impl Tree {
         }
         let n = &self.nodes[index];
         n.parent.get() == parent.0
+            && n.lost.get() == 0
             && (!parent.is_nil() || n.scope.iter().zip(root.digest).all(|(a, b)| a.get() == b))
     }
 

@@ -14,6 +14,8 @@ mod life;
 mod lookup;
 #[cfg(all(test, kvpool_loom))]
 mod models;
+#[cfg(all(test, kvpool_loom))]
+mod move_models;
 mod moves;
 
 pub use life::{Claimed, Dead};
@@ -58,6 +60,8 @@ pub struct Node {
     pub seq: Field,
     /// Weights epoch of its root.
     pub epoch: Field,
+    /// 1: a page of it is bad; no look-up finds it any more.
+    pub lost: Field,
     /// Digest of its root; compared for first blocks only.
     scope: [Field; 2],
 }
@@ -170,6 +174,7 @@ impl Tree {
             segment: Field::new(0),
             seq: Field::new(0),
             epoch: Field::new(0),
+            lost: Field::new(0),
             scope: [Field::new(0), Field::new(0)],
             holders: Counter::default(),
         };
@@ -296,12 +301,12 @@ impl Tree {
 
     /// Nodes below that are on the device.
     pub fn near(&self, index: usize) -> u32 {
-        self.nodes[index].near.load(Ordering::Relaxed) // Relaxed: a hint for the order of eviction
+        self.nodes[index].near.load(Ordering::Relaxed) // Relaxed: it grows under a pin only; `Tree::seize` looks at it after the pins
     }
 
     /// ACTIVE caches whose path contains the node.
     pub fn pins(&self, index: usize) -> u64 {
-        self.nodes[index].pins.load(Ordering::SeqCst) & !moves::NEAR // SeqCst: partner the fetch_add in `Tree::pin`, after the CAS in `Tree::seize`
+        self.nodes[index].pins.load(Ordering::Acquire) & !moves::NEAR // Acquire: partner the CAS in `Tree::unpin`
     }
 
     /// Nodes below.

@@ -1,0 +1,161 @@
+"""A manager's moves: what the core has decided becomes batches of the mover; tickets until they are known to be good.
+
+Order within a call of the manager: offloads, onboards, copies; one submission per pool and direction. The core has
+changed its books by then, so a move that fails is reported later (`take_bad`), by the slot that did not get its page.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from kvpool._core import Core, Recorder
+from kvpool.mover import CpuMover, CpuStream, MoveBatch, Mover, SlotUse, Ticket
+
+# (pool, on the host, slot as the core counts it: from 1)
+BadPage = tuple[int, bool, int]
+MOST_TICKETS = 48  # before a call that may move; the queues of a mover are longer by what one call submits
+
+
+@dataclass(slots=True)
+class _Flight:
+    ticket: Ticket
+    pool: int
+    host: bool
+    slots: list[int]
+
+
+class Moves:
+    """Submits, waits, and knows what failed. Safe for any number of threads."""
+
+    def __init__(self, core: Core, mover: Mover, pools: Sequence[str], timeout: float | None) -> None:
+        self.mover = mover
+        self.recorder = Recorder(core)
+        self.flying: list[_Flight] = []
+        self.failed = 0
+        self.stuck: set[BadPage] = set()
+        self._names = list(pools)
+        self._timeout = timeout
+        self._bad: list[BadPage] = []
+        self._lock = threading.RLock()  # who takes the record submits it before anybody else submits anything
+        self._checked = isinstance(mover, CpuMover) and mover.checks
+
+    # -- before and after the core's books change ----------------------------------------------
+
+    def before(self) -> None:
+        """Look at what is over; if much is not, wait for the oldest. The only place that waits for room."""
+        with self._lock:
+            self._look()
+            while len(self.flying) >= MOST_TICKETS:
+                self._wait_for_oldest()
+
+    def flush(self) -> None:
+        """Submit the offloads that the core has decided on."""
+        with self._lock:
+            taken = self.recorder.take()
+            pools: dict[int, tuple[list[int], list[int]]] = {}
+            for pool, source, target in taken:
+                sources, targets = pools.setdefault(pool, ([], []))
+                if target in targets:  # the page that went there is gone again: another batch behind the first
+                    self._submit(pool, "offload", sources, targets)
+                    sources, targets = pools[pool] = ([], [])
+                sources.append(source)
+                targets.append(target)
+            for pool, (sources, targets) in pools.items():
+                self._submit(pool, "offload", sources, targets)
+
+    def make(self, copies: Iterable[tuple[int, bool, int, int]]) -> None:
+        """Offloads first, then (pool, source on the host, source, destination): onboards, then copies."""
+        groups: dict[tuple[int, bool], tuple[list[int], list[int]]] = {}
+        for pool, host, source, target in copies:
+            sources, targets = groups.setdefault((pool, host), ([], []))
+            sources.append(source)
+            targets.append(target)
+        with self._lock:
+            self.flush()
+            for up in (True, False):
+                for (pool, host), (sources, targets) in groups.items():
+                    if host is up:
+                        self._submit(pool, "onboard" if host else "copy", sources, targets)
+
+    def _submit(self, pool: int, direction: str, sources: list[int], targets: list[int]) -> None:
+        # The core counts host slots from 1, the mover from 0.
+        down, up = direction == "offload", direction == "onboard"
+        batch = MoveBatch(
+            self._names[pool],
+            direction,
+            [slot - 1 for slot in sources] if up else sources,
+            [slot - 1 for slot in targets] if down else targets,
+        )
+        while (ticket := self.mover.submit(batch)) is None:
+            if not self.flying:  # what fills the queue was given up long ago
+                self._fail([(pool, down, slot) for slot in targets])
+                return
+            self._wait_for_oldest()
+        self.flying.append(_Flight(ticket, pool, down, targets))
+
+    # -- what became of it ---------------------------------------------------------------------
+
+    def _wait_for_oldest(self) -> None:
+        if not self.flying[0].ticket.wait(self._timeout):
+            self._give_up(self.flying[:1])
+        self._look()
+
+    def _give_up(self, flights: Iterable[_Flight]) -> None:
+        for flight in flights:
+            if flight.ticket.give_up():
+                self.stuck.update((flight.pool, flight.host, slot) for slot in flight.slots)
+
+    def _fail(self, pages: Sequence[BadPage]) -> None:
+        self._bad += pages
+        self.failed += len(pages)
+
+    def _look(self) -> None:
+        if not self.flying:
+            return
+        over = [flight for flight in self.flying if flight.ticket.done()]
+        if over:
+            self.flying = [flight for flight in self.flying if flight not in over]
+        for flight in over:
+            self._fail([(flight.pool, flight.host, flight.slots[error.index]) for error in flight.ticket.errors()])
+
+    def take_bad(self) -> list[BadPage]:
+        """Pages that turned out not to have arrived since the last call."""
+        if not self.flying and not self._bad:
+            return []
+        with self._lock:
+            self._look()
+            bad, self._bad = self._bad, []
+        return bad
+
+    def wait(self, slots: Sequence[tuple[int, list[int]]]) -> None:
+        """Everything that touches these device slots, by pool, is over; what is not in time has failed."""
+        with self._lock:
+            self.flush()
+            flights = self.flying
+        if flights:
+            uses = [SlotUse(self._names[pool], "device", of) for pool, of in slots]
+            if not self.mover.step_begin(uses, None, self._timeout):
+                self._give_up(flights)
+        if self.stuck:
+            stuck = [(pool, False, slot) for pool, of in slots for slot in of if (pool, False, slot) in self.stuck]
+            with self._lock:
+                self._fail(stuck)
+
+    def settle(self) -> None:
+        """All moves so far are over."""
+        self.flush()
+        flights = self.flying
+        if flights and not self.mover.synchronize(self._timeout):
+            self._give_up(flights)
+
+    # -- the engine's kernels --------------------------------------------------------------------
+
+    def notes(self, stream: object) -> bool:
+        """Whether what a step uses must be written down: not if it is over at `step_end` and no page ever failed."""
+        return self._checked or self.failed > 0 or isinstance(stream, CpuStream)
+
+    def used(self, uses: Sequence[SlotUse], stream: object) -> None:
+        """A step, launched on this stream or over, used these slots."""
+        self.mover.step_end(uses, stream if isinstance(stream, CpuStream) else None)

@@ -1,0 +1,75 @@
+//! The `Recorder` class: offloads that a core has decided on and nobody has made yet, and what becomes of bad pages.
+
+use crate::cache::Cache;
+use crate::core::Core;
+use kvpool_core::types::Mover;
+use kvpool_core::words::Tier;
+use pyo3::prelude::*;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// (pool, device slot, host slot), both from 1
+type Offloads = Vec<(usize, u32, u32)>;
+
+/// Pages go down by whoever takes the record next; their old slots may be handed out before.
+#[derive(Debug, Clone, Default)]
+pub struct Recorded(Arc<Mutex<Offloads>>);
+
+impl Recorded {
+    fn all(&self) -> MutexGuard<'_, Offloads> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Mover for Recorded {
+    fn offload(&self, pool: usize, src: u32, dst: u32) -> bool {
+        self.all().push((pool, src, dst));
+        true
+    }
+}
+
+/// A mover's view of a core. Holds no state of its own.
+#[pyclass(frozen, module = "kvpool._core")]
+pub struct Recorder {
+    core: Py<Core>,
+}
+
+#[pymethods]
+impl Recorder {
+    #[new]
+    fn new(core: Py<Core>) -> Self {
+        Self { core }
+    }
+
+    /// -> [(pool, device slot, host slot)], both from 1, since the last call: to be made in this order, before anything
+    /// else is moved or computed
+    fn take(&self) -> Offloads {
+        std::mem::take(&mut *self.core.get().recorded.all())
+    }
+
+    /// Pages whose content is bad: (pool, on the host, slot from 1) -> per cache: whether it claims or owns one of them, or
+    /// another thread is in it
+    fn lose(&self, caches: Vec<Py<Cache>>, pages: Vec<(usize, bool, u32)>) -> Vec<bool> {
+        let core = &self.core.get().core;
+        let tier = |host| if host { Tier::Host } else { Tier::Device };
+        let pages = pages.into_iter();
+        let bad: Vec<_> = pages
+            .map(|(pool, host, slot)| core.lose(pool, tier(host), slot))
+            .collect();
+        let hit = |cache: &Py<Cache>| match cache.get().enter() {
+            Ok(cache) => bad.iter().any(|page| core.has_bad(&cache, page)),
+            Err(_) => true,
+        };
+        caches.iter().map(hit).collect()
+    }
+
+    /// Whether a block on the cache's path is lost.
+    fn is_lost(&self, cache: &Bound<'_, Cache>) -> bool {
+        let core = &self.core.get().core;
+        cache.get().enter().is_ok_and(|cache| core.is_lost(&cache))
+    }
+
+    /// Drops lost blocks that nobody claims any more.
+    fn drop_lost(&self) {
+        self.core.get().core.drop_lost();
+    }
+}

@@ -1,0 +1,168 @@
+"""The happens-before checker: every planted ordering bug is named, however the work is timed; clean runs are silent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from kvpool import InvariantError
+from kvpool.mover import CpuMover, MoveBatch, SlotUse
+from movers import ORDERS, World
+
+MODES: dict[str, dict[str, Any]] = {"threads": {}, **{order: {"simulate": (order, 1)} for order in ORDERS}}
+
+
+def move(world: World, direction: str, src: list[int], dst: list[int]) -> None:
+    assert world.mover.submit(MoveBatch("full", direction, src, dst)) is not None
+
+
+def kernel(world: World, slot: int, writes: bool) -> None:
+    """A kernel in its own thread uses a device slot."""
+    stream = world.engine[1]
+    assert stream is not None
+    world.mover.step_begin([SlotUse("full", "device", [slot], writes)], stream)
+    stream.launch(lambda: None)
+    world.mover.step_end([SlotUse("full", "device", [slot], writes)], stream)
+
+
+def offload_before_compute(world: World) -> None:
+    kernel(world, 1, writes=True)
+    move(world, "offload", [1], [0])
+
+
+def reuse_before_copy(world: World) -> None:
+    move(world, "offload", [1], [0])
+    kernel(world, 1, writes=True)
+
+
+def reuse_by_onboard_before_copy(world: World) -> None:
+    move(world, "offload", [1], [0])
+    move(world, "onboard", [3], [1])
+
+
+def compute_before_onboard(world: World) -> None:
+    move(world, "onboard", [0], [1])
+    kernel(world, 1, writes=False)
+
+
+def onboard_over_use(world: World) -> None:
+    kernel(world, 1, writes=False)
+    move(world, "onboard", [0], [1])
+
+
+def staging_reuse(world: World) -> None:
+    move(world, "offload", [1, 3, 5], [0, 1, 2])
+
+
+def descriptor_rewrite(world: World) -> None:
+    move(world, "offload", [1], [0])
+    move(world, "onboard", [5], [2])
+
+
+def host_read_early(world: World) -> None:
+    move(world, "offload", [1], [0])
+    world.mover.wait_on(None, "full", "host", [0])
+    world.mover.step_end([SlotUse("full", "host", [0])])
+
+
+def host_overwrite(world: World) -> None:
+    move(world, "onboard", [0], [1])
+    move(world, "offload", [2], [0])
+
+
+def onboard_before_offload(world: World) -> None:
+    move(world, "offload", [1], [0])
+    move(world, "onboard", [0], [2])
+
+
+# name of the plant and of the finding, what shows it, and what the message must say of it
+PLANTS: list[tuple[str, Callable[[World], None], str]] = [
+    ("offload-before-compute", offload_before_compute, "offload 1 reads device slot 1 .* compute stream"),
+    ("reuse-before-copy", reuse_before_copy, "compute stream 2 writes device slot 1 .* offload 1"),
+    ("reuse-before-copy", reuse_by_onboard_before_copy, "onboard 1 writes device slot 1 .* offload 1"),
+    ("compute-before-onboard", compute_before_onboard, "compute stream 2 reads device slot 1 .* onboard 1"),
+    ("onboard-over-use", onboard_over_use, "onboard 1 writes device slot 1 .* compute stream 2"),
+    ("staging-reuse", staging_reuse, "copy 2 writes staging slot 0 .* offload 1"),
+    ("descriptor-rewrite", descriptor_rewrite, "onboard 1 writes descriptor buffer 0 .* offload 1"),
+    ("host-read-early", host_read_early, "compute 1 reads host slot 0 .* offload 1"),
+    ("host-overwrite", host_overwrite, "offload 1 writes host slot 0 .* onboard 1"),
+    ("onboard-before-offload", onboard_before_offload, "onboard 1 reads host slot 0 .* offload 1"),
+]
+IDS = [scenario.__name__ for _, scenario, _ in PLANTS]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("plant", "scenario", "text"), PLANTS, ids=IDS)
+def test_a_planted_bug_is_named_by_the_checker(
+    plant: str, scenario: Callable[[World], None], text: str, mode: str
+) -> None:
+    world = World(1, options={"staging": 2 * (plant == "staging-reuse"), "plant": plant, **MODES[mode]})
+    with pytest.raises(InvariantError, match=f"{plant}: {text}"):
+        scenario(world)
+    world.mover.close()
+    clean = World(1, options={"staging": 2 * (plant == "staging-reuse"), **MODES[mode]})
+    scenario(clean)
+    clean.settle()
+    clean.mover.close()
+
+
+@pytest.mark.parametrize("plant", sorted({name for name, _, _ in PLANTS}))
+def test_a_planted_bug_is_found_in_random_steps(plant: str) -> None:
+    """Whatever the timing: half of the runs are threads, half are simulations in an order that hides the bug."""
+    staging = 2 * (plant == "staging-reuse")
+    found = 0
+    for seed in range(10):
+        mode = {} if seed % 2 else {"simulate": ("copies-eager", seed)}
+        world = World(seed, options={"staging": staging, "plant": plant, **mode})
+        try:
+            for _ in range(300):
+                world.step()
+        except InvariantError as error:
+            found += plant in str(error)
+        world.mover.close()
+    assert found == 10
+
+
+@pytest.mark.parametrize("plant", sorted({name for name, _, _ in PLANTS}))
+def test_a_simulation_shows_what_a_planted_bug_does_to_the_bytes(plant: str) -> None:
+    """The simulated orders are adverse enough that a missing wait becomes a wrong byte, without the checker."""
+    options: dict[str, Any] = {"staging": 2 * (plant == "staging-reuse"), "plant": plant, "check": False}
+    wrong = []
+    for order in ORDERS:
+        for seed in range(4):
+            world = World(seed, options={**options, "simulate": (order, seed)})
+            try:
+                world.run(300)
+            except AssertionError:
+                wrong.append(order)
+            world.mover.close()
+    assert wrong, f"{plant} went unnoticed in every order"
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_no_false_alarm_in_ten_thousand_clean_steps(mode: str) -> None:
+    world = World(11, options=MODES[mode])
+    world.run(10_000)  # a finding raises, a wrong byte fails
+    assert world.checked > 5_000
+    world.mover.close()
+
+
+def test_the_environment_turns_the_checker_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    for value, found in (("1", True), ("0", False)):
+        monkeypatch.setenv("KVPOOL_CHECK", value)
+        world = World(1, options={"check": None, "plant": "host-overwrite"})
+        if found:
+            with pytest.raises(InvariantError, match="host-overwrite"):
+                host_overwrite(world)
+        else:
+            host_overwrite(world)
+        world.mover.close()
+
+
+def test_unknown_plants_and_orders_are_refused() -> None:
+    for options in ({"plant": "none"}, {"simulate": ("none", 1)}):
+        with pytest.raises(ValueError, match="unknown"):
+            World(1, options=options)
+    assert CpuMover({}).findings() == []
