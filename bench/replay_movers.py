@@ -36,7 +36,8 @@ def main(requests: int, device_blocks: int, host_blocks: int) -> None:
             print(
                 f"{name}: {report.steps} steps, {report.step_us_sum / 1e6:.2f} s in steps, "
                 f"p50 {report.step_us_p50:.0f} us, p99 {report.step_us_p99:.0f} us, "
-                f"{cpu:.2f} s CPU, {report.seconds:.2f} s wall; {report.offloaded} offloaded, {report.onboarded} onboarded",
+                f"{cpu:.2f} s CPU, {report.seconds:.2f} s wall; "
+                f"{report.offloaded} offloaded, {report.onboarded} onboarded",
                 flush=True,
             )
 

@@ -67,6 +67,7 @@ class Batches:
                 self.open.append((real, model))
                 self.count("batch reused", model.reused)
         self.count("batch refused", reals.count(None))
+        self.model.coming.clear()
 
     def claim(self, batch: tuple[Entry, ...], least: int | None, retention: Any, lasting: Any) -> None:
         rules, ranges, decode = self.rules(retention, lasting)
@@ -95,7 +96,7 @@ class Batches:
             tokens = grow if self.max_seq_len is None else min(grow, self.max_seq_len - model.history)
             entries.append((Request(int(real.request_id), model.prompt, []), tokens))
         self.tell(f"manager.provide_contexts({[(r.request_id, tokens) for r, tokens in entries]})")
-        promised = [model.in_work and self.model.blocks(model, model.history + tokens) for (_, tokens), (_, model) in
+        promised = [model.in_work and self.model.blocks_of(model, model.history + tokens) for (_, tokens), (_, model) in
                     zip(entries, pairs, strict=True)]  # fmt: skip
         promised = [
             bool(blocks) and all(self.model.need(model, p, blocks) <= model.promise[p] for p in range(len(self.names)))
@@ -114,6 +115,7 @@ class Batches:
                 self.model.provided(model)
             elif ok is None:
                 self.gone(real, model)
+        self.model.coming.clear()
 
     def gone(self, real: KVCache, model: ModelCache) -> None:
         """A claim in work that left no trace."""
@@ -142,5 +144,6 @@ class Batches:
             done.append(model)
         for model in done:
             self.model.provided(model)
+        self.model.coming.clear()
         assert count == len(done)
         self.count("generated", count)

@@ -62,6 +62,8 @@ SETUP: dict[str, Domain] = {
     "slots": range(1, 15),  # of the first pool,
     "second": range(1, 15),  # of the second one, if there is one
     "third": range(1, 15),
+    "host": ((0, 0, 0),) * 200 + tuple(itertools.product(range(1, 9), repeat=3)),  # slots of the host, none or in all
+    "least": (30, 30, 0, 35, 36, 60, 100),  # offload_min_priority
     "max_blocks": (0, 0, 0, *range(1, 10)),  # 0: more than the slots need
     "short": (False, True),
     "partial": (True, True, True, True, False),

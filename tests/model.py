@@ -1,286 +1,20 @@
-"""Reference model of tree, pools, eviction and caches on the device tier: slow, by scanning, obviously correct.
+"""Reference model of tree and caches on two tiers: slow, by scanning, obviously correct.
 
-Nothing is counted incrementally and nothing is indexed: every question is answered by looking at all
-nodes and caches. A page is an object with an identity; the slot it lies in is told from outside.
+The life of a cache, batches, and what can be seen; model_tree.py has matching, model_memory.py eviction and moves.
 """
 
 from __future__ import annotations
 
-import itertools
-import math
-from dataclasses import dataclass, field
+import copy
 
-DEFAULT_PRIORITY = 35
-FOREVER = math.inf
-NEVER = (-math.inf, 0)
+from model_memory import DEVICE, FOREVER, HOST, NEVER, Memory, ModelCache, Node, Page, Retain, Use
+from model_tree import Tree
 
-Use = tuple[float, int]  # the clock, then the number of the release (0: an expiry)
-Retain = tuple[int, float]  # priority, duration
+__all__ = ["DEVICE", "FOREVER", "HOST", "Memory", "Model", "ModelCache", "Node", "Page", "Retain"]
 
 
-@dataclass(eq=False)
-class Page:
-    stale: bool = False
-    used: Use = NEVER
-    slot: int = 0  # as told; decides among equals only
-
-
-@dataclass(eq=False)
-class Node:
-    root: tuple[object, int]
-    parent: Node | None
-    tokens: tuple[int, ...]
-    seq: int
-    priority: int
-    duration: float
-    depth: int
-    pages: list[Page | None]
-    used: Use = NEVER
-    expiry: float | None = None
-
-    def path(self) -> list[Node]:
-        return ([] if self.parent is None else self.parent.path()) + [self]
-
-
-@dataclass(eq=False)
-class ModelCache:
-    root: tuple[object, int]
-    prompt: list[int]
-    ranges: list[tuple[int, int | None, Retain]] | None
-    decode: Retain
-    reused: int
-    nodes: list[Node]
-    source: Node | None
-    table: list[list[Page | None]]
-    committed: list[int] = field(default_factory=list)
-    history: int = 0
-    capacity: int = 0
-    state: str = "SUSPENDED"
-    detached: bool = False
-    in_work: bool = False
-    promise: list[int] = field(default_factory=list)
-    in_flight: int = 0
-    fenced: list[list[Page]] = field(default_factory=list)
-
-    def retain(self, first: int) -> Retain:
-        if self.ranges is None:
-            return DEFAULT_PRIORITY, FOREVER
-        if first >= len(self.prompt):
-            return self.decode
-        for start, end, retain in self.ranges:
-            if start <= first and (end is None or first < end):
-                return retain
-        return DEFAULT_PRIORITY, FOREVER
-
-
-class Model:
-    """pools: (num_slots, window or None, sink_tokens) each."""
-
-    def __init__(
-        self,
-        t: int,
-        pools: list[tuple[int, int | None, int]],
-        max_blocks: int,
-        partial_reuse: bool,
-        max_seq_len: int | None,
-    ) -> None:
-        self.t, self.pools, self.max_blocks = t, pools, max_blocks
-        self.partial_reuse, self.max_seq_len = partial_reuse, max_seq_len
-        self.nodes: list[Node] = []
-        self.caches: list[ModelCache] = []  # open ones, and closed ones in flight
-        self.seq = itertools.count()
-        self.epoch = 0
-        self.stamp = 0
-        self.now = 0.0
-        self.evicted = self.dropped = 0
-
-    # -- windows ------------------------------------------------------------------------------
-
-    def stale(self, pool: int, history: int) -> range:
-        _, window, sinks = self.pools[pool]
-        if window is None:
-            return range(0)
-        s = min(-(-history // self.t), -(-sinks // self.t))
-        return range(s, max(s, (history + 1 - window) // self.t))
-
-    # -- claims -------------------------------------------------------------------------------
-
-    def claimed(self, node: Node, settled: bool = False) -> bool:
-        """settled: by a cache that is no batch's in work; only those leave a trace."""
-        caches = [c for c in self.caches if not (settled and c.in_work)]
-        return any(node in own.path() for c in caches for own in [*c.nodes[-1:], c.source] if own is not None)
-
-    def page_claims(self, pool: int, node: Node, settled: bool = False) -> int:
-        page = node.pages[pool]
-        caches = [c for c in self.caches if not (settled and c.in_work)]
-        holders = [c for c in caches if page is not None and page in c.table[pool][: len(c.nodes)]]
-        return len(holders) + sum(c.source is node for c in caches)
-
-    def children(self, node: Node | None, root: tuple[object, int]) -> list[Node]:
-        return [n for n in self.nodes if n.parent is node and n.root == root]
-
-    def is_full(self, pool: int) -> bool:
-        return self.pools[pool][1] is None
-
-    def evictable(self, pool: int) -> list[Node]:
-        """Nodes whose page in `pool` could be taken, now or after their descendants."""
-        if self.is_full(pool):
-            return [n for n in self.nodes if not self.claimed(n)]
-        return [n for n in self.nodes if n.pages[pool] is not None and not self.page_claims(pool, n)]
-
-    def taken(self, pool: int) -> int:
-        pages = {id(n.pages[pool]) for n in self.nodes if n.pages[pool] is not None}
-        for c in self.caches:
-            pages |= {id(p) for p in c.table[pool] if p is not None}
-            pages |= {id(p) for p in c.fenced[pool]}
-        return len(pages)
-
-    def free(self, pool: int) -> int:
-        return self.pools[pool][0] - self.taken(pool)
-
-    def available(self, pool: int) -> int:
-        return self.free(pool) + len(self.evictable(pool)) - sum(c.promise[pool] for c in self.caches)
-
-    # -- eviction -----------------------------------------------------------------------------
-
-    def rank(self, node: Node) -> int:
-        return -1 if node.root[1] < self.epoch else node.priority
-
-    def leaf(self) -> Node | None:
-        leaves = [n for n in self.nodes if not self.children(n, n.root) and not self.claimed(n)]
-        return min(leaves, key=lambda n: (self.rank(n), n.used, -n.depth, self.slot(n)), default=None)
-
-    def slot(self, node: Node) -> int:
-        """Of its page in the first full-attention pool, else in the first."""
-        full = [pool for pool in range(len(self.pools)) if self.is_full(pool)]
-        page = node.pages[(full or [0])[0]]
-        return 0 if page is None else page.slot
-
-    def page_key(self, pool: int, node: Node) -> tuple[int, bool, Use, int, int]:
-        page = node.pages[pool]
-        assert page is not None
-        used = page.used if page.stale else max(page.used, node.used)
-        return self.rank(node), not page.stale, used, -node.depth, page.slot
-
-    def remove(self, node: Node) -> None:
-        self.dropped += sum(p is not None for p in node.pages)
-        self.nodes.remove(node)
-        if node.parent is not None:
-            self.sweep(node.parent)
-
-    def sweep(self, node: Node) -> None:
-        if not any(node.pages) and not self.children(node, node.root) and not self.claimed(node):
-            self.remove(node)
-
-    def evict_leaf(self) -> bool:
-        node = self.leaf()
-        if node is None:
-            return False
-        self.evicted += sum(p is not None for p in node.pages)
-        self.remove(node)
-        return True
-
-    def evict_page(self, pool: int) -> None:
-        node = min(self.evictable(pool), key=lambda n: self.page_key(pool, n))
-        node.pages[pool] = None
-        self.evicted += 1
-        self.dropped += 1
-        self.sweep(node)
-
-    def take(self, pool: int) -> Page:
-        if self.free(pool) == 0:
-            if self.is_full(pool):
-                assert self.evict_leaf()
-            else:
-                self.evict_page(pool)
-        return Page()
-
-    def evict(self, n: int) -> int:
-        return sum(1 for _ in range(n) if self.evict_leaf())
-
-    def clear(self) -> None:
-        evicted = self.evicted
-        while self.evict_leaf():
-            pass
-        for pool in range(len(self.pools)):
-            while not self.is_full(pool) and self.evictable(pool):
-                self.evict_page(pool)
-        self.evicted = evicted
-
-    # -- matching -----------------------------------------------------------------------------
-
-    def valid(self, m: int, path: list[Node]) -> bool:
-        return all(
-            i in self.stale(pool, m) or path[i].pages[pool] is not None
-            for pool in range(len(self.pools))
-            for i in range(len(path))
-        )
-
-    def match(
-        self, tokens: list[int], root: tuple[object, int], most: int | None = None
-    ) -> tuple[int, list[Node], Node | None]:
-        if root[1] < self.epoch:
-            return 0, [], None
-        for m in range(max(0, len(tokens) - 1) if most is None else most, 0, -1):
-            path: list[Node] = []
-            for i in range(m // self.t):
-                block = tuple(tokens[i * self.t : (i + 1) * self.t])
-                found = [n for n in self.children(path[-1] if path else None, root) if n.tokens == block]
-                if not found:
-                    break
-                path.append(found[0])
-            if len(path) < m // self.t:
-                continue
-            rest = tuple(tokens[len(path) * self.t : m])
-            if not rest:
-                if self.valid(m, path):
-                    return m, path, None
-            elif self.partial_reuse:
-                siblings = self.children(path[-1] if path else None, root)
-                sources = [n for n in siblings if n.tokens[: len(rest)] == rest and None not in n.pages]
-                if sources and self.valid(m, path):
-                    return m, path, min(sources, key=lambda n: n.seq)
-        return 0, [], None
-
-    def probe(self, tokens: list[int], scope: object, epoch: int | None) -> int:
-        return self.match(tokens, (scope, self.epoch if epoch is None else epoch))[0]
-
-    # -- release ------------------------------------------------------------------------------
-
-    def released(self, before: list[Node], stamp: Use) -> None:
-        """Blocks that were claimed before and are not any more."""
-        for node in before:
-            if not self.claimed(node, settled=True):
-                node.used = stamp
-                node.expiry = None if node.duration == FOREVER else stamp[0] + node.duration
-
-    def wait(self, seconds: float) -> None:
-        """Time passes: priorities end, in their order."""
-        self.now += seconds
-        due = [n for n in self.nodes if not self.claimed(n) and n.expiry is not None and n.expiry <= self.now]
-        for node in sorted(due, key=lambda n: n.expiry or 0):
-            assert node.expiry is not None
-            node.priority = min(node.priority, DEFAULT_PRIORITY)
-            node.used, node.expiry = (node.expiry, 0), None
-
-    def keep(self, node: Node, retain: Retain) -> None:
-        """Reuse with retention: the maximum of each."""
-        node.priority = max(node.priority, retain[0])
-        node.duration = max(node.duration, retain[1])
-
-    def claimed_nodes(self) -> list[Node]:
-        return [n for n in self.nodes if self.claimed(n, settled=True)]
-
-    def tick(self) -> Use:
-        self.stamp += 1
-        return self.now, self.stamp
-
-    def stamp_pages(self, pages: list[tuple[int, Node]], stamp: Use) -> None:
-        """Live claims on these pages ended."""
-        for pool, node in pages:
-            page = node.pages[pool]
-            if page is not None and not page.stale and not self.page_claims(pool, node, settled=True):
-                page.used = stamp
+class Model(Tree):
+    """pools: (device slots, host slots, window or None, sink_tokens) each."""
 
     # -- life of a cache ----------------------------------------------------------------------
 
@@ -305,30 +39,34 @@ class Model:
         decode: Retain,
     ) -> ModelCache:
         m, path, source = self.affordable(tokens, root)
-        pools = range(len(self.pools))
+        pools = self.pools
         table = [[None if i in self.stale(pool, m) else n.pages[pool] for i, n in enumerate(path)] for pool in pools]
         c = ModelCache(
             root, tokens, ranges, decode, m, path, source, table, tokens[:m], m, m,
-            promise=[0 for _ in pools], fenced=[[] for _ in pools],
+            promise=[0 for _ in pools], fenced=[[] for _ in pools], landing=[0 for _ in pools],
         )  # fmt: skip
         self.caches.append(c)
         return c
 
     def affordable(self, tokens: list[int], root: tuple[object, int]) -> tuple[int, list[Node], Node | None]:
-        """The longest match whose pages were not promised to claims of a batch."""
+        """The longest match whose pages on the device were not promised to claims of a batch."""
         most = None
         while True:
             m, path, source = self.match(tokens, root, most)
-            nodes = [n for n in [*path, source] if n is not None and not self.claimed(n)]
-            left = [self.available(p) for p in range(len(self.pools))]
-            full = min((left[p] for p in range(len(left)) if self.is_full(p)), default=len(nodes))
-            if sum(n in path for n in nodes) > full:
+            left = [self.available(DEVICE, p) for p in self.pools]
+            claimed = self.claimed()
+            new = [n for n in [*path, source] if n is not None and n not in claimed]
+            if self.full:
+                new = [n for n in new if self.tier(self.full[0], n) == DEVICE]
+            full = min((left[p] for p in self.full), default=len(new))
+            if sum(n in path for n in new) > full:
                 most = (len(path) - 1) * self.t
                 continue
-            short = len(nodes) > full
-            for p in range(len(left)):
+            short = len(new) > full
+            for p in self.windowed:
                 live = [n for i, n in enumerate(path) if i not in self.stale(p, m)] + ([source] if source else [])
-                short |= not self.is_full(p) and sum(not self.page_claims(p, n) for n in live) > left[p]
+                new = [n for n in live if not self.page_claims(p, n) and self.tier(p, n) == DEVICE]
+                short |= len(new) > left[p]
             if not short:
                 return m, path, source
             most = m // self.t * self.t if source else m - 1
@@ -352,18 +90,23 @@ class Model:
 
     # -- batches ------------------------------------------------------------------------------
 
-    def need(self, c: ModelCache, pool: int, blocks: int) -> int:
-        copy = int(c.source is not None)
-        old = len(c.table[pool]) + copy
-        return copy + sum(i not in self.stale(pool, c.history) for i in range(old, blocks))
+    def far(self, c: ModelCache, pool: int) -> list[Page]:
+        """Pages on the host that must come up."""
+        return [page for page in c.table[pool] if page is not None and page.tier == HOST and page not in self.coming]
 
-    def blocks(self, c: ModelCache, capacity: int) -> int:
+    def need(self, c: ModelCache, pool: int, blocks: int) -> int:
+        copies = int(c.source is not None)
+        old = len(c.table[pool]) + copies
+        far = 0 if c.state == "ACTIVE" else len(self.far(c, pool))
+        return far + copies + sum(i not in self.stale(pool, c.history) for i in range(old, blocks))
+
+    def blocks_of(self, c: ModelCache, capacity: int) -> int:
         return -(-max(c.capacity, capacity) // self.t)
 
-    def fits(self, c: ModelCache, capacity: int) -> bool:
-        """Whether there is room, what was promised to it included."""
-        blocks = self.blocks(c, capacity)
-        return all(self.need(c, p, blocks) <= self.available(p) + c.promise[p] for p in range(len(self.pools)))
+    def missing(self, c: ModelCache, capacity: int) -> list[int]:
+        """What it needs beyond what was promised to it."""
+        blocks = self.blocks_of(c, capacity)
+        return [max(0, self.need(c, pool, blocks) - c.promise[pool]) for pool in self.pools]
 
     def claim_work(
         self,
@@ -378,7 +121,8 @@ class Model:
         c.in_work = True
         while True:
             capacity = len(tokens) if least is None else min(len(tokens), c.history + least)
-            fits = self.fits(c, capacity)
+            missing = self.missing(c, capacity)
+            fits = self.room(missing) if promised else self.can_have(missing)
             if fits or c.source is None:
                 break
             self.shorten(c, None)
@@ -387,68 +131,124 @@ class Model:
             self.discard(c)
             return None
         if promised:
-            c.promise = [self.need(c, p, self.blocks(c, capacity)) for p in range(len(self.pools))]
+            c.promise = [self.need(c, p, self.blocks_of(c, capacity)) for p in self.pools]
         return c
 
     def provide(self, c: ModelCache, tokens: int, most: int) -> bool | None:
         """None: it was in work and is gone."""
         capacity = max(c.capacity, min(c.history + tokens, most))
-        if not self.fits(c, capacity):
+        if not self.give_room(c, capacity):
             if c.in_work:
                 self.discard(c)
                 return None
             return False
-        c.promise = [0 for _ in self.pools]
+        return True
+
+    def give_room(self, c: ModelCache, capacity: int) -> bool:
+        """All that it needs to run with this capacity: device slots for the partial copy, for what is on the host, for
+        new blocks."""
+        c.asking = True  # what it has stays where it is
+        fits = self.room(self.missing(c, capacity))
+        c.asking = False
+        if not fits:
+            return False
+        far = [[] if c.state == "ACTIVE" else self.far(c, pool) for pool in self.pools]
+        c.promise, c.state = [0 for _ in self.pools], "ACTIVE"
         if c.source is not None:
-            for pool in range(len(self.pools)):
+            for pool in self.pools:
                 c.table[pool].append(self.take(pool))
-        for pool in range(len(self.pools)):
+            places = [(pool, page) for pool, page in enumerate(c.source.pages) if page is not None]
+            c.reads = [("up" if page.tier == HOST else "copy", pool, page.slot) for pool, page in places]
+        for pool in self.pools:
+            for page in far[pool]:
+                self.take(pool)
+                c.landing[pool] += 1
+                self.coming.add(page)
+        for pool in self.pools:
             for i in range(len(c.table[pool]), -(-capacity // self.t)):
                 c.table[pool].append(None)
                 if i not in self.stale(pool, c.history):
                     c.table[pool][i] = self.take(pool)
-        c.capacity, c.state = capacity, "ACTIVE"
+        c.capacity = capacity
         return True
 
     def provided(self, c: ModelCache) -> None:
-        """The copies are made."""
+        """The copies are made: its pages are on the device, its private blocks its own again."""
+        for place in c.reads:
+            self.move(*place)
+        c.reads = []
+        for pool, row in enumerate(c.table):
+            c.landing[pool] = 0
+            for page in row:
+                if page is not None and page.tier == HOST:
+                    page.slot, page.tier = self.move("up", pool, page.slot), DEVICE
+                    self.onboarded += 1
+                    self.coming.discard(page)
+        self.nodes = [n for n in self.nodes if n.tokens or n not in c.nodes]
+        c.nodes = [n for n in c.nodes if n.tokens]
         if c.in_work:
             self.settle(c)
         if c.source is not None:
             stamp, source, before = self.tick(), c.source, self.claimed_nodes()
             c.source = None
-            self.stamp_pages([(p, source) for p in range(len(self.pools))], stamp)
-            self.released(before, stamp)
+            self.stamp_pages([(p, source) for p in self.pools], stamp)
+            self.released(before, stamp, source.path())
 
     # -- one cache ------------------------------------------------------------------------------
 
-    def resume(self, c: ModelCache) -> None:
+    def resume(self, c: ModelCache) -> bool:
+        """If the partial block finds no room the match ends before it; if that does not help either nothing changes."""
         if c.state == "ACTIVE":
-            return
-        if not self.provide_in_place(c):
-            stamp = self.tick()
-            self.shorten(c, stamp)
-            before, source, c.source = self.claimed_nodes(), c.source, None
-            assert source is not None
-            self.stamp_pages([(p, source) for p in range(len(self.pools))], stamp)
-            self.released(before, stamp)
-            assert self.provide_in_place(c)
+            return True
+        if not self.give_room(c, c.capacity):
+            if c.source is None or not copy.deepcopy(self, {id(self.seq): self.seq}).resume_whole(self.caches.index(c)):
+                return False
+            assert self.resume_whole(self.caches.index(c))
         self.provided(c)
+        return True
 
-    def provide_in_place(self, c: ModelCache) -> bool:
-        return self.fits(c, c.capacity) and self.provide(c, 0, c.capacity) is True
+    def resume_whole(self, index: int) -> bool:
+        c = self.caches[index]
+        stamp = self.tick()
+        self.shorten(c, stamp)
+        before, source, c.source = self.claimed_nodes(), c.source, None
+        assert source is not None
+        self.stamp_pages([(p, source) for p in self.pools], stamp)
+        self.released(before, stamp, source.path())
+        return self.give_room(c, c.capacity)
+
+    def suspend(self, c: ModelCache) -> None:
+        if c.state == "ACTIVE":
+            c.state = "SUSPENDED"
+            if not c.in_flight:
+                self.lower(c)
+
+    def lower(self, c: ModelCache) -> None:
+        """Its pages may move down from here on, ranked as released now; private blocks are a chain below the others."""
+        stamp = self.tick()
+        for i in range(len(c.nodes), len(c.table[0]) if self.tiered else 0):
+            priority, parent = c.retain(i * self.t)[0], c.nodes[-1] if c.nodes else None
+            pages = [row[i] for row in c.table]
+            c.nodes.append(Node(c.root, parent, (), -1, priority, FOREVER, i, pages))
+            self.nodes.append(c.nodes[-1])
+        for i, node in enumerate(c.nodes if self.tiered else []):
+            node.used = stamp
+            for row in c.table:
+                page = row[i]
+                if page is not None and not page.stale:
+                    page.used = stamp
 
     def shorten(self, c: ModelCache, stamp: Use | None) -> None:
         """To whole blocks. stamp None: in work, no use is recorded and nothing is live yet."""
         before, path = self.claimed_nodes(), c.nodes
         keep = next(k for k in range(len(path), -1, -1) if k == 0 or self.valid(k * self.t, path[:k]))
-        left = [self.available(p) for p in range(len(self.pools))]
-        own = {(p, i) for p in range(len(self.pools)) for i in range(len(path)) if c.table[p][i] is not None}
+        left = [self.available(DEVICE, p) for p in self.pools]
+        own = {(p, i) for p in self.pools for i in range(len(path)) if c.table[p][i] is not None}
         while not self.hold_window(c, keep, left, own):
             keep -= 1
         m = keep * self.t
-        held = [(p, path[i]) for p in range(len(self.pools)) for i in range(len(path)) if c.table[p][i] is not None]
-        for pool in range(len(self.pools)):
+        held = [(p, path[i]) for p in self.pools for i in range(len(path)) if c.table[p][i] is not None]
+        for pool in self.pools:
             row = [None if i in self.stale(pool, m) else path[i].pages[pool] for i in range(keep)]
             for i, page in enumerate(row):
                 if page is not None and c.table[pool][i] is None and stamp is not None:
@@ -459,17 +259,17 @@ class Model:
         c.reused = c.history = c.capacity = m
         if stamp is not None:
             self.stamp_pages(held, stamp)
-            self.released(before, stamp)
+            self.released(before, stamp, [] if keep == len(path) else path)
 
     def hold_window(self, c: ModelCache, keep: int, left: list[int], own: set[tuple[int, int]]) -> bool:
         """Whether what is live at `keep` blocks is there and was not promised to others; what was tried stays held."""
-        for pool in range(len(self.pools)):
+        for pool in self.pools:
             for i, node in enumerate(c.nodes[:keep]):
-                if i in self.stale(pool, keep * self.t) or (pool, i) in own or self.is_full(pool):
+                if i in self.stale(pool, keep * self.t) or (pool, i) in own or pool in self.full:
                     continue
                 if node.pages[pool] is None:
                     return False
-                if not self.page_claims(pool, node):
+                if not self.page_claims(pool, node) and self.tier(pool, node) == DEVICE:
                     if left[pool] == 0:
                         return False
                     left[pool] -= 1
@@ -483,7 +283,7 @@ class Model:
     def make_stale(self, c: ModelCache) -> bool:
         gone = [
             (p, i)
-            for p in range(len(self.pools))
+            for p in self.pools
             for i in self.stale(p, c.history)
             if i < len(c.table[p]) and c.table[p][i] is not None
         ]
@@ -500,7 +300,8 @@ class Model:
 
     def resize(self, c: ModelCache, capacity: int, history: int) -> bool:
         blocks = -(-capacity // self.t)
-        for pool in range(len(self.pools)):
+        missing = []
+        for pool in self.pools:
             old = len(c.table[pool])
             stale = self.stale(pool, history)
             back = 0
@@ -509,12 +310,13 @@ class Model:
                 if page is not None:
                     tree = i < len(c.nodes)
                     back += self.page_claims(pool, c.nodes[i]) == 1 if tree else not c.in_flight
-            if sum(i not in stale for i in range(old, blocks)) > self.available(pool) + back:
-                return False
+            missing.append(max(0, sum(i not in stale for i in range(old, blocks)) - back))
+        if not self.room(missing):
+            return False
         if history > c.history:
             c.history = history
             self.make_stale(c)
-        for pool in range(len(self.pools)):
+        for pool in self.pools:
             while len(c.table[pool]) > blocks:
                 page = c.table[pool].pop()
                 if page is not None:
@@ -545,7 +347,7 @@ class Model:
         block = tuple(c.committed[-self.t :])
         parent = c.nodes[-1] if c.nodes else None
         retain = c.retain(i * self.t)
-        found = [n for n in self.children(parent, c.root) if n.tokens == block]
+        found = [n for n in self.next_blocks(c.nodes, c.root) if n.tokens == block]
         if found and c.in_flight and not self.prepaid(c, found[0]):
             c.detached = True
             return False
@@ -554,18 +356,21 @@ class Model:
             if c.ranges is not None:
                 self.keep(node, retain)
         else:
-            if len(self.nodes) == self.max_blocks and not self.evict_leaf():
+            if not self.take_node():
                 c.detached = True
                 return False
             node = Node(c.root, parent, block, next(self.seq), *retain, i, [None] * len(self.pools))
             self.nodes.append(node)
         changed = False
-        for pool in range(len(self.pools)):
+        for pool in self.pools:
             own, theirs = c.table[pool][i], node.pages[pool]
             if own is None:
                 continue
             if theirs is None:
                 node.pages[pool] = own
+            elif theirs.tier == HOST:  # one's own becomes the tree's
+                theirs.tier, theirs.slot, theirs.stale = DEVICE, own.slot, False
+                c.table[pool][i] = theirs
             else:
                 c.table[pool][i] = theirs
                 theirs.stale = False
@@ -576,10 +381,14 @@ class Model:
 
     def prepaid(self, c: ModelCache, node: Node) -> bool:
         """In flight one's own slots come back later: what nobody claims must not be promised to others."""
-        for pool in range(len(self.pools)):
-            idle = c.table[pool][len(c.nodes)] is not None and node.pages[pool] is not None
-            idle = not self.claimed(node) if self.is_full(pool) else idle and not self.page_claims(pool, node)
-            if idle and self.available(pool) < 1:
+        for pool in self.pools:
+            if self.tier(pool, node) != DEVICE:
+                continue
+            if pool in self.full:
+                idle = node not in self.claimed()
+            else:
+                idle = c.table[pool][len(c.nodes)] is not None and not self.page_claims(pool, node)
+            if idle and self.available(DEVICE, pool) < 1:
                 return False
         return True
 
@@ -593,13 +402,14 @@ class Model:
 
     def release(self, c: ModelCache) -> None:
         stamp, before = self.tick(), self.claimed_nodes()
-        pools = range(len(self.pools))
+        pools = self.pools
         held = [(p, n) for p in pools for i, n in enumerate(c.nodes) if c.table[p][i] is not None]
         if c.source is not None:
             held += [(p, c.source) for p in pools]
         self.caches.remove(c)
         self.stamp_pages(held, stamp)
-        self.released(before, stamp)
+        self.released(before, stamp, c.path())
+        self.nodes = [n for n in self.nodes if n.tokens or n not in c.nodes]
 
     def step_begin(self, c: ModelCache) -> None:
         c.in_flight += 1
@@ -611,6 +421,8 @@ class Model:
                 fenced.clear()
             if c.state == "CLOSED":
                 self.release(c)
+            elif c.state == "SUSPENDED":
+                self.lower(c)
 
     def set_epoch(self, n: int) -> None:
         self.epoch = n
@@ -618,25 +430,28 @@ class Model:
     # -- what can be seen ---------------------------------------------------------------------
 
     def available_tokens(self) -> int:
-        tokens = self.t * min(self.available(p) for p in range(len(self.pools)))
+        slots = min(self.available(DEVICE, pool) for pool in self.pools)
+        while self.can_have([slots + 1 for _ in self.pools]):
+            slots += 1
+        tokens = self.t * slots
         return tokens if self.max_seq_len is None else min(tokens, self.max_seq_len)
 
-    def books(self, pool: int) -> dict[str, int]:
-        use: dict[int, str] = {}
+    def books(self, tier: str, pool: int) -> dict[str, int]:
+        use: dict[Page, str] = {}
         for n in self.nodes:
-            if n.pages[pool] is not None:
-                use[id(n.pages[pool])] = "cached"
+            if (page := n.pages[pool]) is not None:
+                use[page] = "cached"
         order = {"CLOSED": "fenced", "SUSPENDED": "held", "ACTIVE": "active"}
         for state, word in order.items():
             if word == "fenced":
-                use.update({id(p): word for c in self.caches for p in c.fenced[pool]})
+                use.update({page: word for c in self.caches for page in c.fenced[pool]})
             for c in self.caches:
                 if ("ACTIVE" if c.in_work else c.state) != state:
                     continue
-                nodes = c.nodes if self.is_full(pool) else []
+                nodes = c.nodes if pool in self.full else []
                 pages = [*c.table[pool], *(n.pages[pool] for n in nodes), c.source and c.source.pages[pool]]
-                use.update({id(p): word for p in pages if p is not None})
-        words = list(use.values())
-        slots = self.pools[pool][0]
+                use.update({page: word for page in pages if page is not None})
+        words = [word for page, word in use.items() if page.tier == tier]
+        slots = self.slots[tier][pool]
         counts = {word: words.count(word) for word in ("active", "held", "cached", "fenced")}
         return {"slots": slots, "free": slots - len(words), **counts}

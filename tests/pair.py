@@ -16,23 +16,48 @@ import numpy.typing as npt
 import pytest
 
 from batches import Batches
+from comparison import Comparison, Step
 from domains import MIXES, MOST_OPEN, MOST_STEPS, SCOPES
 from kvpool import CacheConfig, KVCache, KVCacheManager, LogicError, PoolConfig, PoolPlan, Retention, Scope, TokenRange
-from model import FOREVER, Model, ModelCache, Node, Page, Retain
+from kvpool import manager as manager_module
+from model import DEVICE, FOREVER, HOST, Model, ModelCache, Node, Retain
 
 IntArray = npt.NDArray[Any]
 
 
-class Step:
-    """A launched step over one cache, with what it may still read."""
+class Recorded(KVCacheManager):
+    """A manager that tells of each page that it copies."""
 
-    def __init__(self, pair: Pair, real: KVCache, model: ModelCache) -> None:
-        self.caches = real, model
-        due = pair.contents(model, model.committed)
-        self.seen = [pair.places(pool, real.block_table(name), due) for pool, name in enumerate(pair.names)]
+    told: list[tuple[str, int, int, int]]
+
+    def _copy(self, copies: Sequence[tuple[int, bool, int, int]]) -> None:
+        super()._copy(copies)
+        self.told += [("up" if host else "copy", pool, src, dst) for pool, host, src, dst in copies]
 
 
-class Pair(Batches):
+def recorded(*args: Any, **keywords: Any) -> tuple[Recorded, list[tuple[str, int, int, int]]]:
+    told: list[tuple[str, int, int, int]] = []
+
+    def make(*given: Any) -> Callable[[int, int, int], bool]:
+        offload = OFFLOAD(*given)
+
+        def tell(pool: int, source: int, destination: int) -> bool:
+            told.append(("down", pool, source, destination))
+            return offload(pool, source, destination)
+
+        return tell
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(manager_module, "_offload", make)
+        real = Recorded(*args, **keywords)
+    real.told = told
+    return real, told
+
+
+OFFLOAD = manager_module._offload
+
+
+class Pair(Batches, Comparison):
     """One manager and one model. `tell` hears of every call, in the manager's words."""
 
     def __init__(
@@ -43,13 +68,16 @@ class Pair(Batches):
         slots: int,
         second: int,
         third: int,
+        host: tuple[int, int, int],
+        least: int,
         max_blocks: int,
         short: bool,
         partial: bool,
         tell: Callable[[str], None] = lambda line: None,
     ) -> None:
         pools, counts = MIXES[mix], [slots, second, third][: len(MIXES[mix])]
-        max_blocks = max_blocks or 4 * max(counts)
+        host_counts = list(host[: len(counts)])
+        max_blocks = max_blocks or 4 * max(map(sum, zip(counts, host_counts, strict=True)))
         self.t, self.tell = t, tell
         self.max_seq_len = 9 * t if short else None
         self.names = [f"p{i}" for i in range(len(pools))]
@@ -57,32 +85,36 @@ class Pair(Batches):
             t,
             [PoolConfig(name, 8 * t, window, sinks) for name, (window, sinks) in zip(self.names, pools, strict=True)],
             1 << 20,
+            1 << 20,
             max_blocks=max_blocks,
             max_seq_len=self.max_seq_len,
             partial_reuse=partial,
+            offload_min_priority=least,
             hash_seed=1,
             clock=lambda: self.model.now,
         )
-        zero = dict.fromkeys(self.names, 0)
-        num_slots = dict(zip(self.names, counts, strict=True))
-        plan = PoolPlan(dict.fromkeys(self.names, 1), num_slots, zero, 8 * t * (sum(counts) + len(counts)))
-        self.real = KVCacheManager(config, "cpu", plan=plan)
-        self.values = [self.real.pages(name).view(np.int64) for name in self.names]
-        specs = [(n, window, sinks) for n, (window, sinks) in zip(counts, pools, strict=True)]
-        self.model = Model(t, specs, max_blocks, partial, self.max_seq_len)
-        tell(f"{max_blocks} blocks of {t} tokens, pools (slots, window, sinks): {specs}, at most {self.max_seq_len}")
+        num_slots, host_slots = (dict(zip(self.names, n, strict=True)) for n in (counts, host_counts))
+        plan = PoolPlan(dict.fromkeys(self.names, 1), num_slots, host_slots, 8 * t * (sum(counts) + len(counts)))
+        self.real, told = recorded(config, "cpu", plan=plan)
+        self.tiers = (DEVICE, HOST) if any(host_counts) else (DEVICE,)
+        self.values = {tier: [self.real.pages(n, tier).view(np.int64) for n in self.names] for tier in self.tiers}
+        specs = [(n, m, *rest) for n, m, rest in zip(counts, host_counts, pools, strict=True)]
+        self.model = Model(t, specs, max_blocks, least, partial, self.max_seq_len)
+        self.model.told = told
+        tell(f"{max_blocks} blocks of {t} tokens, at most {self.max_seq_len}, offload_min_priority {least}")
+        tell(f"pools (device slots, host slots, window, sinks): {specs}")
         self.open: list[tuple[KVCache, ModelCache]] = []
         self.closed: KVCache | None = None
         self.steps: list[Step] = []
         self.created: list[ModelCache] = []
         self.named = 0
-        self.told: Counter[tuple[str, int]] = Counter()
+        self.told: Counter[tuple[str, str, int]] = Counter()
         self.parents: dict[int, int | None] = {}
         self.last_event = 0
         self.numbers: dict[tuple[object, int], int] = {}
         self.did: Counter[str] = Counter()
         self.operations = 0
-        self.evicted = self.dropped = 0
+        self.evicted = self.dropped = self.offloaded = self.onboarded = 0
         self.sound = True
 
     # -- what a driver needs --------------------------------------------------------------------
@@ -122,8 +154,8 @@ class Pair(Batches):
         while self.open:
             self.do("close", at=0)
         self.do("clear")
-        for books in self.real.stats().pools.values():
-            assert books["device"]["free"] == books["device"]["slots"]
+        for tiers in self.real.stats().pools.values():
+            assert all(books["free"] == books["slots"] for books in tiers.values())
 
     # -- turning plain values into arguments ----------------------------------------------------
 
@@ -140,11 +172,11 @@ class Pair(Batches):
 
     def like(self, at: int) -> list[int]:
         """A sequence of an open cache or of the tree."""
-        if not (known := len(self.open) + len(self.model.nodes)):
+        if not (known := len(self.open) + len(self.model.blocks())):
             return []
         at %= known
         if at >= len(self.open):
-            return self.sequence(self.model.nodes[at - len(self.open)])
+            return self.sequence(self.model.blocks()[at - len(self.open)])
         model = self.open[at][1]
         return model.committed + model.prompt[len(model.committed) :]
 
@@ -220,6 +252,9 @@ class Pair(Batches):
         pair = self.open[-1]
         at = len(self.open) - 1
         self.do("resume", at=at)
+        if pair[1].state != "ACTIVE":
+            self.do("close", at=at)
+            return
         active = sum(model.state == "ACTIVE" for _, model in self.open) - 1
         self.do("resize", at=active, grow=len(pair[1].prompt) - pair[1].capacity + spare, slide=0)
         if pair[1].capacity:
@@ -236,9 +271,11 @@ class Pair(Batches):
         real, model = self.pick(at)
         self.tell(f"r{real.request_id}.resume()")
         before = model.capacity
-        assert real.resume() is True
-        self.model.resume(model)
+        done = real.resume()
+        assert self.model.resume(model) is done
+        self.model.coming.clear()
         self.count("shortened", model.capacity < before)
+        self.count("resume refused", not done)
 
     def wait(self, seconds: int) -> None:
         self.tell(f"clock += {seconds}")
@@ -250,7 +287,7 @@ class Pair(Batches):
         real, model = self.pick(at)
         self.tell(f"r{real.request_id}.suspend()")
         real.suspend()
-        model.state = "SUSPENDED"
+        self.model.suspend(model)
 
     def resize(self, at: int, grow: int, slide: int) -> None:
         real, model = self.pick(at, "ACTIVE")
@@ -262,8 +299,8 @@ class Pair(Batches):
                 real.resize(capacity, history)
             return
         before = self.entries(model)
-        done = self.model.resize(model, capacity, history)
-        assert real.resize(capacity, history if slide else None) is done
+        done = real.resize(capacity, history if slide else None)
+        assert self.model.resize(model, capacity, history) is done
         self.count("refused", not done)
         self.count("stale page", slide and grow >= 0 and self.entries(model) < before)
 
@@ -278,9 +315,9 @@ class Pair(Batches):
         before, old = self.entries(model), model.root[1] < self.model.epoch
         self.write(real, model, tokens)
         held = [set(filter(None, row)) for row in model.table]
-        changed = self.model.commit(model, tokens)
         given = np.array(tokens, np.int32) if len(tokens) % 2 else tokens
-        assert real.commit(given) is changed
+        changed = real.commit(given)
+        assert self.model.commit(model, tokens) is changed
         self.count("switched", any({*filter(None, row)} - own for own, row in zip(held, model.table, strict=True)))
         self.count("stale page", self.entries(model) < before)
         self.count("old epoch", old and tokens)
@@ -318,7 +355,7 @@ class Pair(Batches):
 
     def evict(self, count: int) -> None:
         self.tell(f"manager.evict({count})")
-        first = self.model.leaf()
+        first = next(iter(self.model.leaves()), None)
         self.count("old block evicted", count and first is not None and self.model.rank(first) < 0)
         assert self.real.evict(count) == self.model.evict(count)
 
@@ -366,126 +403,3 @@ class Pair(Batches):
         for call in (*calls, lambda: real.block_table("p0"), lambda: self.real.step_begin([real])):
             with pytest.raises(LogicError, match=state):
                 call()
-
-    # -- contents of pages ----------------------------------------------------------------------
-
-    def contents(self, model: ModelCache, tokens: Sequence[int]) -> list[int]:
-        """What each position of a sequence must hold: a number of its scope and whole prefix, never 0."""
-        numbers, at, values = self.numbers, 0, []
-        for token in tokens:
-            at = numbers.setdefault((at or model.root, token), len(numbers) + 1)
-            values.append(at)
-        return values
-
-    def write(self, real: KVCache, model: ModelCache, tokens: list[int]) -> None:
-        """ "Compute" the pages of the next tokens."""
-        done = len(model.committed)
-        due = self.contents(model, model.committed + tokens)
-        for pool, name in enumerate(self.names):
-            at, slots, values = self.places(pool, real.block_table(name), due)
-            new = at >= done
-            self.values[pool][slots[new], at[new] % self.t] = values[new]
-
-    def places(self, pool: int, table: IntArray, contents: list[int]) -> tuple[IntArray, IntArray, IntArray]:
-        """All positions of a sequence that have a page; the page's slot and the due contents of each."""
-        slots = np.repeat(table, self.t)[: len(contents)]
-        (at,) = slots.nonzero()
-        return at, slots[at], np.array(contents, np.int64)[at] * 8 + pool
-
-    # -- comparison -----------------------------------------------------------------------------
-
-    def entries(self, model: ModelCache) -> int:
-        return sum(page is not None for row in model.table for page in row)
-
-    def compare(self) -> None:
-        """Everything that can be seen is as the model has it, and no page holds a wrong byte."""
-        model = self.model
-        self.real.check()
-        stats = self.real.stats()
-        for pool, name in enumerate(self.names):
-            books = {what: n for what, n in stats.pools[name]["device"].items() if what != "peak"}
-            assert books == model.books(pool), name
-            self.count("fenced", books["fenced"])
-        assert (stats.evicted, stats.dropped) == (model.evicted, model.dropped)
-        assert self.real.available_tokens() == model.available_tokens()
-        prompts = [len(c.prompt) for c in self.created]
-        blocks = sum(-(-prompt // self.t) for prompt in prompts)
-        assert (stats.requests, stats.prompt_tokens, stats.prompt_blocks) == (len(prompts), sum(prompts), blocks)
-        reused = [c.reused for c in self.created]
-        blocks = sum(tokens // self.t for tokens in reused)
-        assert (stats.reused_tokens, stats.reused_blocks) == (sum(reused), blocks)
-        self.compare_caches()
-        self.compare_steps()
-        self.count("evicted", model.evicted - self.evicted)
-        if model.dropped > self.dropped:
-            self.compare_tree()
-        if model.dropped > self.dropped or self.operations % 8 == 0:
-            self.compare_events()
-        self.evicted, self.dropped = model.evicted, model.dropped
-
-    def compare_caches(self) -> None:
-        slot_of: list[dict[Page, int]] = [{} for _ in self.names]
-        for real, model in self.open:
-            seen = (real.state, real.num_reused_tokens, real.capacity, real.history_length, real.num_committed_tokens)
-            assert seen == (model.state, model.reused, model.capacity, model.history, len(model.committed))
-            if model.state != "ACTIVE":
-                continue
-            contents = self.contents(model, model.committed)
-            for pool, name in enumerate(self.names):
-                table = real.block_table(name)
-                assert [slot != 0 for slot in table] == [page is not None for page in model.table[pool]], name
-                for slot, page in zip(table.tolist(), model.table[pool], strict=True):
-                    if page is not None:
-                        self.count("shared", page in slot_of[pool])
-                        page.slot = slot
-                        assert slot_of[pool].setdefault(page, slot) == slot, "two slots for one shared page"
-                at, slots, due = self.places(pool, table, contents)
-                assert (self.values[pool][slots, at % self.t] == due).all(), f"wrong byte: {name} of r{real.request_id}"
-                self.count("verified", len(due))
-        for pages in slot_of:
-            assert len(set(pages.values())) == len(pages), "two pages in one slot"
-
-    def compare_steps(self) -> None:
-        """What a launched step reads stays as it was until the step ends.
-
-        Not so pages of the tree that the cache's history has left behind since: those have no fence.
-        """
-        for step in self.steps:
-            real, model = step.caches
-            for pool, (at, slots, due) in enumerate(step.seen):
-                changed = at[self.values[pool][slots, at % self.t] != due]
-                row = model.table[pool][: len(model.nodes)]
-                kept = [i for i in (changed // self.t).tolist() if i >= len(row) or row[i] is not None]
-                assert not kept, f"{self.names[pool]} of r{real.request_id} changed in flight"
-                self.count("step verified", len(due) - len(changed))
-
-    def compare_events(self) -> None:
-        """The events so far give exactly the pages of the tree, each with its block's parent."""
-        for event in self.real.drain_events():
-            assert event.number == self.last_event + 1
-            self.last_event = event.number
-            place = event.pool, event.key
-            self.told[place] += 1 if event.kind == "stored" else -1
-            if event.kind == "stored":
-                self.parents[event.key] = event.parent
-            self.count("event")
-        due = Counter[tuple[str, int]]()
-        for node in self.model.nodes:
-            if any(node.pages):
-                (lora, _, salt), epoch = node.root
-                keys = self.real.block_keys(self.sequence(node), Scope(lora, salt, epoch))
-                assert self.parents[keys[-1]] == (keys[-2] if len(keys) > 1 else None)
-                due.update((name, keys[-1]) for name, page in zip(self.names, node.pages, strict=True) if page)
-        assert +self.told == due
-        assert not -self.told
-
-    def compare_tree(self) -> None:
-        """After pages were dropped: the same leaves are left."""
-        for node in self.model.nodes:
-            if not self.model.children(node, node.root):
-                (lora, _, salt), epoch = node.root
-                tokens = [*self.sequence(node), 0]
-                found = self.model.match(tokens, node.root)[0]
-                assert self.real.probe(tokens, Scope(lora, salt, epoch)) == found, tokens
-                self.count("tree probed")
-                self.count("gap in the tree", None in node.pages)

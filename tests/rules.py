@@ -139,9 +139,8 @@ def all_or_nothing() -> Iterator[None]:
     provide = Memory._provide_both
 
     def target_only(self: Memory, entry: Any, tokens: int, unit: int, leave: Any) -> int:
-        got = provide(self, entry, tokens, unit, leave)
         least = self._split(leave)[0]
-        return got or self.sides[0].provide([(entry, tokens, unit)], least)[0]
+        return provide(self, entry, tokens, unit, leave) or self.sides[0].provide([(entry, tokens, unit)], least)[0]
 
     with patch.object(Memory, "_provide_both", target_only):
         yield

@@ -65,7 +65,7 @@ BREAKS: dict[str, Scenario] = {
         jobs=(J(8, 3), J(6, 4, draft=1)),
     ),
     "fits_alone": Scenario(device=(5,), tokens=1, jobs=(J(2, 1),)),
-    "nothing_before_the_start": Scenario(t=1, device=(3,), as_list=True, jobs=(J(1, 2), J(1, 1))),
+    "nothing_before_the_start": Scenario(device=(2,), jobs=(J(1, 1), J(2, 4))),
     "older_wins": Scenario(device=(11,), host=(1,), jobs=(J(18, 12), J(3, 19))),
     "whatever_tiers_exist": Scenario(device=(11,), host=(1,), jobs=(J(18, 12), J(3, 19))),
     "suspended_ones_included": Scenario(device=(11,), host=(1,), jobs=(J(21, 5, arrival=6), J(7, 19))),
@@ -74,12 +74,13 @@ BREAKS: dict[str, Scenario] = {
         device=(4,), host=(3,), jobs=(J(1, 5), J(1, 1, arrival=3), J(8, 3, arrival=2))
     ),
     "not_in_the_same_pass": Scenario(
-        seed=100018, t=8, windows=((None, 0), (None, 0)), device=(9, 3), host=(1, 3), as_list=True,
-        jobs=(J(8, 3), J(6, 4, draft=1)),
+        t=2, device=(4,), host=(2,), batch=1, started=5, depth=2, jobs=(J(1, 3), J(2, 4), J(2, 2), J(1, 1))
     ),
-    "bounded_bypass": Scenario(t=8, device=(7,), bypass=0, jobs=(J(1, 9), J(45, 4), J(1, 1))),
+    "bounded_bypass": Scenario(device=(12,), bypass=0, jobs=(J(32, 2), J(13, 1, family=3), J(1, 1))),
     "bounded_starts": Scenario(t=1, device=(11,), batch=2, depth=2, jobs=(J(1, 1), J(1, 1), J(1, 1))),
-    "all_or_nothing": Scenario(device=(5,), host=(2,), draft_model=(3,), jobs=(J(2, 4), J(2, 4))),
+    "all_or_nothing": Scenario(
+        t=3, device=(10,), host=(20,), chunk=3, draft_model=(9,), jobs=(J(1, 2), J(10, 2), J(13, 1, family=2))
+    ),
 }  # fmt: skip
 
 

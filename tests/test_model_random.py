@@ -23,13 +23,13 @@ def draw(rng: random.Random, domains: dict[str, Domain]) -> dict[str, Any]:
     return {name: rng.choice(domain) for name, domain in domains.items()}
 
 
-def drive(seed: int) -> Pair:
+def drive(seed: int, make: type[Pair] = Pair, most: int = OPERATIONS_EACH, **given: Any) -> Pair:
     """Every third seed is of the lively kind."""
     rng = random.Random(seed)
     operations = LIVELY if seed % 3 == 2 else OPERATIONS
-    pair = Pair(**draw(rng, SETUP))
+    pair = make(**draw(rng, SETUP) | given)
     try:
-        while pair.operations < OPERATIONS_EACH:
+        while pair.operations < most:
             ready = {name: weight for name, (weight, _) in operations.items() if pair.ready(name)}
             name = rng.choices(list(ready), list(ready.values()))[0]
             pair.do(name, **draw(rng, operations[name][1]))

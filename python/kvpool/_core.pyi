@@ -8,7 +8,19 @@ Every call raises `LogicError` for a cache that is CLOSED and `ValueError` for a
 from collections.abc import Callable, Sequence
 from typing import Any, final
 
-__all__ = ["Cache", "Core", "Mover", "Recorder", "Started", "Ticket", "kernel_names", "kernel_source"]
+__all__ = [
+    "Allocation",
+    "Cache",
+    "Core",
+    "Forecast",
+    "Mover",
+    "Recorder",
+    "Roster",
+    "Started",
+    "Ticket",
+    "kernel_names",
+    "kernel_source",
+]
 
 def kernel_names() -> list[str]: ...
 def kernel_source(name: str) -> str: ...
@@ -135,7 +147,71 @@ class Started:
     def lacking(self, cache: Cache, tokens: int, leave: Sequence[int]) -> list[int]: ...
     def is_closed(self, cache: Cache) -> bool: ...
     def in_flight(self, cache: Cache) -> bool: ...
-    @staticmethod
-    def overflow(
-        rows: Sequence[tuple[int, int, int, int, int]], tokens_per_block: int, available: int
-    ) -> tuple[int, int] | None: ...
+
+@final
+class Forecast:
+    def start(
+        self,
+        share: float,
+        length: int,
+        new: int,
+        produced: int,
+        most: Sequence[int],
+        held: Sequence[int],
+        back: Sequence[int],
+        available: Sequence[int] | None,
+    ) -> tuple[int, int, int] | None: ...
+
+@final
+class Allocation:
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def count(self) -> int: ...
+    @property
+    def refused(self) -> int | None: ...
+    @property
+    def full(self) -> bool: ...
+    @property
+    def resumed(self) -> list[int]: ...
+    @property
+    def copies(self) -> list[tuple[list[Cache], list[tuple[int, bool, int, int]]]]: ...
+
+@final
+class Roster:
+    def __new__(cls, cores: Sequence[Core]) -> Roster: ...
+    def __len__(self) -> int: ...
+    def insert(
+        self,
+        age: int,
+        request: object,
+        id: object,
+        caches: Sequence[Cache],
+        outputs: list[int],
+        stops: frozenset[int],
+        prompt: int,
+        new: int,
+        drafts: int,
+        shared: Sequence[int],
+        most: Sequence[int],
+    ) -> None: ...
+    def remove(self, age: int) -> None: ...
+    def set_generates(self, age: int, most: Sequence[int]) -> None: ...
+    def in_step(self, age: int) -> bool: ...
+    def set_step(self, age: int, step: int) -> None: ...
+    def allocate(
+        self,
+        step: int,
+        tokens: int,
+        places: int,
+        gone: Sequence[int],
+        busy: frozenset[int | str] | None,
+        first: int,
+    ) -> Allocation: ...
+    def requests(self, step: int) -> list[Any]: ...
+    def release(self, step: int) -> None: ...
+    def collect(
+        self, step: int, outputs: dict[Any, Any]
+    ) -> tuple[int, list[tuple[int, str]], list[tuple[int, str]]]: ...
+    def forecast(self, share: float) -> Forecast: ...
+    def debts(self, decode_slots: Sequence[int], but: int | None = None) -> list[int]: ...

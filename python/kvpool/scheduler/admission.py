@@ -7,15 +7,11 @@ assumed to grow to its expected output.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import NamedTuple
-
-from kvpool._core import Started
 from kvpool.errors import ConfigError, RequestTooLargeError
 from kvpool.scheduler.config import SchedulerConfig
 from kvpool.scheduler.memory import Claimed, Memory
-from kvpool.scheduler.request import Entry, Request
-from kvpool.sizing import peak_slots, window_slots
+from kvpool.scheduler.request import Request
+from kvpool.sizing import peak_slots
 
 
 def check_request(request: Request, config: SchedulerConfig, memory: Memory) -> None:
@@ -114,96 +110,49 @@ class Outlook:
         """A request was freed, to be computed again: the expectation was too low."""
         self._caution += (1.0 - self._caution) / 2
 
-    def steps(self, request: Request) -> int:
-        """Steps until the request ends, as expected; at least one."""
-        return max(1, round(self.share * request.max_new_tokens) - len(request.output_tokens))
-
-
-class Row(NamedTuple):
-    """See `_core.Started.overflow`."""
-
-    steps: int
-    tokens: int
-    most: int
-    held: int
-    back: int
-
-
-_WITHOUT_END = 2**40
-
 
 class Forecast:
     """Started requests as they will grow, by pool; asked before each start of a pass."""
 
-    def __init__(self, memory: Memory, config: SchedulerConfig, outlook: Outlook, started: Iterable[Entry]) -> None:
-        self._memory, self._config, self._outlook = memory, config, outlook
-        self._pools = [(side, pool) for side in memory.sides for pool in side.pools]
-        self._rows: list[list[Row]] = [[] for _ in self._pools]
-        for entry in started:
-            held = memory.held(entry)
-            shared = entry.shared or memory.nothing
-            self._add(entry, held, [h - min(h, s) for h, s in zip(held, shared, strict=True)])
-
-    def _most(self, entry: Entry) -> list[int]:
-        """Per pool: slots that a started request can still come to hold."""
-        request, config = entry.request, self._config
-        most = []
-        for side, pool in self._pools:
-            if pool.window is None:
-                most.append(_WITHOUT_END)
-                continue
-            whole = -(-entry.limit // side.config.tokens_per_block)
-            k = 1 + request.draft_tokens
-            if entry.generates:
-                most.append(min(whole, window_slots(pool, side.config, k)))
-            elif config.chunk_tokens is None:
-                most.append(whole)
-            else:
-                most.append(min(whole, window_slots(pool, side.config, max(k, config.chunk_tokens))))
-        return most
-
-    def _row(self, entry: Entry, most: int, held: int, back: int) -> Row:
-        return Row(self._outlook.steps(entry.request), entry.length, most, held, back)
-
-    def _add(self, entry: Entry, held: Iterable[int], back: Iterable[int]) -> None:
-        for rows, most, h, b in zip(self._rows, self._most(entry), held, back, strict=True):
-            rows.append(self._row(entry, most, h, b))
+    def __init__(self, memory: Memory, outlook: Outlook) -> None:
+        self._memory, self._share = memory, outlook.share
+        self._rows = memory.roster.forecast(self._share)
 
     def refuses(self, claim: Claimed, available: list[int]) -> str | None:
         """Why the claimed request must not start yet, or None: then it counts as started from here on.
 
         available: per pool, slots that can be had besides what the claim has and was promised.
         """
-        entry = claim.entry
+        entry, at = claim.entry, 0
+        most = self._memory.most(entry, self._memory.chunk)
         held = [s + t for s, t in zip(claim.shared, claim.taken, strict=True)]
-        most = self._most(entry)
-        names = self._memory.names()
-        for at, (side, _) in enumerate(self._pools):
-            whole = -(-entry.length // side.config.tokens_per_block) + 1
-            now = min(_peak(most[at], entry, side.config.tokens_per_block), whole)
-            if now - held[at] > available[at]:
-                return f"{names[at]} has {available[at]} slots for the {now - held[at]} that its context needs now"
-        for at, (side, _) in enumerate(self._pools):
-            rows = [*self._rows[at], self._row(entry, most[at], held[at], claim.taken[at])]
-            over = Started.overflow(rows, side.config.tokens_per_block, available[at])
-            if over is not None:
-                return (
-                    f"{names[at]} would lack {over[1]} slots in {over[0]} steps, with every started request growing to "
-                    "its expected output"
-                )
-        self.start(claim)
-        return None
+        for side in self._memory.sides:
+            blocks = -(-entry.length // side.config.tokens_per_block)
+            for _ in side.pools:
+                now = min(most[at], blocks + 1) - held[at]
+                if now > available[at]:
+                    name = self._memory.names()[at]
+                    return f"{name} has {available[at]} slots for the {now} that its context needs now"
+                at += 1
+        over = self._start(claim, most, held, available)
+        if over is None:
+            return None
+        pool, step, missing = over
+        return (
+            f"{self._memory.names()[pool]} would lack {missing} slots in {step} steps, with every started request "
+            "growing to its expected output"
+        )
 
     def start(self, claim: Claimed) -> None:
         """The claimed request counts as started from here on."""
-        self._add(claim.entry, [s + t for s, t in zip(claim.shared, claim.taken, strict=True)], claim.taken)
+        held = [s + t for s, t in zip(claim.shared, claim.taken, strict=True)]
+        self._start(claim, self._memory.most(claim.entry, self._memory.chunk), held, None)
 
-
-def _peak(most: int, entry: Entry, tokens_per_block: int) -> int:
-    return min(most, -(-entry.limit // tokens_per_block))
-
-
-def decode_debt(memory: Memory, entry: Entry) -> list[int]:
-    """Per pool: decode slots that are reserved for a started request and that it does not hold yet."""
-    held = memory.nothing if entry.request.state == "SUSPENDED" else memory.held(entry)
-    return [max(0, slots - pages) for slots, pages in zip(memory.decode_slots, held, strict=True)]
+    def _start(
+        self, claim: Claimed, most: list[int], held: list[int], available: list[int] | None
+    ) -> tuple[int, int, int] | None:
+        request = claim.entry.request
+        produced = len(request.output_tokens)
+        return self._rows.start(
+            self._share, claim.entry.length, request.max_new_tokens, produced, most, held, list(claim.taken), available
+        )

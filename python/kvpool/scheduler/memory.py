@@ -10,12 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kvpool._core import Started
+from kvpool._core import Allocation, Roster, Started
 from kvpool.cache import CacheState, KVCache
-from kvpool.config import KVCacheDesc
 from kvpool.manager import KVCacheManager
 from kvpool.scheduler.request import Entry
-from kvpool.sizing import decode_slots, request_slots
+from kvpool.sizing import decode_slots, window_slots
 
 Work = tuple[Entry, int, int]  # request, tokens, unit
 
@@ -52,16 +51,9 @@ class Side:
         """The cache of a started request."""
         return self.manager._caches[entry.request.request_id]
 
-    def held(self, entry: Entry) -> list[int]:
-        """Per pool: pages of a started request, wherever they are."""
-        t = self.config.tokens_per_block
-        cache = self.cache(entry)
-        desc = KVCacheDesc(cache.capacity, cache.history_length)
-        return [request_slots(pool, t, desc) for pool in self.pools]
-
     def claim(self, entries: Sequence[Entry], unit: int | None, budget: int, most: int | None = None) -> list[Claimed]:
         """See `Memory.claim`; reuses at most `most` tokens."""
-        given = [(entry.tokens(0, entry.length), *entry.key, entry.spec, most) for entry in entries]
+        given = [(entry.request.token_slice(0, entry.length), *entry.key, entry.spec, most) for entry in entries]
         results = self.view.claim(given, unit, budget)
         ids = [entry.request.request_id for entry in entries[: len(results)]]
         self.manager._enter(ids, [handle for _, handle, _, _, _ in results])
@@ -93,13 +85,15 @@ class Side:
 class Memory:
     """All managers of a scheduler."""
 
-    def __init__(self, manager: KVCacheManager, draft_manager: KVCacheManager | None) -> None:
+    def __init__(self, manager: KVCacheManager, draft_manager: KVCacheManager | None, chunk: int | None = None) -> None:
+        self.chunk = chunk
         self.sides = [Side(manager)] + ([] if draft_manager is None else [Side(draft_manager)])
         self.alone = self.sides[0] if draft_manager is None else None
         self.slots = [slots for side in self.sides for slots in side.slots]
         self.decode_slots = [slots for side in self.sides for slots in side.decode_slots]
         self.reserves = any(self.decode_slots)
         self.nothing = [0] * len(self.slots)
+        self.roster = Roster([side.manager._core for side in self.sides])
         # A victim can be suspended to some use only if there is something below every pool.
         self.tiered = all(side.tiered for side in self.sides)
 
@@ -121,10 +115,6 @@ class Memory:
         if self.alone:
             return self.alone.view.pressure()
         return [one for side in self.sides for one in side.view.pressure()]
-
-    def held(self, entry: Entry) -> list[int]:
-        """Per pool: pages of a started request."""
-        return [pages for side in self.sides for pages in side.held(entry)]
 
     def lacking(self, entry: Entry, tokens: int, leave: Sequence[int]) -> list[int]:
         """Per pool: slots that a started request lacks for so many tokens behind its history."""
@@ -181,7 +171,7 @@ class Memory:
 
     def _claim_both(self, entry: Entry, unit: int | None, budget: int) -> Claimed:
         """Reuse is the smaller of the two matches, cut before any page is provided."""
-        tokens = entry.tokens(0, entry.length)
+        tokens = entry.request.token_slice(0, entry.length)
         probes = [side.manager._core.probe(tokens, *entry.key) for side in self.sides]
         most = min(probes)
         while True:
@@ -229,15 +219,42 @@ class Memory:
             self.free([entry])
         return 0
 
-    def allocate(self, entries: Sequence[Entry]) -> int:
-        """How many from the front have room for their next generation, resumed if need be."""
-        if self.alone:
-            return self.alone.manager.allocate_generation([entry.request for entry in entries])
-        for done, entry in enumerate(entries):
-            tokens = entry.generation_tokens
-            if not self._provide_both(entry, tokens, tokens, self.nothing):
-                return done
-        return len(entries)
+    def allocate(
+        self, step: int, tokens: int, places: int, gone: list[int], busy: frozenset[int | str], first: int
+    ) -> Allocation:
+        """Room for the next tokens of those that generate, the oldest first; see `_core.Roster.allocate`."""
+        found = self.roster.allocate(step, tokens, places, gone, busy or None, first)
+        for side, (handles, copies) in zip(self.sides, found.copies, strict=True):
+            if handles:
+                side.manager._make(handles, copies)
+        return found
+
+    def enter(self, entry: Entry, shared: Sequence[int]) -> None:
+        """A request has started: the roster knows it from here on."""
+        request = entry.request
+        handles = [side.cache(entry)._handle for side in self.sides]
+        self.roster.insert(
+            entry.age, request, request.request_id, handles, request.output_tokens, request._stops, len(entry.prompt),
+            request.max_new_tokens, request.draft_tokens, shared, self.most(entry, self.chunk),
+        )  # fmt: skip
+
+    def generates(self, entry: Entry) -> None:
+        """From here on only its last token is to be computed."""
+        entry.request._generates = True
+        self.roster.set_generates(entry.age, self.most(entry, 0))
+
+    def most(self, entry: Entry, chunk: int | None) -> list[int]:
+        """Per pool: slots that a request can come to hold with chunks of so many tokens (None: not chunked)."""
+        most = []
+        for side in self.sides:
+            whole = -(-entry.limit // side.config.tokens_per_block)
+            for pool in side.pools:
+                slots = whole
+                if pool.window is not None and chunk is not None:
+                    k = max(chunk, 1 + entry.request.draft_tokens)
+                    slots = min(whole, window_slots(pool, side.config, k))
+                most.append(slots)
+        return most
 
     def commit(self, entry: Entry, tokens: Any) -> None:
         """Tokens of an ACTIVE request are final, in all managers."""

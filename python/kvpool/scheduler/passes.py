@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from kvpool.scheduler.admission import decode_debt
+from kvpool._core import Allocation
 from kvpool.scheduler.config import SchedulerConfig
 from kvpool.scheduler.request import Entry, RequestState
 from kvpool.scheduler.starts import start_waiting
-from kvpool.scheduler.step import Context, Step
+from kvpool.scheduler.step import Step
 from kvpool.scheduler.victims import older_wins
 
 if TYPE_CHECKING:
@@ -22,45 +22,29 @@ if TYPE_CHECKING:
 class Pass:
     """What one pass has decided so far."""
 
-    def __init__(self, config: SchedulerConfig, busy: frozenset[int | str], world: list[Entry] | None) -> None:
-        self.step = Step()
-        self.busy = busy
+    def __init__(
+        self, config: SchedulerConfig, number: int, busy: frozenset[int | str], world: list[Entry] | None
+    ) -> None:
+        self.step = Step(number)
+        self.busy = busy  # ids in flight elsewhere
         self.world = world  # None: all that were added
         self.tokens = config.max_num_tokens  # left
         self.places = config.max_batch_size  # requests that the step has room for
-        self.served: set[Entry] = set()  # in this step
-        self.gone: set[Entry] = set()  # gave way in this pass
-        self.waiting: set[Entry] = set()  # for what is in flight
+        self.gone: list[int] = []  # ages of those that gave way in this pass
+        self.waiting: set[Entry] = set()  # started ones that wait for what is in flight
         self.started_refused = False
+        self.full = False  # generations used up the tokens or places
         self.waits = False  # whether a waiting request was looked at and not started
-
-    def is_busy(self, entry: Entry) -> bool:
-        """In a step that is in flight."""
-        return entry.step is not None or entry.request.request_id in self.busy
-
-    def may_run(self, entry: Entry) -> bool:
-        """Not in flight, and did not give way in this pass."""
-        return entry not in self.gone and not self.is_busy(entry)
 
     def gave_way(self, entry: Entry) -> None:
         """Suspended or freed: it is not provided in this pass."""
-        self.gone.add(entry)
+        self.gone.append(entry.age)
 
-    def serve(self, entry: Entry, tokens: int) -> None:
-        """The request is in the step."""
-        entry.request.state = RequestState.RUNNING
-        self.served.add(entry)
-        self.step.entries.append(entry)
+    def serve(self, tokens: int, requests: int = 1) -> None:
+        """So much more is in the step."""
         self.step.num_tokens += tokens
         self.tokens -= tokens
-        self.places -= 1
-
-    def serve_context(self, entry: Entry, tokens: int) -> None:
-        """A chunk of the request is in the step."""
-        start = entry.request.num_computed
-        last = start + tokens == entry.length
-        self.step.context.append(Context(entry.request, start, tokens, last))
-        self.serve(entry, tokens)
+        self.places -= requests
 
 
 def run_pass(scheduler: Scheduler, run: Pass) -> None:
@@ -69,46 +53,35 @@ def run_pass(scheduler: Scheduler, run: Pass) -> None:
     _contexts(scheduler, run)
     if not run.started_refused:
         start_waiting(scheduler, run)
-    run.step.generation.sort(key=lambda request: adapter_order(request.lora_id))
-    run.step.context.sort(key=lambda chunk: (chunk.is_last, adapter_order(chunk.request.lora_id)))
+    step = run.step
+    step.generation = scheduler.memory.roster.requests(step.number)
+    if scheduler.adapters:
+        step.generation.sort(key=lambda request: adapter_order(request.lora_id))
+    step.context.sort(key=lambda chunk: (chunk.is_last, adapter_order(chunk.request.lora_id)))
 
 
 # -- generations ------------------------------------------------------------------------------------
 
 
 def _generations(scheduler: Scheduler, run: Pass) -> None:
-    ready = [entry for entry in scheduler.started if entry.generates and run.may_run(entry)]
-    while ready:
-        fit = _within_limits(run, ready)
-        if not fit:
-            for entry in ready:
-                entry.why = "the tokens or places of the step were used up by older requests"
+    first = 0
+    while True:
+        found = _allocate(scheduler, run, run.places, first)
+        run.full |= found.full
+        if found.refused is None:
             return
-        done = scheduler.memory.allocate(fit)
-        for entry in fit[:done]:
-            run.step.generation.append(entry.request)
-            run.serve(entry, entry.generation_tokens)
-        if done == len(fit):
-            ready = ready[done:]
-            continue
-        refused = fit[done]
-        if _make_room_for(scheduler, run, refused):
-            run.step.generation.append(refused.request)
-            run.serve(refused, refused.generation_tokens)
-        elif refused not in run.waiting:
+        entry = scheduler.of_age(found.refused)
+        if not _make_room_for(scheduler, run, entry) and entry not in run.waiting:
             return  # it has suspended itself, or is still suspended: later ones are not looked at
-        ready = [entry for entry in ready[done + 1 :] if run.may_run(entry)]
+        first = entry.age + 1
 
 
-def _within_limits(run: Pass, ready: Sequence[Entry]) -> list[Entry]:
-    """As many from the front as the step has tokens and places for."""
-    tokens, fit = run.tokens, []
-    for entry in ready[: run.places]:
-        tokens -= entry.generation_tokens
-        if tokens < 0:
-            break
-        fit.append(entry)
-    return fit
+def _allocate(scheduler: Scheduler, run: Pass, places: int, first: int) -> Allocation:
+    found = scheduler.memory.allocate(run.step.number, run.tokens, places, run.gone, run.busy, first)
+    for age in found.resumed:
+        scheduler.of_age(age).request.state = RequestState.RUNNING
+    run.serve(found.tokens, found.count)
+    return found
 
 
 def _make_room_for(scheduler: Scheduler, run: Pass, entry: Entry) -> int:
@@ -118,7 +91,7 @@ def _make_room_for(scheduler: Scheduler, run: Pass, entry: Entry) -> int:
         run,
         entry,
         lambda: memory.lacking(entry, entry.generation_tokens, memory.nothing),
-        lambda: memory.allocate([entry]),
+        lambda: _allocate(scheduler, run, 1, entry.age).count,
     )
 
 
@@ -126,10 +99,10 @@ def _make_room_for(scheduler: Scheduler, run: Pass, entry: Entry) -> int:
 
 
 def _contexts(scheduler: Scheduler, run: Pass) -> None:
-    for entry in list(scheduler.started):
+    for entry in list(scheduler.contexts):
         if run.places <= 0:
             return
-        if entry.generates or not run.may_run(entry):
+        if not scheduler.may_run(run, entry):
             continue
         rest = entry.rest
         unit = min(scheduler.config.chunk_tokens or rest, rest)
@@ -139,7 +112,7 @@ def _contexts(scheduler: Scheduler, run: Pass) -> None:
             continue
         want = rest if rest <= run.tokens else run.tokens // unit * unit
         if tokens := _provide_chunk(scheduler, run, entry, want, unit):
-            run.serve_context(entry, tokens)
+            scheduler.serve_context(run, entry, tokens)
 
 
 def _provide_chunk(scheduler: Scheduler, run: Pass, entry: Entry, want: int, unit: int) -> int:
@@ -169,8 +142,9 @@ def reserved(scheduler: Scheduler, entry: Entry) -> tuple[Sequence[int], Sequenc
     memory = scheduler.memory
     if not memory.reserves or scheduler.started[0] is entry:
         return memory.nothing, memory.nothing
-    debts = [decode_debt(memory, other) for other in scheduler.started if other is not entry]
-    return [sum(per_pool) for per_pool in zip(memory.nothing, *debts, strict=True)], decode_debt(memory, entry)
+    others = memory.roster.debts(memory.decode_slots, entry.age)
+    own = [both - other for both, other in zip(memory.roster.debts(memory.decode_slots), others, strict=True)]
+    return others, own
 
 
 def adapter_order(adapter: Any) -> tuple[int, Any]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from enum import StrEnum
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,8 +17,8 @@ from kvpool.arguments import Int32Array, RetentionSpec, Tokens, count, retention
 from kvpool.batches import checked_id, scope_of
 from kvpool.config import Retention, Scope
 
-if TYPE_CHECKING:
-    from kvpool.scheduler.step import Step
+# Passes after which a refused start is tried again although nothing seems to have changed: its match may have grown.
+RETRY = 32
 
 
 class RequestState(StrEnum):
@@ -43,8 +42,8 @@ class Request:
     """
 
     __slots__ = (
-        "__weakref__", "_entry", "_prompt", "_stops", "arrival", "draft_tokens", "error", "finish_reason", "lora_id",
-        "max_new_tokens", "num_computed", "output_tokens", "request_id", "retention", "scope", "state",
+        "__weakref__", "_computed", "_entry", "_generates", "_prompt", "_stops", "arrival", "draft_tokens", "error",
+        "finish_reason", "lora_id", "max_new_tokens", "output_tokens", "request_id", "retention", "scope", "state",
         "stop_token_ids", "tokens",
     )  # fmt: skip
 
@@ -83,10 +82,26 @@ class Request:
         self.arrival = arrival
         self.state = RequestState.WAITING
         self.output_tokens: list[int] = []
-        self.num_computed = 0
+        self._generates = False  # only the token that came out last is to be computed
+        self._computed = 0  # otherwise: tokens that are
         self.finish_reason: str | None = None
         self.error: Exception | None = None
         self._entry: Entry | None = None
+
+    @property
+    def num_computed(self) -> int:
+        """Tokens, of prompt and output, whose keys and values are computed."""
+        if self._generates:
+            return len(self._prompt) + len(self.output_tokens) - 1
+        return self._computed
+
+    def token_slice(self, start: int, end: int) -> Int32Array:
+        """Tokens [start, end) of prompt and output: int32, what a chunk of a context covers."""
+        n = len(self._prompt)
+        if end <= n:
+            return self._prompt[start:end]
+        output = np.array(self.output_tokens[max(0, start - n) : end - n], np.int32)
+        return output if start >= n else np.concatenate([self._prompt[start:], output])
 
     def __repr__(self) -> str:
         return (
@@ -95,12 +110,29 @@ class Request:
         )
 
 
+class Refusal:
+    """When a start was refused, so that it is not tried again before something has changed."""
+
+    __slots__ = ("available", "changes", "number", "tokens")
+
+    def __init__(self, number: int, changes: int, tokens: int, available: list[int]) -> None:
+        self.number = number  # of the pass
+        self.changes = changes  # requests that had started, ended or given way by then
+        self.tokens = tokens  # that the step had left
+        self.available = available  # per pool
+
+    def holds(self, now: Refusal) -> bool:
+        """Whether nothing has got better since, and it is not long ago."""
+        same = self.changes == now.changes and now.number - self.number < RETRY and now.tokens <= self.tokens
+        return same and all(n <= before for n, before in zip(now.available, self.available, strict=True))
+
+
 class Entry:
     """What the scheduler knows of an unfinished request."""
 
     __slots__ = (
-        "adapter", "age", "bypassed", "home", "key", "limit", "lost", "prompt", "request", "shared", "spec", "started",
-        "step", "why",
+        "adapter", "age", "bypassed", "home", "key", "limit", "lost", "prompt", "refusal", "request", "spec", "started",
+        "why",
     )  # fmt: skip
 
     def __init__(self, request: Request, age: int, home: object) -> None:
@@ -113,10 +145,9 @@ class Entry:
         self.key: tuple[bytes, int | None] = scope_key(scope_of(request))
         self.spec: RetentionSpec | None = retention_spec(request.retention)
         self.started = False
-        self.step: Step | None = None  # handed out and not yet updated
         self.bypassed = 0  # first chunks of younger ones that overtook it
+        self.refusal: Refusal | None = None  # of its start, when it was last looked at
         self.lost = 0  # tokens that were computed when it was freed
-        self.shared: list[int] = []  # per pool: pages that others had claimed before it started
         self.why = "it has not been looked at yet"
 
     @property
@@ -132,20 +163,10 @@ class Entry:
     @property
     def generates(self) -> bool:
         """Whether only the token that came out last is to be computed."""
-        request = self.request
-        return bool(request.output_tokens) and self.rest == 1
+        return self.request._generates
 
     @property
     def generation_tokens(self) -> int:
         """Tokens of its next generation: the last token and drafts, clipped at the end."""
         request = self.request
         return min(1 + request.draft_tokens, self.limit - request.num_computed)
-
-    def tokens(self, start: int, end: int) -> Int32Array:
-        """Its tokens [start, end), prompt and output."""
-        n = len(self.prompt)
-        if end <= n:
-            return self.prompt[start:end]
-        given = self.request.output_tokens[max(0, start - n) : end - n]
-        output = np.array(given, np.int32)
-        return output if start >= n else np.concatenate([self.prompt[start:], output])

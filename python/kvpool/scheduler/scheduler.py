@@ -3,7 +3,7 @@
     known == waiting + started           nobody is in both
     waiting holds nothing: no claim, page or adapter
     started: sorted by age; each has a cache in every manager
-    an entry is in at most one step that was handed out and not yet updated
+    a started request is in at most one step that was handed out and not yet updated: the roster knows in which
 
 Age is the order in which the scheduler first saw a request. Suspension, recompute and retries keep it.
 """
@@ -11,7 +11,7 @@ Age is the order in which the scheduler first saw a request. Suspension, recompu
 from __future__ import annotations
 
 import threading
-from bisect import insort
+from bisect import bisect_left, insort
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,8 +23,8 @@ from kvpool.scheduler.admission import Outlook, check_request
 from kvpool.scheduler.config import SchedulerConfig
 from kvpool.scheduler.memory import Memory
 from kvpool.scheduler.passes import Pass, run_pass
-from kvpool.scheduler.request import Entry, Request, RequestState
-from kvpool.scheduler.step import Step
+from kvpool.scheduler.request import Entry, Refusal, Request, RequestState
+from kvpool.scheduler.step import Context, Step
 from kvpool.scheduler.updates import apply_outputs
 
 __all__ = ["Pass", "Scheduler", "SchedulerStats"]
@@ -60,19 +60,23 @@ class Scheduler:
         if draft_manager is manager:
             raise ConfigError("draft_manager: it is the target's manager; give the draft model one of its own")
         self.manager, self.draft_manager, self.config = manager, draft_manager, config
-        self.memory = Memory(manager, draft_manager)
+        self.memory = Memory(manager, draft_manager, config.chunk_tokens)
         self.outlook = Outlook()
         self.stats = SchedulerStats()
         self.started: list[Entry] = []
+        self.contexts: list[Entry] = []  # those of them that do not generate
         self.adapters: Counter[int | str] = Counter()  # started requests that use each adapter
         self.ended: list[Request] = []  # since the last update
         self._known: dict[int | str, Entry] = {}
-        self._ages = 0
+        self.ages = 0  # requests that were ever seen
+        self.all_refused: tuple[Refusal | None, int] = (None, 0)  # see `starts`
         self._fresh: OrderedDict[int, Entry] = OrderedDict()  # by age, never started
         self._returned: list[Entry] = []  # freed to be computed again, by age
         self._incoming: deque[Request] = deque()  # added by any thread, not yet seen
         self._cancelled: deque[Request] = deque()  # by another thread
-        self._steps: set[Step] = set()  # handed out and not yet updated
+        self._steps: set[int] = set()  # handed out and not yet updated
+        self._passes = 0
+        self.changes = 0  # requests that started, ended or gave way
         self._last: Step | None = None
         self._thread = threading.get_ident()
 
@@ -121,10 +125,12 @@ class Scheduler:
         if entry is None:
             return f"request {request_id!r} is unknown, or it has ended"
         request = entry.request
-        if self._last is not None and entry in self._last.entries:
+        if self._last is not None and any(other is request for other in self._last.requests):
             return f"request {request_id!r} is in the last step"
-        if entry.step is not None:
+        if entry.started and self.memory.roster.in_step(entry.age):
             return f"request {request_id!r} is in a step in flight"
+        if entry.started and entry.generates and request.state is RequestState.RUNNING:
+            return f"request {request_id!r} is RUNNING: older requests used up the tokens or places of the step"
         return f"request {request_id!r} is {request.state.value}: {entry.why}"
 
     def _see_incoming(self) -> None:
@@ -134,8 +140,8 @@ class Scheduler:
                 self._see(entry)
 
     def _see(self, entry: Entry) -> None:
-        entry.age = self._ages
-        self._ages += 1
+        entry.age = self.ages
+        self.ages += 1
         self._fresh[entry.age] = entry
 
     def _enter(self) -> None:
@@ -159,16 +165,21 @@ class Scheduler:
         refused: list[tuple[Request, Exception]] = []
         world = None if requests is None else self._world(list(requests), refused)
         busy = frozenset(in_flight)
+        before: list[Step] = []
         while True:
-            run = Pass(self.config, busy, world)
+            self._passes += 1
+            run = Pass(self.config, self._passes, busy, world)
             try:
                 run_pass(self, run)
             except BaseException:
-                run.step.entries.clear()
+                self.memory.roster.release(run.step.number)
                 raise
             if run.step or not (run.step.suspended or run.step.recompute):
                 break
             # Somebody gave way and nobody runs: what is free now may be enough for another one.
+            before.append(run.step)
+        for other in reversed(before):
+            run.step.inherit(other)
         return self._hand_out(run, refused, in_flight=bool(busy))
 
     def _hand_out(self, run: Pass, refused: list[tuple[Request, Exception]], in_flight: bool) -> Step:
@@ -177,9 +188,7 @@ class Scheduler:
         self._last = step
         if step:
             self.stats.steps += 1
-            self._steps.add(step)
-            for entry in step.entries:
-                entry.step = step
+            self._steps.add(step.number)
             return step
         moves_on = self._steps or in_flight or refused or step.recompute or not (self.started or run.waits)
         if not moves_on and not any(returning for _, returning in self.memory.pressure()):
@@ -250,8 +259,10 @@ class Scheduler:
         """The executor failed: all requests of the step end with `error`. Returns what `update` does."""
         self._enter()
         self._take_back(step)
-        for entry in step.entries:
-            if entry.request.state is not RequestState.FINISHED:
+        self.memory.roster.release(step.number)
+        for request in step.requests:
+            entry = request._entry
+            if entry is not None:
                 self.end(entry, "error", error)
         return self._take_ended()
 
@@ -259,6 +270,7 @@ class Scheduler:
         """The step was not executed, or its results are not wanted: its requests are as before it."""
         self._enter()
         self._take_back(step)
+        self.memory.roster.release(step.number)
 
     def fail_oldest(self, error: Exception) -> Request | None:
         """End the oldest waiting request, else the oldest started one, with `error`; None: there is neither."""
@@ -273,11 +285,13 @@ class Scheduler:
         if not isinstance(step, Step):
             raise ValueError(f"step: {step!r} is not a step")
         if step:
-            if step not in self._steps:
+            if step.number not in self._steps or not self._is_mine(step):
                 raise LogicError("step: it is not outstanding; update each step of this scheduler once")
-            self._steps.remove(step)
-        for entry in step.entries:
-            entry.step = None
+            self._steps.remove(step.number)
+
+    def _is_mine(self, step: Step) -> bool:
+        entry = next(step.requests)._entry
+        return entry is not None and entry.home is self
 
     def _take_ended(self) -> list[Request]:
         ended, self.ended = self.ended, []
@@ -319,25 +333,52 @@ class Scheduler:
                 return
             yield other
 
+    def of_age(self, age: int) -> Entry:
+        """A started request."""
+        return self.started[bisect_left(self.started, age, key=_AGE)]
+
+    def is_busy(self, run: Pass, entry: Entry) -> bool:
+        """Whether a started request is in this step, or in one in flight."""
+        return self.memory.roster.in_step(entry.age) or entry.request.request_id in run.busy
+
+    def may_run(self, run: Pass, entry: Entry) -> bool:
+        """Whether it is not in flight, and did not give way in this pass."""
+        return entry.age not in run.gone and not self.is_busy(run, entry)
+
     # -- transitions ----------------------------------------------------------------------------
 
     def start(self, entry: Entry, reused: int, shared: Sequence[int]) -> None:
         """A waiting request has got its first pages."""
         self._leave_waiting(entry)
+        self.changes += 1
         insort(self.started, entry, key=_AGE)
+        insort(self.contexts, entry, key=_AGE)
         entry.started = True
-        entry.shared = list(shared)
-        entry.request.state = RequestState.RUNNING
-        entry.request.num_computed = reused
+        entry.request._computed = reused
+        self.memory.enter(entry, shared)
         if entry.adapter is not None:
             self.adapters[entry.adapter] += 1
         if entry.lost:
             self.stats.recomputed_tokens += max(0, entry.lost - reused)
             entry.lost = 0
 
+    def serve_context(self, run: Pass, entry: Entry, tokens: int) -> None:
+        """A chunk of a started request is in the step."""
+        start = entry.request.num_computed
+        run.step.context.append(Context(entry.request, start, tokens, start + tokens == entry.length))
+        run.serve(tokens)
+        entry.request.state = RequestState.RUNNING
+        self.memory.roster.set_step(entry.age, run.step.number)
+
+    def generates(self, entry: Entry) -> None:
+        """Only the token that came out last is to be computed from here on."""
+        self.contexts.remove(entry)
+        self.memory.generates(entry)
+
     def suspend(self, run: Pass, entry: Entry, why: str) -> None:
         """A running request gives up the place of its pages."""
         self.memory.suspend(entry)
+        self.changes += 1
         entry.request.state = RequestState.SUSPENDED
         entry.why = why
         self.stats.suspended += 1
@@ -350,7 +391,7 @@ class Scheduler:
         entry.lost = entry.request.num_computed
         self._leave_started(entry)
         entry.request.state = RequestState.WAITING
-        entry.request.num_computed = 0
+        entry.request._computed = 0
         entry.why = why
         insort(self._returned, entry, key=_AGE)
         self.stats.recomputed += 1
@@ -375,9 +416,15 @@ class Scheduler:
         self.ended.append(request)
 
     def _leave_started(self, entry: Entry) -> None:
-        self.started.remove(entry)
+        self.changes += 1
+        del self.started[bisect_left(self.started, entry.age, key=_AGE)]
+        if entry.generates:
+            computed = entry.request.num_computed
+            entry.request._generates, entry.request._computed = False, computed
+        else:
+            self.contexts.remove(entry)
+        self.memory.roster.remove(entry.age)
         entry.started = False
-        entry.shared = []
         if entry.adapter is not None:
             self.adapters[entry.adapter] -= 1
             if not self.adapters[entry.adapter]:

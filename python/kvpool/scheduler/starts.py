@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from kvpool.scheduler.admission import Forecast, decode_debt
+from kvpool.scheduler.admission import Forecast
 from kvpool.scheduler.memory import Claimed, first_chunk
-from kvpool.scheduler.request import Entry
+from kvpool.scheduler.request import Entry, Refusal
 
 if TYPE_CHECKING:
     from kvpool.scheduler.scheduler import Pass, Scheduler
@@ -23,14 +23,17 @@ MOST_REFUSED = 16
 def start_waiting(scheduler: Scheduler, run: Pass) -> None:
     """First chunks for as many as there are places, tokens and pages for."""
     starts = _Starts(scheduler, run)
+    if starts.all_wait_still():
+        return
     while starts.may_go_on():
         batch = starts.next_batch()
         if not batch:
-            return
+            break
         claims = scheduler.memory.claim(batch, scheduler.config.chunk_tokens, run.tokens)
         starts.provide(starts.admit(claims))
         if len(claims) < len(batch):
             return  # the tokens are used up
+    starts.remember()
 
 
 class _Starts:
@@ -42,6 +45,43 @@ class _Starts:
         self._refused: list[Entry] = []
         self._seen = -1  # age of the youngest that was looked at
         self._forecast: Forecast | None = None
+        self._now: Refusal | None = None
+        self._same: tuple[Refusal | None, bool] = (None, False)
+        self._started = 0
+
+    def _is_refused_still(self, entry: Entry) -> bool:
+        """Whether its last refusal stands unasked. Never while nobody is started: then somebody has to be."""
+        if entry.refusal is None or not self._scheduler.started:
+            return False
+        if self._same[0] is not entry.refusal:
+            if self._now is None:
+                self._now = self._refusal_now()
+            self._same = (entry.refusal, entry.refusal.holds(self._now))
+        return self._same[1]
+
+    def all_wait_still(self) -> bool:
+        """Whether the last pass looked at all that it may look at, in vain, and nothing has changed since."""
+        scheduler, run = self._scheduler, self._run
+        if run.world is not None or not scheduler.started or run.places <= 0:
+            return False
+        refusal, ages = scheduler.all_refused
+        if refusal is None or ages != scheduler.ages or not refusal.holds(self._refusal_now()):
+            return False
+        run.waits = True
+        return True
+
+    def remember(self) -> None:
+        """For `all_wait_still`."""
+        scheduler, run = self._scheduler, self._run
+        refusals = [entry.refusal for entry in self._refused if entry.refusal is not None]
+        in_vain = run.world is None and len(refusals) == len(self._refused) > 0 and not self._started
+        oldest = min(refusals, key=lambda refusal: refusal.number) if in_vain else None
+        scheduler.all_refused = (oldest, scheduler.ages)
+
+    def _refusal_now(self) -> Refusal:
+        run, scheduler = self._run, self._scheduler
+        available = [n for n, _ in self._memory.pressure()]
+        return Refusal(run.step.number, scheduler.changes, run.tokens, available)
 
     def may_go_on(self) -> bool:
         """Whether another first chunk is possible."""
@@ -60,12 +100,15 @@ class _Starts:
         batch: list[Entry] = []
         adapters = set(self._scheduler.adapters)
         for entry in self._waiting():
-            if entry.age <= self._seen or not run.may_run(entry):
+            if entry.age <= self._seen or entry.age in run.gone or entry.request.request_id in run.busy:
                 continue
             run.waits = True
             if len(batch) >= most or self._is_blocked(None) or len(self._refused) >= MOST_REFUSED:
                 break
             self._seen = entry.age
+            if self._is_refused_still(entry):
+                self._refused.append(entry)
+                continue
             if self._adapter_fits(entry, adapters):
                 batch.append(entry)
         return batch
@@ -77,13 +120,17 @@ class _Starts:
         used = sum(budget.pages.get(adapter, 0) for adapter in adapters)
         pages = budget.pages[entry.adapter]
         if used + pages > budget.budget:
-            self._refuse(entry, f"adapter {entry.adapter!r} needs {pages} pages, {budget.budget - used} are left")
+            self._refuse(entry, f"adapter {entry.adapter!r} needs {pages} pages, {budget.budget - used} are left", True)
             return False
         adapters.add(entry.adapter)
         return True
 
-    def _refuse(self, entry: Entry, why: str) -> None:
+    def _refuse(self, entry: Entry, why: str, again: bool = False) -> None:
+        """again: it is asked again in the next pass, whatever has changed."""
         entry.why = why
+        if self._now is None or self._now.changes != self._scheduler.changes:
+            self._now = self._refusal_now()
+        entry.refusal = None if again else self._now
         self._refused.append(entry)
 
     def _is_blocked(self, entry: Entry | None) -> bool:
@@ -91,9 +138,9 @@ class _Starts:
         most = self._config.max_bypass
         return any(r.bypassed >= most and (entry is None or r.age < entry.age) for r in self._refused)
 
-    def _drop(self, claim: Claimed, why: str) -> None:
+    def _drop(self, claim: Claimed, why: str, again: bool = False) -> None:
         self._memory.free([claim.entry])
-        self._refuse(claim.entry, why)
+        self._refuse(claim.entry, why, again)
 
     def admit(self, claims: list[Claimed]) -> list[Claimed]:
         """Those of the claims that start; the others are released."""
@@ -111,7 +158,7 @@ class _Starts:
             if claim.why != "kept":
                 self._refuse(claim.entry, _WHY[claim.why])
             elif self._is_blocked(claim.entry):
-                self._drop(claim, "an older request was overtaken max_bypass times and goes first")
+                self._drop(claim, "an older request was overtaken max_bypass times and goes first", again=True)
             elif why := self._refusal(claim, room, debts, first=not admitted):
                 self._drop(claim, why)
             else:
@@ -139,8 +186,7 @@ class _Starts:
         if self._memory.tiered:
             return None
         if self._forecast is None:
-            scheduler = self._scheduler
-            self._forecast = Forecast(self._memory, self._config, scheduler.outlook, scheduler.started)
+            self._forecast = Forecast(self._memory, self._scheduler.outlook)
         if alone:
             self._forecast.start(claim)
             return None
@@ -148,8 +194,7 @@ class _Starts:
 
     def _debts(self) -> list[int]:
         """Per pool: decode slots that are reserved for started requests and that they do not hold yet."""
-        debts = [decode_debt(self._memory, entry) for entry in self._scheduler.started]
-        return [sum(per_pool) for per_pool in zip(self._memory.nothing, *debts, strict=True)]
+        return self._memory.roster.debts(self._memory.decode_slots)
 
     def provide(self, admitted: list[Claimed]) -> None:
         """Pages for the first chunks."""
@@ -168,10 +213,11 @@ class _Starts:
             raise
         for claim, got in zip(admitted, provided, strict=True):
             if not got:
-                self._refuse(claim.entry, "the pages that it was promised were taken by others")
+                self._refuse(claim.entry, "the pages that it was promised were taken by others", again=True)
                 continue
+            self._started += 1
             self._scheduler.start(claim.entry, claim.reused, claim.shared)
-            run.serve_context(claim.entry, got)
+            self._scheduler.serve_context(run, claim.entry, got)
 
     def _provide(self, work: list[tuple[Entry, int, int]]) -> list[int]:
         memory = self._memory

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from kvpool.scheduler.request import Entry, Request
+from kvpool.scheduler.request import Request
 
 
 class Context(NamedTuple):
@@ -25,16 +25,16 @@ class Step:
     in this pass. refused: (request, error) of a list that can never run. num_tokens: of all, drafts included.
     """
 
-    __slots__ = ("context", "entries", "generation", "num_tokens", "recompute", "refused", "suspended")
+    __slots__ = ("context", "generation", "num_tokens", "number", "recompute", "refused", "suspended")
 
-    def __init__(self) -> None:
+    def __init__(self, number: int = 0) -> None:
+        self.number = number  # from 1; 0: it was not handed out
         self.context: list[Context] = []
         self.generation: list[Request] = []
         self.suspended: list[Request] = []
         self.recompute: list[Request] = []
         self.refused: list[tuple[Request, Exception]] = []
         self.num_tokens = 0
-        self.entries: list[Entry] = []  # of all that are in work
 
     @property
     def requests(self) -> Iterator[Request]:
@@ -42,6 +42,19 @@ class Step:
         for chunk in self.context:
             yield chunk.request
         yield from self.generation
+
+    @property
+    def generation_tokens(self) -> list[int]:
+        """Of each generation, before the update: tokens to compute, the last token and drafts, clipped at the end."""
+        return [
+            min(1 + r.draft_tokens, len(r._prompt) + r.max_new_tokens - 1 - r.num_computed) for r in self.generation
+        ]
+
+    def inherit(self, before: Step) -> None:
+        """An earlier pass of the same call, in which nobody ran: those who gave way in it, unless they run now."""
+        for mine, theirs in ((self.suspended, before.suspended), (self.recompute, before.recompute)):
+            known = {id(request) for request in [*self.requests, *self.suspended, *self.recompute]}
+            mine[:0] = [request for request in theirs if id(request) not in known]
 
     def __bool__(self) -> bool:
         """Whether there is anything to execute."""

@@ -1,13 +1,16 @@
-"""What comes back from the executor: inputs are committed, outputs appended, requests end."""
+"""What comes back from the executor: inputs are committed, outputs appended, requests end.
+
+Generations are the roster's, all in one call; here are last chunks, and whatever goes wrong.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvpool.errors import LogicError
-from kvpool.scheduler.request import Entry, RequestState
-from kvpool.scheduler.step import Step
+from kvpool.scheduler.request import Entry
+from kvpool.scheduler.step import Context, Step
 
 if TYPE_CHECKING:
     from kvpool.scheduler.scheduler import Scheduler
@@ -15,32 +18,40 @@ if TYPE_CHECKING:
 
 def apply_outputs(scheduler: Scheduler, step: Step, outputs: Mapping[int | str, Sequence[int]]) -> None:
     """See `Scheduler.update`."""
-    in_step = {entry.request.request_id: entry for entry in step.entries}
+    given: dict[Any, Any] = outputs if type(outputs) is dict else dict(outputs)
+    roster = scheduler.memory.roster
+    found, ended, failed = roster.collect(step.number, given)
+    roster.release(step.number)
+    for age, reason in ended:
+        done = scheduler.of_age(age)
+        scheduler.outlook.ended(done.request)
+        scheduler.end(done, reason)
+    for age, what in failed:
+        _fail(scheduler, scheduler.of_age(age), what)
     for chunk in step.context:
-        entry = in_step[chunk.request.request_id]
-        if entry.request.state is RequestState.FINISHED:
-            continue
-        given = outputs.get(chunk.request.request_id, ())
-        if chunk.is_last:
-            _take(scheduler, entry, chunk.num_tokens, given)
-        elif len(given):
-            _fail(scheduler, entry, f"{len(given)} tokens for a chunk that is not its last")
+        found += chunk.request.request_id in given
+        entry = scheduler.find(chunk.request.request_id)
+        if entry is not None and entry.request is chunk.request:
+            _take_chunk(scheduler, entry, chunk, given.get(chunk.request.request_id, ()))
+    if found < len(given):
+        _fail_strangers(scheduler, step, given)
+
+
+def _fail_strangers(scheduler: Scheduler, step: Step, given: Mapping[Any, Any]) -> None:
+    known = {request.request_id for request in step.requests}
+    for request_id in given:
+        entry = scheduler.find(request_id)
+        if request_id not in known and entry is not None:
+            _fail(scheduler, entry, "tokens for a request that is not in the step")
+
+
+def _take_chunk(scheduler: Scheduler, entry: Entry, chunk: Context, given: Any) -> None:
+    if not chunk.is_last:
+        if _count(given):
+            _fail(scheduler, entry, f"{given!r} for a chunk that is not its last")
         else:
             _commit(scheduler, entry, chunk.num_tokens)
-    for request in step.generation:
-        entry = in_step[request.request_id]
-        if request.state is not RequestState.FINISHED:
-            given = outputs.get(request.request_id, ())
-            _take(scheduler, entry, len(given), given)
-    for request_id in outputs:
-        if request_id not in in_step:
-            stranger = scheduler.find(request_id)
-            if stranger is not None:
-                _fail(scheduler, stranger, "tokens for a request that is not in the step")
-
-
-def _take(scheduler: Scheduler, entry: Entry, num_inputs: int, given: Sequence[int]) -> None:
-    """Tokens of a generation or a last chunk."""
+        return
     request = entry.request
     most = 1 + request.draft_tokens
     try:
@@ -49,39 +60,40 @@ def _take(scheduler: Scheduler, entry: Entry, num_inputs: int, given: Sequence[i
         _fail(scheduler, entry, f"{given!r}, which is not a list of tokens")
         return
     if not 1 <= len(tokens) <= most:
-        _fail(scheduler, entry, f"{len(tokens)} tokens where 1 to {most} are due")
+        _fail(scheduler, entry, f"{len(tokens)} tokens where 1 to {most} are due" if tokens else "no tokens")
         return
     if not all(0 <= token < 2**31 for token in tokens):
         _fail(scheduler, entry, f"{tokens!r}, which are not all in 0..2**31-1")
         return
-    reason = None
-    tokens = tokens[: request.max_new_tokens - len(request.output_tokens)]
-    for at, token in enumerate(tokens):
-        if token in request._stops:
-            tokens, reason = tokens[: at + 1], "stop"
-            break
-    is_generation = entry.generates
-    request.output_tokens += tokens
-    if reason is None and len(request.output_tokens) >= request.max_new_tokens:
-        reason = "length"
-    if not _commit(scheduler, entry, len(tokens) if is_generation else num_inputs):
+    if not _commit(scheduler, entry, chunk.num_tokens):
         return
-    if reason is not None:
+    tokens = tokens[: request.max_new_tokens - len(request.output_tokens)]
+    stop = next((at for at, token in enumerate(tokens) if token in request._stops), None)
+    request.output_tokens += tokens if stop is None else tokens[: stop + 1]
+    if stop is not None or len(request.output_tokens) >= request.max_new_tokens:
         scheduler.outlook.ended(request)
-        scheduler.end(entry, reason)
+        scheduler.end(entry, "length" if stop is None else "stop")
+    elif len(tokens) == 1:
+        scheduler.generates(entry)  # else what came out besides the next token is a chunk of its own
+
+
+def _count(given: Any) -> int:
+    try:
+        return len(given)
+    except TypeError:
+        return 1
 
 
 def _commit(scheduler: Scheduler, entry: Entry, num_tokens: int) -> bool:
     """Inputs whose pages the step wrote are final. False: the request failed."""
     request = entry.request
     start = request.num_computed
-    tokens = entry.tokens(start, start + num_tokens)
     try:
-        scheduler.memory.commit(entry, tokens)
+        scheduler.memory.commit(entry, entry.request.token_slice(start, start + num_tokens))
     except LogicError as error:
         scheduler.end(entry, "error", error)
         return False
-    request.num_computed = start + num_tokens
+    request._computed = start + num_tokens
     return True
 
 

@@ -38,7 +38,7 @@ def older_wins(
         if done := attempt():
             return done
     entry.why = "there is no room, and no younger request is left to give way" + _numbers(scheduler, short)
-    if any(run.is_busy(other) for other in scheduler.younger(entry)):
+    if any(scheduler.is_busy(run, other) for other in scheduler.younger(entry)):
         run.waiting.add(entry)
         entry.why += "; it waits for a younger one in flight"
     elif len(scheduler.started) > 1 and entry.request.state is RequestState.RUNNING:
@@ -61,7 +61,7 @@ def _comes_back(scheduler: Scheduler, short: Sequence[int]) -> bool:
 def _candidates(scheduler: Scheduler, run: Pass, entry: Entry) -> Iterator[Entry]:
     """Younger started requests that may give way, the newest first."""
     for other in scheduler.younger(entry):
-        if not run.is_busy(other) and other not in run.served and not scheduler.memory.is_fenced(other):
+        if not scheduler.is_busy(run, other) and not scheduler.memory.is_fenced(other):
             yield other
 
 

@@ -174,6 +174,23 @@ fn check_tiers(core: &Core, caches: &[&Cache]) -> Result<()> {
             );
         }
     }
+    let only_held = |i: &usize| {
+        let state = tree.state(*i);
+        state.tier() == Tier::Device && state.refs() > 0 && pins[*i] == 0
+    };
+    let (held, counted) = (live(core).filter(only_held).count(), tree.held());
+    ensure!(
+        held == counted as usize,
+        "nodes that only SUSPENDED caches claim: {counted} counted, {held} there"
+    );
+    for pool in 0..core.pools.len() {
+        let counted = tree.pages[pool].held.get();
+        let held = live(core).filter(|&i| tree.page(pool, i).is_held()).count();
+        ensure!(
+            counted == held as u64 || !tree.windowed[pool],
+            "pool {pool}: pages that only SUSPENDED caches claim: {counted} counted, {held} there"
+        );
+    }
     for i in live(core) {
         let (pinned, counted) = (tree.pins(i), tree.near(i));
         ensure!(pinned == pins[i], "node {i}: pins {pinned} != {}", pins[i]);

@@ -192,6 +192,10 @@ impl Page {
     pub fn is_stale(self) -> bool {
         self.0 & STALE != 0
     }
+    /// On the device, and claimed by SUSPENDED caches only.
+    pub fn is_held(self) -> bool {
+        self.tier() == Tier::Device && self.claims() > 0 && self.active() == 0
+    }
     /// Whether it is on the move by itself: who takes the word away leaves the slot to the mover.
     pub fn is_busy(self) -> bool {
         self.0 & PAGE_BUSY != 0

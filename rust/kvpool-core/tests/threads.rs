@@ -103,6 +103,7 @@ impl Run<'_> {
             epoch: Some(epoch),
             retention: None,
             least: [None, Some(1)][rng.below(2)],
+            most: None,
         });
         let caches = self.core.claim_all(claims.collect(), rng.below(4) > 0).unwrap();
         let mut verified = 0;

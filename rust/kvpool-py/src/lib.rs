@@ -4,9 +4,11 @@
 
 mod cache;
 mod core;
+mod forecast;
 mod kernels;
 mod mover;
 mod recorded;
+mod roster;
 mod started;
 
 use pyo3::prelude::*;
@@ -19,11 +21,15 @@ mod _core {
     #[pymodule_export]
     use crate::core::Core;
     #[pymodule_export]
+    use crate::forecast::Forecast;
+    #[pymodule_export]
     use crate::kernels::{kernel_names, kernel_source};
     #[pymodule_export]
     use crate::mover::{Mover, Ticket};
     #[pymodule_export]
     use crate::recorded::Recorder;
+    #[pymodule_export]
+    use crate::roster::{Allocation, Roster};
     #[pymodule_export]
     use crate::started::Started;
 }

@@ -2,7 +2,6 @@
 
 use crate::cache::{enter_all, Cache};
 use crate::core::{int32s, outcome, plan, retention, Copies, Core, Ranges};
-use kvpool_core::forecast::{overflow, Growth};
 use kvpool_core::types::RetentionSpec;
 use kvpool_core::{Claim, Refusal};
 use pyo3::buffer::PyBuffer;
@@ -159,24 +158,5 @@ impl Started {
     fn in_flight(&self, py: Python<'_>, cache: &Bound<'_, Cache>) -> PyResult<bool> {
         let entered = outcome(py, cache.get().enter())?;
         Ok(self.core.get().core.is_in_flight(&entered))
-    }
-
-    /// The first step in which requests that grow to their ends need more than `available` slots, and how many more.
-    /// Rows: (steps to its end, tokens of its context, most slots, slots now, slots of them that come back).
-    #[staticmethod]
-    fn overflow(
-        rows: Vec<(u64, u64, u64, u64, u64)>,
-        tokens_per_block: u64,
-        available: u64,
-    ) -> Option<(u64, u64)> {
-        let growth = |(steps, tokens, most, held, back)| Growth {
-            steps,
-            tokens,
-            most,
-            held,
-            back,
-        };
-        let mut rows: Vec<Growth> = rows.into_iter().map(growth).collect();
-        overflow(&mut rows, tokens_per_block, available)
     }
 }

@@ -5,6 +5,7 @@
 use super::Core;
 use crate::cache::Cache;
 use crate::error::Result;
+use crate::types::CacheState;
 use crate::words::{Link, Tier};
 
 impl Core {
@@ -21,18 +22,17 @@ impl Core {
         self.ready(cache)?;
         let limit = self.config.max_seq_len.unwrap_or(u64::from(u32::MAX));
         let tokens = tokens.min(limit.saturating_sub(cache.history));
-        let room = self.rooms(cache, leave);
         self.look_far(cache, &[]);
-        let fits = |cache: &Cache, tokens: u64| {
-            let needs = room.iter().enumerate();
-            needs
-                .map(|(pool, &room)| (self.needs(cache, pool, tokens), room))
-                .all(|(need, room)| need == 0 || room.is_some_and(|room| need <= room))
-        };
         let mut found = 0;
-        if fits(cache, tokens) {
+        if self.fits(cache, tokens, |pool| self.room(cache, pool, 0, leave)) {
             found = tokens;
         } else if unit > 0 {
+            let rooms = self.rooms(cache, leave);
+            let fits = |cache: &Cache, tokens: u64| self.fits(cache, tokens, |pool| rooms[pool]);
+            if fits(cache, tokens) {
+                cache.far.fill(0);
+                return Ok(tokens);
+            }
             // fits(low * unit) holds for low > 0, fits(high * unit) does not.
             let (mut low, mut high) = (0, tokens.div_ceil(unit));
             while high - low > 1 {
@@ -62,23 +62,30 @@ impl Core {
         Ok(lacking)
     }
 
+    fn fits(&self, cache: &Cache, tokens: u64, room: impl Fn(usize) -> Option<u32>) -> bool {
+        (0..self.pools.len()).all(|pool| {
+            let need = self.needs(cache, pool, tokens);
+            need == 0 || room(pool).is_some_and(|room| need <= room)
+        })
+    }
+
     fn needs(&self, cache: &Cache, pool: usize, tokens: u64) -> u32 {
         let capacity = cache.capacity.max(cache.history + tokens);
         self.need(cache, pool, cache.history, capacity.div_ceil(self.t()) as usize)
     }
 
-    /// Per pool, slots that the cache could have now; `None`: fewer than must be left. Its own pages stay.
+    /// Slots of a pool that the cache could have, with `movable` pages out of the way; `None`: fewer than must be left.
+    fn room(&self, cache: &Cache, pool: usize, movable: u32, leave: &[u32]) -> Option<u32> {
+        let had = self.pools[pool].available() + movable + cache.promise[pool];
+        had.checked_sub(leave.get(pool).copied().unwrap_or(0))
+    }
+
+    /// Per pool, slots that the cache could have now, pages of SUSPENDED caches moved down; its own stay.
     fn rooms(&self, cache: &mut Cache, leave: &[u32]) -> Vec<Option<u32>> {
         let pinned = cache.pinned;
         let stays = self.pin(cache);
-        let room = |pool: usize| {
-            let movable = if stays {
-                self.reachable(pool)
-            } else {
-                self.pools[pool].available()
-            };
-            (movable + cache.promise[pool]).checked_sub(leave.get(pool).copied().unwrap_or(0))
-        };
+        let movable = |pool: usize| self.reachable(pool).saturating_sub(self.pools[pool].available());
+        let room = |pool: usize| self.room(cache, pool, if stays { movable(pool) } else { 0 }, leave);
         let rooms = (0..self.pools.len()).map(room).collect();
         if stays && !pinned {
             self.unpin(cache);
@@ -140,6 +147,31 @@ impl Core {
             (here, own)
         };
         Ok((0..self.pools.len()).map(pool).collect())
+    }
+
+    /// Tokens of a block.
+    pub fn tokens_per_block(&self) -> u64 {
+        self.t()
+    }
+
+    /// Pools.
+    pub fn num_pools(&self) -> usize {
+        self.pools.len()
+    }
+
+    /// Live pages of an open cache in one pool, wherever they are.
+    pub fn held(&self, cache: &Cache, pool: usize) -> u32 {
+        let (s, e) = self.config.pools[pool].stale(cache.history, self.t());
+        let blocks = cache.tables[pool].len();
+        (blocks - e.min(blocks).saturating_sub(s)) as u32
+    }
+
+    /// As `held`; 0 for one that is SUSPENDED, whose pages may have to be brought back.
+    pub fn held_here(&self, cache: &Cache, pool: usize) -> u32 {
+        match cache.state {
+            CacheState::Active => self.held(cache, pool),
+            _ => 0,
+        }
     }
 
     /// Blocks of its path from here on are claimed by nobody else.

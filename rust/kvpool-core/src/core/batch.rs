@@ -170,7 +170,11 @@ impl Core {
             let capacity = least.map_or(all, |n| cache.history.saturating_add(n).min(all));
             let blocks = capacity.max(cache.capacity).div_ceil(self.t()) as usize;
             self.look_far(cache, &[]);
-            let room = self.reserve_need(cache, cache.history, blocks);
+            let room = if promised {
+                self.reserve_need(cache, cache.history, blocks)
+            } else {
+                self.can_have(|pool| self.need(cache, pool, cache.history, blocks))
+            };
             cache.far.fill(0);
             if room {
                 if promised {
@@ -178,8 +182,6 @@ impl Core {
                     for (pool, &units) in self.pools.iter().zip(&cache.promise) {
                         pool.promised.add(u64::from(units));
                     }
-                } else {
-                    self.empty_purse(cache);
                 }
                 return true;
             }
@@ -196,11 +198,11 @@ mod tests {
     use super::*;
     use crate::types::{CoreConfig, PolicyKind, PoolSpec};
 
-    fn core() -> Core {
+    fn core(host_slots: u32) -> Core {
         let pool = |name: &str, num_slots, window| PoolSpec {
             name: name.into(),
             num_slots,
-            host_slots: 0,
+            host_slots,
             window,
             sink_tokens: 0,
         };
@@ -229,9 +231,22 @@ mod tests {
     /// The k-th allocation of a batch fails, for all k: that request gets nothing and leaves nothing, the others run.
     #[test]
     fn a_failed_allocation_rolls_its_request_back_for_every_k() {
+        fail_for_every_k(0, 6);
+    }
+
+    /// The same with the matches on the host: pages that come up want slots too.
+    #[test]
+    fn a_failed_allocation_rolls_its_request_back_for_every_k_with_onboarding() {
+        fail_for_every_k(9, 9);
+    }
+
+    fn fail_for_every_k(host_slots: u32, least: u64) {
         for k in 1.. {
-            let core = core();
+            let core = core(host_slots);
             serve(&core, &[1, 2, 3, 4]);
+            if host_slots > 0 {
+                assert_eq!((core.evict(2), core.counters().offloaded), (2, 4));
+            }
             let prompts: [&[i32]; 3] = [&[1, 2, 3, 9, 9], &[1, 2, 3, 4, 5], &[6, 7]];
             let claims = prompts.iter().map(|&tokens| Claim {
                 tokens,
@@ -265,7 +280,8 @@ mod tests {
             let kept = core.probe(&[1, 2, 3, 4, 0], b"", None).unwrap();
             assert_eq!((kept, core.available_tokens()), (4, 18), "k = {k}");
             if core.fault.get() > 0 {
-                assert!(k > 6, "fewer allocations than the batch needs");
+                assert!(k > least, "fewer allocations than the batch needs");
+                assert_eq!(core.counters().onboarded > 0, host_slots > 0);
                 return;
             }
             assert_eq!(refused, 1, "k = {k}");

@@ -239,13 +239,13 @@ impl Core {
     fn replaced(&self, pool: usize, key: u64, slot: u32, paid: bool) {
         self.hosts[pool].give(slot);
         self.hosts[pool].unreserve(u32::from(paid));
-        self.counters.dropped.add(1);
         self.note_moved(pool, key, Tier::Device);
     }
 
     /// In flight one's own slots come back later only: the units for pages that nobody claims must be had now, or the
     /// block stays private. Others may have been promised them.
     fn prepay(&self, cache: &mut Cache, node: Link) -> bool {
+        self.empty_purse(cache); // what the block before did not need
         let i = cache.nodes.len();
         let unclaimed = self.tree.state(node.index()).refs() == 0;
         for pool in 0..self.pools.len() {

@@ -278,9 +278,7 @@ impl Core {
 
     /// Largest capacity that one new unmatched cache could get now.
     pub fn available_tokens(&self) -> u64 {
-        let slots = (0..self.pools.len()).map(|pool| self.reachable(pool)).min();
-        let slots = slots.unwrap_or(0);
-        let tokens = u64::from(slots) * self.t();
+        let tokens = u64::from(self.most_for_all()) * self.t();
         self.config.max_seq_len.map_or(tokens, |most| tokens.min(most))
     }
 

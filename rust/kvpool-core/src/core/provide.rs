@@ -75,7 +75,7 @@ impl Core {
             return Ok(true);
         }
         let mut resumed = self.provide(cache, cache.capacity, copies)?;
-        if !resumed && !cache.source.is_nil() {
+        if !resumed && !cache.source.is_nil() && self.fits_whole(cache) {
             self.shorten(cache);
             resumed = self.provide(cache, cache.capacity, copies)?;
         }
@@ -212,20 +212,25 @@ impl Core {
         self.empty_purse(cache);
     }
 
+    /// The most whole blocks of a match that serve without the partial one.
+    pub(super) fn whole_blocks(&self, cache: &Cache) -> usize {
+        with_scratch(|scratch| {
+            scratch.path.clear();
+            scratch.path.extend_from_slice(&cache.nodes);
+            self.count_runs(scratch);
+            (0..=cache.nodes.len())
+                .rev()
+                .find(|&k| self.serves(scratch, k, k as u64 * self.t()))
+                .unwrap_or(0)
+        })
+    }
+
     /// No slot for the partial block: the match ends at the longest whole block that still serves.
     pub(super) fn shorten(&self, cache: &mut Cache) {
         let t = self.t();
         let stamp = if cache.in_work { Stamp::NONE } else { self.tick() };
         let blocks = cache.nodes.len();
-        let keep = with_scratch(|scratch| {
-            scratch.path.clear();
-            scratch.path.extend_from_slice(&cache.nodes);
-            self.count_runs(scratch);
-            (0..=blocks)
-                .rev()
-                .find(|&k| self.serves(scratch, k, k as u64 * t))
-                .unwrap_or(0)
-        });
+        let keep = self.whole_blocks(cache);
         // What becomes live must be held before anything is released; if it goes meanwhile, fewer blocks are kept.
         let keep = (0..=keep)
             .rev()
@@ -317,6 +322,9 @@ impl Core {
     /// SUSPENDED from here on; on one tier the pages stay where they are, claimed.
     pub fn suspend(&self, cache: &mut Cache) -> Result<()> {
         self.ready(cache)?;
+        if cache.state == CacheState::Suspended {
+            return Ok(()); // also a claim in work: its pages stay
+        }
         self.set_holder(cache, CacheState::Suspended);
         if cache.in_flight == 0 {
             self.lower(cache);

@@ -185,6 +185,89 @@ impl Core {
         }
     }
 
+    /// Whether a SUSPENDED cache whose partial block finds no room would find room without it. Changes nothing.
+    pub(super) fn fits_whole(&self, cache: &Cache) -> bool {
+        if !self.tiered {
+            return true; // all that is left is on the device
+        }
+        let keep = self.whole_blocks(cache);
+        // What stays, and what nobody would claim any more, is not among what could move down.
+        let (mut blocks, mut pages) = (Vec::new(), Vec::new());
+        let change: Vec<(u32, u32)> = (0..self.pools.len())
+            .map(|pool| match self.tree.windowed[pool] {
+                true => self.change_of_pages(cache, pool, keep, &mut pages),
+                false => self.change_of_blocks(cache, keep),
+            })
+            .collect();
+        blocks.extend_from_slice(&cache.nodes[..keep]);
+        blocks.extend(self.left_behind(cache, keep));
+        blocks.retain(|node| self.tree.pin(node.index()));
+        let pin = |pinned| move |&(pool, index)| self.tree.pin_page(pool, index, pinned);
+        pages.iter().for_each(pin(true));
+        let fits = self.can_have(|pool| change[pool].0.saturating_sub(change[pool].1));
+        pages.iter().for_each(pin(false));
+        for &(pool, index) in &pages {
+            self.keeper.report_page(pool, index, false);
+        }
+        blocks.iter().for_each(|node| self.unpin_node(node.index()));
+        fits
+    }
+
+    /// Blocks that nobody claims once a cache is cut to `keep` blocks: its partial source and the end of its path.
+    fn left_behind(&self, cache: &Cache, keep: usize) -> Vec<Link> {
+        let mut left = Vec::new();
+        let mut references = 1; // ours, or that of the block below, which goes first
+        let source = self.tree.state(cache.source.index());
+        if source.refs() == 1 {
+            left.push(cache.source);
+            references += 1;
+        }
+        for node in cache.nodes[keep..].iter().rev() {
+            if self.tree.state(node.index()).refs() > references {
+                break;
+            }
+            left.push(*node);
+            references = 1;
+        }
+        left
+    }
+
+    /// Slots of a full-attention pool that a cache cut to `keep` blocks needs, and those that the cut makes available.
+    fn change_of_blocks(&self, cache: &Cache, keep: usize) -> (u32, u32) {
+        let on = |tier: Tier| move |node: &&Link| self.tree.state(node.index()).tier() == tier;
+        let need = cache.nodes[..keep].iter().filter(on(Tier::Host)).count();
+        let left = self.left_behind(cache, keep);
+        let back = left.iter().filter(on(Tier::Device)).count();
+        (need as u32, back as u32)
+    }
+
+    /// As `change_of_blocks`, of a pool with a window: what becomes live by the cut is needed too. Appends the pages that
+    /// the cut cache or nobody would claim.
+    fn change_of_pages(
+        &self,
+        cache: &Cache,
+        pool: usize,
+        keep: usize,
+        pages: &mut Vec<(usize, usize)>,
+    ) -> (u32, u32) {
+        let (s, e) = self.config.pools[pool].stale(keep as u64 * self.t(), self.t());
+        let (mut need, mut back) = (0, 0);
+        let source = std::iter::once((cache.source, false, true));
+        let path = cache.nodes.iter().enumerate();
+        let path = path.map(|(i, &node)| (node, i < keep && (i < s || i >= e), cache.tables[pool][i] != 0));
+        for (node, live, held) in path.chain(source) {
+            let page = self.tree.page(pool, node.index());
+            let near = page.tier() == Tier::Device;
+            let last = held && page.claims() == 1;
+            need += u32::from(live && (!near || page.claims() == 0));
+            back += u32::from(!live && near && last);
+            if live || last {
+                pages.push((pool, node.index()));
+            }
+        }
+        (need, back)
+    }
+
     /// A device slot for every live page on the host, out of the purse. `false`: one could not be found.
     pub(super) fn take_up(&self, cache: &mut Cache, copies: &mut Vec<PageCopy>) -> bool {
         if !self.tiered || cache.state == CacheState::Active {

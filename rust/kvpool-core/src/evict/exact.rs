@@ -1,7 +1,7 @@
 //! The exact order: run only by the one thread that is inside.
 
 use super::order::{Key, Order};
-use super::{Orders, Which};
+use super::Orders;
 use crate::core::Core;
 use crate::inbox::{LOWERED, ROSE};
 use crate::words::{Stamp, Tier};
@@ -254,12 +254,7 @@ impl Core {
     }
 
     /// The next leaf leaves the device: down, or for good. Returns its slot in pool `keep` and the pages that left.
-    pub(super) fn next_leaf(
-        &self,
-        orders: &mut Orders,
-        keep: Option<usize>,
-        which: Which,
-    ) -> Option<(u32, u64)> {
+    pub(super) fn next_leaf(&self, orders: &mut Orders, keep: Option<usize>) -> Option<(u32, u64)> {
         self.catch_up(orders);
         let mut gone = None;
         while let Some((key, node)) = orders.leaves[0].pop() {
@@ -274,15 +269,12 @@ impl Core {
             }
             let claimed = self.tree.state(index).refs() > 0;
             if self.tiered {
-                gone = match claimed || which == Which::Any {
-                    true => self.move_down(orders, index, keep),
-                    false => None,
-                };
+                gone = self.move_down(orders, index, keep);
                 if gone.is_some() {
                     break;
                 }
             }
-            if claimed || which == Which::Claimed {
+            if claimed {
                 orders.aside.push((now, node));
                 continue;
             }
@@ -305,7 +297,7 @@ impl Core {
     }
 
     /// The next page of a windowed pool leaves the device: down, or for good. Returns its slot.
-    pub(super) fn next_page(&self, orders: &mut Orders, pool: usize, which: Which) -> Option<u32> {
+    pub(super) fn next_page(&self, orders: &mut Orders, pool: usize) -> Option<u32> {
         self.catch_up(orders);
         self.catch_up_pages(orders, pool);
         let mut gone = None;
@@ -320,13 +312,13 @@ impl Core {
                 continue;
             }
             let claimed = self.tree.page(pool, index).claims() > 0;
-            if self.tiered && (claimed || which == Which::Any) {
+            if self.tiered {
                 gone = self.move_page(orders, pool, index);
                 if gone.is_some() {
                     break;
                 }
             }
-            if claimed || which == Which::Claimed {
+            if claimed {
                 orders.aside.push((now, node));
                 continue;
             }

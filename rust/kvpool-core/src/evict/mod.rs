@@ -7,6 +7,7 @@
 mod exact;
 pub mod order;
 pub mod policy;
+mod room;
 mod tiers;
 
 pub use order::{Key, Order};
@@ -25,15 +26,6 @@ use std::collections::BinaryHeap;
 /// Rounds of searching after which a promised slot is given up: only a thread that is stopped in the middle
 /// of handing slots on can hide them for so long.
 const ROUNDS: usize = 16;
-
-/// Which pages a search for a victim may take.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Which {
-    /// Whatever comes first.
-    Any,
-    /// Only those that SUSPENDED caches claim: they move down.
-    Claimed,
-}
 
 /// What only the thread inside may touch.
 #[derive(Debug)]
@@ -147,9 +139,12 @@ impl Core {
 
     fn leave_device(&self, keep: Option<usize>) -> Option<u32> {
         if let Some(mut orders) = self.keeper.orders.enter() {
-            if let Some((slot, pages)) = self.next_leaf(&mut orders, keep, Which::Any) {
+            if let Some((slot, pages)) = self.next_leaf(&mut orders, keep) {
                 self.counters.evicted.add(pages);
                 return Some(slot);
+            }
+            if self.tiered && keep.is_none() {
+                return None; // what the scan could find is on the host
             }
         }
         let dead = self.scan().find_map(|index| self.tree.kill(index))?;
@@ -185,11 +180,12 @@ impl Core {
     /// Returns that slot and the pages that left the device.
     fn strip(&self, dead: &Dead, keep: Option<usize>) -> (u32, u64) {
         let (mut kept, mut near, mut far) = (0, 0, 0);
+        let block = self.tree.is_block(dead.index()); // a private block was in no cache of others
         for pool in 0..self.pools.len() {
             // A page of a windowed pool can be taken from the dead node by others too; cover its way as well.
             let covered = self.tree.windowed[pool] && self.pools[pool].reserve(1);
             if let Some(page) = self.tree.strip(pool, dead) {
-                if self.tree.is_block(dead.index()) {
+                if block {
                     self.note_removed(pool, page);
                 }
                 let slot = page.slot();
@@ -210,7 +206,7 @@ impl Core {
             }
             self.pools[pool].unreserve(u32::from(covered));
         }
-        self.counters.dropped.add(near + far);
+        self.counters.dropped.add(if block { near + far } else { 0 });
         let parent = self.tree.bury(dead);
         if !parent.is_nil() {
             self.keeper.report_leaf(parent.index(), false);
@@ -257,7 +253,7 @@ impl Core {
     /// A device slot of a windowed pool by eviction.
     fn evict_page(&self, pool: usize) -> Option<u32> {
         if let Some(mut orders) = self.keeper.orders.enter() {
-            if let Some(slot) = self.next_page(&mut orders, pool, Which::Any) {
+            if let Some(slot) = self.next_page(&mut orders, pool) {
                 return Some(slot);
             }
         }
@@ -327,13 +323,26 @@ impl Core {
         dead
     }
 
-    /// Up to `blocks` leaves in order leave the device. Returns how many did; fewer if the rest is promised to an operation that runs meanwhile.
+    /// Up to `blocks` leaves in order leave the device; with windowed pools alone and a host tier, pages of the first pool,
+    /// each alone. Returns how many did; fewer if the rest is promised to an operation that runs meanwhile.
     pub fn evict(&self, blocks: u64) -> u64 {
         let mut done = 0;
-        while done < blocks && !self.is_all_promised() && self.evict_leaf(None).is_some() {
+        while done < blocks && !self.is_all_promised() && self.evict_next() {
             done += 1;
         }
         done
+    }
+
+    fn evict_next(&self) -> bool {
+        if self.first_full.is_some() || !self.tiered {
+            return self.evict_leaf(None).is_some();
+        }
+        let slot = self.evict_page(0);
+        if let Some(slot) = slot {
+            self.counters.evicted.add(1);
+            self.pools[0].give(slot);
+        }
+        slot.is_some()
     }
 
     /// Drops all that is unclaimed, and not promised to an operation that runs meanwhile.

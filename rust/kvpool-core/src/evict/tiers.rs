@@ -1,11 +1,11 @@
 //! Down to the host: run only by the one thread that is inside. docs/TIERS.md has the rules.
 
 use super::order::Key;
-use super::{Orders, Which};
+use super::Orders;
 use crate::core::Core;
 use crate::pool::Owner;
 use crate::tree::Dead;
-use crate::words::{Link, Tier};
+use crate::words::{Link, Page, Tier};
 
 /// A page on its way: pool, device slot, host slot.
 type Way = (usize, u32, u32);
@@ -13,17 +13,28 @@ type Way = (usize, u32, u32);
 impl Core {
     // -- what merits the host ---------------------------------------------------------------
 
-    /// The highest priority of a node and its descendants.
-    fn worth(&self, index: usize) -> i16 {
-        let mut worth = self.rank(index);
+    /// Whether the priority of a node or of one of its descendants is `enough`: so the highest one is, if `enough` only grows.
+    fn any_worth(&self, index: usize, enough: impl Fn(i16) -> bool) -> bool {
         let mut below = vec![self.tree.at(index)];
         while let Some(node) = below.pop() {
-            self.tree.each_child(node, |child| {
-                worth = worth.max(self.rank(child.index()));
-                below.push(child);
-            });
+            if enough(self.rank(node.index())) {
+                return true;
+            }
+            self.tree.each_child(node, |child| below.push(child));
         }
-        worth
+        false
+    }
+
+    /// Whether a block merits the host.
+    fn merits(&self, index: usize) -> bool {
+        let least = i16::from(self.config.offload_min_priority);
+        self.any_worth(index, |priority| priority >= least)
+    }
+
+    /// Whether a page with this key of a block comes behind a victim, by the highest priority of the block and its
+    /// descendants.
+    fn comes_behind(&self, (index, key): (usize, Key), victim: Key) -> bool {
+        self.any_worth(index, |priority| rank(victim) < rank(Key { priority, ..key }))
     }
 
     /// Drops all descendants of an unclaimed node.
@@ -49,47 +60,61 @@ impl Core {
         }
     }
 
-    /// Takes the next leaf, to be dropped: on the host, else on the device.
+    /// Takes the next leaf, to be dropped: of both tiers the one that comes first.
     pub(super) fn next_node(&self, orders: &mut Orders) -> Option<Dead> {
         self.catch_up(orders);
-        for tier in [Tier::Host, Tier::Device] {
-            let mut taken = None;
-            while let Some((key, node)) = orders.leaves[tier as usize].pop() {
-                let index = node.index();
-                if !self.tree.is_live(node) || !self.is_victim(tier, index) {
-                    continue;
-                }
-                let now = self.leaf_key(index);
-                if now > key {
-                    orders.leaves[tier as usize].push(now, node);
-                    continue;
-                }
-                if let Some(dead) = self.tree.kill(index) {
-                    orders.policy.removed(self.tree.nodes[index].key.get());
-                    taken = Some(dead);
-                    break;
-                }
-                orders.aside.push((now, node)); // claimed by SUSPENDED caches, or with children on the host
+        loop {
+            let near = self.first_leaf(orders, Tier::Device);
+            let far = self.first_leaf(orders, Tier::Host);
+            let (first, other) = match (near, far) {
+                (Some(near), Some(far)) if near.0 < far.0 => (near, Some((Tier::Host, far))),
+                (Some(near), Some(far)) => (far, Some((Tier::Device, near))),
+                (near, far) => (near.or(far)?, None),
+            };
+            if let Some((tier, (key, node))) = other {
+                orders.leaves[tier as usize].push(key, node);
             }
-            self.put_back(orders, |orders| &mut orders.leaves[tier as usize]);
-            if taken.is_some() {
-                return taken;
+            let index = first.1.index();
+            if let Some(dead) = self.tree.kill(index) {
+                orders.policy.removed(self.tree.nodes[index].key.get());
+                return Some(dead);
             }
         }
-        None
+    }
+
+    /// Takes the first leaf of the tree in the order of a tier out of that order.
+    fn first_leaf(&self, orders: &mut Orders, tier: Tier) -> Option<(Key, Link)> {
+        let mut first = None;
+        while let Some((key, node)) = orders.leaves[tier as usize].pop() {
+            let index = node.index();
+            if !self.tree.is_live(node) || !self.is_victim(tier, index) {
+                continue;
+            }
+            let now = self.leaf_key(index);
+            if now > key {
+                orders.leaves[tier as usize].push(now, node);
+            } else if self.tree.is_leaf(index) {
+                first = Some((now, node));
+                break;
+            } else {
+                orders.aside.push((now, node)); // claimed by SUSPENDED caches, or with children on the host
+            }
+        }
+        self.put_back(orders, |orders| &mut orders.leaves[tier as usize]);
+        first
     }
 
     // -- room on the host -------------------------------------------------------------------
 
-    /// A host slot: a free one, or that of the first unclaimed page there if it comes before `than` (`None`: any). The
-    /// caller has a unit for it.
-    fn host_slot(&self, orders: &mut Orders, pool: usize, than: Option<Key>) -> Option<u32> {
+    /// A host slot: a free one, or that of the first unclaimed page there if it comes before a page of this block with
+    /// this key (`None`: any). The caller has a unit for it.
+    fn host_slot(&self, orders: &mut Orders, pool: usize, than: Option<(usize, Key)>) -> Option<u32> {
         loop {
             if let Some(slot) = self.hosts[pool].take() {
                 self.hosts[pool].note_peak();
                 return Some(slot);
             }
-            let before = |key: Key| than.is_none_or(|than| rank(key) < rank(than));
+            let before = |key: Key| than.is_none_or(|than| self.comes_behind(than, key));
             if self.tree.windowed[pool] {
                 let (key, node) = self.first_host_page(orders, pool)?;
                 if !before(key) {
@@ -144,8 +169,8 @@ impl Core {
         }
     }
 
-    /// A host slot with its unit, for a page that is claimed or has this key.
-    fn host_room(&self, orders: &mut Orders, pool: usize, than: Option<Key>) -> Option<u32> {
+    /// As `host_slot`, with its unit.
+    fn host_room(&self, orders: &mut Orders, pool: usize, than: Option<(usize, Key)>) -> Option<u32> {
         if !self.hosts[pool].reserve(1) {
             return None;
         }
@@ -173,55 +198,93 @@ impl Core {
     ) -> Option<(u32, u64)> {
         self.first_full?;
         let state = self.tree.seize(index)?;
-        let claimed = state.refs() > 0;
-        let worth = if claimed { 0 } else { self.worth(index) };
-        let merits = claimed || worth >= i16::from(self.config.offload_min_priority);
-        let than = |key: Key| {
-            (!claimed).then_some(Key {
-                priority: worth,
-                ..key
-            })
-        };
-        let mut ways: Vec<Way> = Vec::with_capacity(self.pools.len());
-        let mut pages: Vec<Way> = Vec::new();
-        let mut whole = merits && self.tree.pins(index) == 0 && state.tier() == Tier::Device;
-        for pool in 0..self.pools.len() {
-            if !whole {
-                break;
+        let (mut ways, mut pages) = (Vec::with_capacity(self.pools.len()), Vec::new());
+        let found = self.tree.pins(index) == 0
+            && state.tier() == Tier::Device
+            && self.find_ways(orders, index, state.refs() > 0, &mut ways, &mut pages);
+        if found && self.copy_down(index, &ways, &mut pages) {
+            return Some(self.went_down(orders, index, &ways, &pages, keep));
+        }
+        for &(pool, from, to) in &pages {
+            self.tree.settle_page(pool, index, from, Tier::Device, from);
+            self.give_host(pool, to);
+        }
+        ways.iter().for_each(|&(pool, _, to)| self.give_host(pool, to));
+        self.tree.settle(index, state.tier());
+        None
+    }
+
+    /// Host slots for a busy block, its full-attention pages first, and for those of its pages in windowed pools that go
+    /// along, which are busy from here on. `false`: the block does not go.
+    fn find_ways(
+        &self,
+        orders: &mut Orders,
+        index: usize,
+        claimed: bool,
+        ways: &mut Vec<Way>,
+        pages: &mut Vec<Way>,
+    ) -> bool {
+        let room = |pool: usize| !self.tree.windowed[pool] || self.tree.page(pool, index).is_held();
+        // Whole or not at all: nothing must be displaced in vain.
+        let stays =
+            claimed && (0..self.pools.len()).any(|pool| room(pool) && self.hosts[pool].available() == 0);
+        if stays || !claimed && !self.merits(index) {
+            return false;
+        }
+        for pool in (0..self.pools.len()).filter(|&pool| !self.tree.windowed[pool]) {
+            let than = (!claimed).then(|| (index, self.leaf_key(index)));
+            let Some(slot) = self.host_room(orders, pool, than) else {
+                return false;
+            };
+            ways.push((pool, self.tree.page(pool, index).slot(), slot));
+        }
+        for pool in (0..self.pools.len()).filter(|&pool| self.tree.windowed[pool]) {
+            let Some(page) = self.tree.seize_page(pool, index) else {
+                continue;
+            };
+            if let Some(slot) = self.page_room(orders, pool, index, page) {
+                pages.push((pool, page.slot(), slot));
+                continue;
             }
-            if !self.tree.windowed[pool] {
-                match self.host_room(orders, pool, than(self.leaf_key(index))) {
-                    Some(slot) => ways.push((pool, self.tree.page(pool, index).slot(), slot)),
-                    None => whole = false,
-                }
-            } else if let Some(page) = self.tree.seize_page(pool, index) {
-                let than = if page.claims() > 0 {
-                    None
-                } else {
-                    than(self.page_key(pool, index))
-                };
-                match self.host_room(orders, pool, than) {
-                    Some(slot) => pages.push((pool, page.slot(), slot)),
-                    None => {
-                        self.tree
-                            .settle_page(pool, index, page.slot(), Tier::Device, page.slot());
-                        whole = page.claims() == 0;
-                    }
-                }
+            self.tree
+                .settle_page(pool, index, page.slot(), Tier::Device, page.slot());
+            if page.claims() > 0 {
+                return false;
             }
         }
-        let all = ways.iter().chain(&pages);
-        whole = whole && { all }.all(|&(pool, from, to)| self.mover.offload(pool, from, to));
-        if !whole {
-            for &(pool, from, to) in &pages {
+        true
+    }
+
+    /// Copies what goes down. An unclaimed page of a windowed pool whose copy fails is taken off the list. `false`: the copy
+    /// of another one failed.
+    fn copy_down(&self, index: usize, ways: &[Way], pages: &mut Vec<Way>) -> bool {
+        let copy = |&(pool, from, to): &Way| self.mover.offload(pool, from, to);
+        if !ways.iter().all(copy) {
+            return false;
+        }
+        let mut lost = false;
+        pages.retain(|way| {
+            let &(pool, from, to) = way;
+            let copied = !lost && copy(way);
+            if !copied && self.tree.page(pool, index).claims() == 0 {
                 self.tree.settle_page(pool, index, from, Tier::Device, from);
                 self.give_host(pool, to);
+                return false;
             }
-            ways.iter().for_each(|&(pool, _, to)| self.give_host(pool, to));
-            self.tree.settle(index, state.tier());
+            lost |= !copied;
+            true
+        });
+        !lost
+    }
+
+    /// A host slot with its unit for a busy page of a windowed pool, if it is claimed or merits it.
+    fn page_room(&self, orders: &mut Orders, pool: usize, index: usize, page: Page) -> Option<u32> {
+        let claimed = page.claims() > 0;
+        if !claimed && !self.merits(index) {
             return None;
         }
-        Some(self.went_down(orders, index, &ways, &pages, keep))
+        let than = (!claimed).then(|| (index, self.page_key(pool, index)));
+        self.host_room(orders, pool, than)
     }
 
     /// The copies of a busy block are made.
@@ -319,18 +382,7 @@ impl Core {
     pub(super) fn move_page(&self, orders: &mut Orders, pool: usize, index: usize) -> Option<u32> {
         let page = self.tree.seize_page(pool, index)?;
         let from = page.slot();
-        let claimed = page.claims() > 0;
-        let worth = if claimed { 0 } else { self.worth(index) };
-        let mut room = None;
-        if claimed || worth >= i16::from(self.config.offload_min_priority) {
-            let key = self.page_key(pool, index);
-            let than = (!claimed).then_some(Key {
-                priority: worth,
-                ..key
-            });
-            room = self.host_room(orders, pool, than);
-        }
-        if let Some(to) = room {
+        if let Some(to) = self.page_room(orders, pool, index, page) {
             if self.mover.offload(pool, from, to) {
                 if self.page_went_down(orders, pool, index, from, to) {
                     self.counters.offloaded.add(1);
@@ -342,64 +394,6 @@ impl Core {
         }
         self.tree.settle_page(pool, index, from, Tier::Device, from);
         None
-    }
-
-    // -- room for a need ----------------------------------------------------------------------
-
-    /// Pages that only SUSPENDED caches claim and that could move down now, by pool.
-    fn movable(&self, pool: usize) -> u32 {
-        let movable = |index: &usize| {
-            let (state, page) = (self.tree.state(*index), self.tree.page(pool, *index));
-            let here = state.is_live() && page.slot() != 0 && page.tier() == Tier::Device;
-            here && if self.tree.windowed[pool] {
-                page.claims() > 0 && page.active() == 0
-            } else {
-                state.refs() > 0 && self.tree.pins(*index) == 0
-            }
-        };
-        let count = (0..self.tree.nodes.len()).filter(movable).count() as u32;
-        count.min(self.hosts[pool].available())
-    }
-
-    /// Slots of a pool that could be had now: what is available, and what could move down.
-    pub(crate) fn reachable(&self, pool: usize) -> u32 {
-        let available = self.pools[pool].available();
-        if self.tiered {
-            available + self.movable(pool)
-        } else {
-            available
-        }
-    }
-
-    /// Moves pages of SUSPENDED caches down until every pool has so many available. `false`: it cannot be; nothing has
-    /// moved then, unless a block found no room in another pool.
-    pub(crate) fn make_room(&self, need: impl Fn(usize) -> u32) -> bool {
-        let short = |pool: usize| self.pools[pool].available() < need(pool);
-        let pools = || 0..self.pools.len();
-        if !self.tiered || !pools().all(|pool| !short(pool) || self.reachable(pool) >= need(pool)) {
-            return false;
-        }
-        let Some(mut orders) = self.keeper.orders.enter() else {
-            return false;
-        };
-        for pool in pools() {
-            while short(pool) {
-                let gone = if self.tree.windowed[pool] {
-                    self.next_page(&mut orders, pool, Which::Claimed).map(|slot| {
-                        self.pools[pool].give(slot);
-                        1
-                    })
-                } else {
-                    self.next_leaf(&mut orders, None, Which::Claimed)
-                        .map(|(_, pages)| pages)
-                };
-                let Some(pages) = gone else {
-                    return false;
-                };
-                self.counters.evicted.add(pages);
-            }
-        }
-        true
     }
 }
 

@@ -124,6 +124,7 @@ impl Tree {
                 .fetch_add(1, Ordering::Relaxed); // Relaxed: the parent is claimed; the release of that claim orders it, see `Tree::kill`
         }
         self.come_near(parent);
+        self.note_claimed(Tier::Device, true);
         n.state
             .store(self.state(link.index()).born().0, Ordering::Release); // Release: partner the load in `Tree::claim`: who sees it live sees its birth
         loop {
@@ -138,6 +139,7 @@ impl Tree {
                             .fetch_sub(1, Ordering::Relaxed); // Relaxed: as the fetch_add above
                     }
                     self.go_far(parent);
+                    self.note_claimed(Tier::Device, false);
                     return Err((dead, other));
                 }
                 Ok(None) if self.by_key.publish(bucket, head, link) => break,
@@ -180,7 +182,11 @@ impl Tree {
                 .state
                 .compare_exchange(now.0, next.0, Ordering::AcqRel, Ordering::Relaxed);
             if swapped.is_ok() {
-                return if first { Claimed::First } else { Claimed::Joined };
+                if !first {
+                    return Claimed::Joined;
+                }
+                self.note_claimed(now.tier(), true);
+                return Claimed::First;
             }
         }
     }
@@ -205,7 +211,11 @@ impl Tree {
                 .state
                 .compare_exchange(now.0, next.0, success, Ordering::Relaxed); // Relaxed on failure: the loop loads again
             if swapped.is_ok() {
-                return (now.refs() == 1).then(|| now.tier());
+                let last = now.refs() == 1;
+                if last {
+                    self.note_claimed(now.tier(), false);
+                }
+                return last.then(|| now.tier());
             }
         }
     }
@@ -346,8 +356,18 @@ impl Tree {
         let word = &self.pages[pool].word[index];
         // AcqRel: partner the load in `page`: what was done with the page before is visible to its next owner.
         // Relaxed on failure: the caller loads again or gives up.
-        word.compare_exchange(from.0, to.0, Ordering::AcqRel, Ordering::Relaxed)
-            .is_ok()
+        let changed = word
+            .compare_exchange(from.0, to.0, Ordering::AcqRel, Ordering::Relaxed)
+            .is_ok();
+        if changed && self.by_parent.is_some() && from.is_held() != to.is_held() {
+            let held = &self.pages[pool].held;
+            if to.is_held() {
+                held.add(1);
+            } else {
+                held.sub(1);
+            }
+        }
+        changed
     }
 
     /// The state of a node as a number, for messages.

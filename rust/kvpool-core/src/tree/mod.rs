@@ -48,7 +48,7 @@ pub struct Node {
     children: AtomicU32,
     /// Nodes below that are on the device.
     near: AtomicU32,
-    /// ACTIVE caches, and batches in work, whose path contains this node; counted with a host tier only.
+    /// ACTIVE caches, and batches in work, whose path contains this node, and the mark [`moves::NEAR`]; with a host tier only.
     pins: AtomicU64,
     /// Blocks before this one.
     pub depth: Field,
@@ -95,6 +95,8 @@ pub struct Pages {
     pub time: Vec<Field>,
     /// Claims by [`Holder`] (windowed pools only).
     pub holders: Vec<Counter>,
+    /// Pages on the device that only SUSPENDED caches claim; with a host tier only.
+    pub held: Counter,
 }
 
 /// Identity under which reuse is allowed: a digest of scope and weights epoch.
@@ -138,6 +140,10 @@ pub struct Tree {
     spare: Stack,
     max_blocks: u32,
     seq: Counter,
+    /// Claimed nodes on the device; with a host tier only.
+    claimed_near: Counter,
+    /// Pinned nodes on the device.
+    pinned_near: Counter,
 }
 
 impl Tree {
@@ -177,6 +183,7 @@ impl Tree {
                 used: (0..extra).map(|_| Field::new(0)).collect(),
                 time: (0..extra).map(|_| Field::new(0)).collect(),
                 holders: (0..extra).map(|_| Counter::default()).collect(),
+                held: Counter::default(),
             }
         };
         Self {
@@ -196,6 +203,8 @@ impl Tree {
             spare: Stack::full(spare.unwrap_or(0)),
             max_blocks,
             seq: Counter::default(),
+            claimed_near: Counter::default(),
+            pinned_near: Counter::default(),
         }
     }
 
@@ -295,7 +304,7 @@ impl Tree {
 
     /// ACTIVE caches whose path contains the node.
     pub fn pins(&self, index: usize) -> u64 {
-        self.nodes[index].pins.load(Ordering::SeqCst) // SeqCst: partner the fetch_add in `Tree::pin`, after the CAS in `Tree::seize`
+        self.nodes[index].pins.load(Ordering::SeqCst) & !moves::NEAR // SeqCst: partner the fetch_add in `Tree::pin`, after the CAS in `Tree::seize`
     }
 
     /// Nodes below.

@@ -8,7 +8,36 @@ use crate::chains::Visit;
 use crate::sync::Ordering;
 use crate::words::{Link, Page, State, Tier};
 
+/// Mark in the word of the pins: the node is counted in `pinned_near`. Only a pinned node has it.
+pub(super) const NEAR: u64 = 1 << 63;
+
 impl Tree {
+    // -- what could move down ---------------------------------------------------------------
+
+    /// Nodes on the device that only SUSPENDED caches claim. A hint while others are at work.
+    pub fn held(&self) -> u32 {
+        self.claimed_near.get().saturating_sub(self.pinned_near.get()) as u32
+    }
+
+    /// A node on this tier is claimed from here on, or no longer.
+    pub(super) fn note_claimed(&self, tier: Tier, claimed: bool) {
+        if self.by_parent.is_some() && tier == Tier::Device {
+            if claimed {
+                self.claimed_near.add(1);
+            } else {
+                self.claimed_near.sub(1);
+            }
+        }
+    }
+
+    /// A pinned node is on the device.
+    fn note_pinned(&self, index: usize) {
+        let before = self.nodes[index].pins.fetch_or(NEAR, Ordering::Relaxed); // Relaxed: a mark for a statistic, partner the CAS in `unpin`
+        if before & NEAR == 0 {
+            self.pinned_near.add(1);
+        }
+    }
+
     // -- children ---------------------------------------------------------------------------
 
     fn family(parent: Link) -> u64 {
@@ -71,17 +100,36 @@ impl Tree {
     /// An ACTIVE cache has this node, on which it has a claim, in its path. `false`: it is on the move.
     pub fn pin(&self, index: usize) -> bool {
         let pins = &self.nodes[index].pins;
-        pins.fetch_add(1, Ordering::SeqCst); // SeqCst: partner the CAS in `seize`: it sees the pin, or the load below sees it busy
-        if State(self.nodes[index].state.load(Ordering::SeqCst)).is_busy() {
-            pins.fetch_sub(1, Ordering::SeqCst); // SeqCst: partner the CAS in `seize`
+        let before = pins.fetch_add(1, Ordering::SeqCst); // SeqCst: partner the CAS in `seize`: it sees the pin, or the load below sees it busy
+        let now = State(self.nodes[index].state.load(Ordering::SeqCst)); // SeqCst: partner the CAS in `seize`
+        if now.is_busy() {
+            self.unpin(index);
             return false;
-        } // SeqCst: partner the CAS in `seize`
+        }
+        if before == 0 && now.tier() == Tier::Device {
+            self.note_pinned(index);
+        }
         true
     }
 
     /// One pin less. Returns whether it was the last.
     pub fn unpin(&self, index: usize) -> bool {
-        self.nodes[index].pins.fetch_sub(1, Ordering::SeqCst) == 1 // SeqCst: partner the load in `pins`
+        let pins = &self.nodes[index].pins;
+        let mut now = pins.load(Ordering::Relaxed); // Relaxed: the CAS below decides
+        loop {
+            let last = now & !NEAR == 1;
+            let next = if last { 0 } else { now - 1 };
+            // SeqCst: partner the load in `pins`. Relaxed on failure: the loop decides by the value alone.
+            match pins.compare_exchange_weak(now, next, Ordering::SeqCst, Ordering::Relaxed) {
+                Ok(_) if last && now & NEAR != 0 => self.pinned_near.sub(1),
+                Ok(_) => {}
+                Err(seen) => {
+                    now = seen;
+                    continue;
+                }
+            }
+            return last;
+        }
     }
 
     // -- moves ------------------------------------------------------------------------------
@@ -116,8 +164,14 @@ impl Tree {
             }
         }
         if now.tier() != tier {
+            if now.refs() > 0 {
+                self.note_claimed(Tier::Device, tier == Tier::Device);
+            }
             match tier {
-                Tier::Device => self.come_near(self.parent(index)),
+                Tier::Device => {
+                    self.note_pinned(index); // who brings it up has pinned it
+                    self.come_near(self.parent(index));
+                }
                 Tier::Host => self.go_far(self.parent(index)),
             }
         }
@@ -230,6 +284,7 @@ impl Tree {
                 .fetch_add(1, Ordering::Relaxed); // Relaxed: the parent is claimed, as in `publish`
         }
         self.come_near(parent);
+        self.note_claimed(Tier::Device, true);
         n.state.store(self.state(index).born().0, Ordering::Release); // Release: partner the loads in `state`
         Link::new(born, dead.0)
     }
@@ -246,6 +301,7 @@ impl Tree {
                 .children
                 .fetch_sub(1, Ordering::Relaxed); // Relaxed: the parent is claimed
         }
+        self.note_claimed(now.tier(), false);
         if now.tier() == Tier::Device {
             self.go_far(parent);
         }

@@ -1,0 +1,461 @@
+//! The `Roster` class: the started requests, as far as every step touches them.
+//!
+//! A step of hundreds of decodes must not cost a Python call each, so what a decode needs in every step is here: room for
+//! its next token, and what its output does to it. Who gives way to whom is the scheduler's business.
+//!
+//! Items are sorted by age. `step == 0`: in no step; else the number of the step that it is in.
+
+use crate::cache::Cache;
+use crate::core::{outcome, plan, Copies, Core};
+use crate::forecast::Forecast;
+use kvpool_core::forecast::Growth;
+use kvpool_core::types::{CacheState, PageCopy};
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+use pyo3::types::{PyDict, PyFrozenSet, PyList};
+use std::sync::{Mutex, MutexGuard};
+
+struct Item {
+    age: u64,
+    request: Py<PyAny>,
+    id: Py<PyAny>,
+    /// In every manager.
+    caches: Vec<Py<Cache>>,
+    outputs: Py<PyList>,
+    stops: Py<PyFrozenSet>,
+    prompt: u64,
+    new: u64,
+    drafts: u64,
+    /// Only its last token is to be computed.
+    generates: bool,
+    step: u64,
+    /// Per pool: pages that others had claimed before it started; most that it can come to hold.
+    shared: Vec<u32>,
+    most: Vec<u64>,
+}
+
+impl Item {
+    fn produced(&self, py: Python<'_>) -> u64 {
+        self.outputs.bind(py).len() as u64
+    }
+
+    fn length(&self, py: Python<'_>) -> u64 {
+        self.prompt + self.produced(py)
+    }
+
+    /// Tokens of its next generation, clipped at the end.
+    fn tokens(&self, py: Python<'_>) -> u64 {
+        (1 + self.drafts).min(self.new - self.produced(py))
+    }
+}
+
+/// What became of the generations of a pass.
+#[pyclass(frozen, get_all, module = "kvpool._core")]
+pub struct Allocation {
+    /// Tokens of those that have room.
+    tokens: u64,
+    /// Requests that have room.
+    count: usize,
+    /// Age of the one that has none, where the search stopped.
+    refused: Option<u64>,
+    /// Whether the tokens or places were used up.
+    full: bool,
+    /// Ages of those that were suspended and are not any more.
+    resumed: Vec<u64>,
+    /// Per manager: caches with copies to make; the copies.
+    copies: Vec<(Vec<Py<Cache>>, Copies)>,
+}
+
+/// Started requests.
+#[pyclass(frozen, module = "kvpool._core")]
+pub struct Roster {
+    cores: Vec<Py<Core>>,
+    items: Mutex<Vec<Item>>,
+}
+
+impl Roster {
+    fn items(&self) -> PyResult<MutexGuard<'_, Vec<Item>>> {
+        self.items
+            .try_lock()
+            .map_err(|_| PyValueError::new_err("the roster is in use by another thread"))
+    }
+
+    fn find(items: &[Item], age: u64) -> PyResult<usize> {
+        items
+            .binary_search_by_key(&age, |item| item.age)
+            .map_err(|_| PyValueError::new_err(format!("age {age} is not in the roster")))
+    }
+
+    /// Room for one generation in every manager, or in none. Fills `copies` per manager.
+    fn room(
+        &self,
+        py: Python<'_>,
+        item: &Item,
+        copies: &mut [(Vec<Py<Cache>>, Vec<PageCopy>)],
+    ) -> PyResult<Option<bool>> {
+        let capacity = item.length(py) - 1 + item.tokens(py);
+        if item.caches.len() > 1 {
+            for (core, cache) in self.cores.iter().zip(&item.caches) {
+                let mut entered = outcome(py, cache.get().enter())?;
+                let core = core.get().core(py)?;
+                let tokens = capacity - outcome(py, core.info(&entered))?.history;
+                if outcome(py, core.fitting(&mut entered, tokens, tokens, &[]))? < tokens {
+                    return Ok(None);
+                }
+            }
+        }
+        let made: Vec<usize> = copies.iter().map(|(_, copies)| copies.len()).collect();
+        let mut resumed = false;
+        for (side, (core, cache)) in self.cores.iter().zip(&item.caches).enumerate() {
+            let core = &core.get().core;
+            let mut entered = outcome(py, cache.get().enter())?;
+            let before = outcome(py, core.info(&entered))?;
+            if before.state == CacheState::Active && before.capacity >= capacity {
+                continue;
+            }
+            resumed |= before.state != CacheState::Active;
+            if !outcome(py, core.provide(&mut entered, capacity, &mut copies[side].1))? {
+                for (before, (core, cache)) in self.cores.iter().zip(&item.caches).take(side).enumerate() {
+                    let mut entered = outcome(py, cache.get().enter())?;
+                    core.get().core.copies_failed(&mut entered);
+                    copies[before].1.truncate(made[before]);
+                    copies[before].0.retain(|other| !other.is(cache));
+                }
+                return Ok(None);
+            }
+            if copies[side].1.len() > made[side] || item.caches.len() > 1 {
+                copies[side].0.push(cache.clone_ref(py));
+            } else {
+                core.copies_done(&mut entered);
+            }
+        }
+        Ok(Some(resumed))
+    }
+
+    /// Appends what came back for one generation and commits its inputs. `Ok(Some(reason))`: it ends.
+    fn take(
+        &self,
+        py: Python<'_>,
+        item: &Item,
+        given: &Bound<'_, PyAny>,
+    ) -> PyResult<Result<Option<&'static str>, String>> {
+        let Some(mut tokens) = read(given) else {
+            return Ok(Err(format!("{}, which is not a list of tokens", given.repr()?)));
+        };
+        let most = 1 + item.drafts as usize;
+        if tokens.is_empty() || tokens.len() > most {
+            return Ok(Err(format!("{} tokens where 1 to {most} are due", tokens.len())));
+        }
+        if tokens
+            .iter()
+            .any(|&token| i32::try_from(token).is_err() || token < 0)
+        {
+            return Ok(Err(format!("{tokens:?}, which are not all in 0..2**31-1")));
+        }
+        let outputs = item.outputs.bind(py);
+        let produced = outputs.len();
+        tokens.truncate(item.new as usize - produced);
+        let stops = item.stops.bind(py);
+        let mut reason = None;
+        if !stops.is_empty() {
+            for at in 0..tokens.len() {
+                if stops.contains(tokens[at])? {
+                    tokens.truncate(at + 1);
+                    reason = Some("stop");
+                    break;
+                }
+            }
+        }
+        let mut inputs = [0i32; 16];
+        let mut long = Vec::new();
+        let inputs = if tokens.len() <= inputs.len() {
+            &mut inputs[..tokens.len()]
+        } else {
+            long.resize(tokens.len(), 0);
+            &mut long[..]
+        };
+        inputs[0] = outputs.get_item(produced - 1)?.extract()?;
+        for (input, &token) in inputs[1..].iter_mut().zip(&tokens) {
+            *input = token as i32;
+        }
+        for (core, cache) in self.cores.iter().zip(&item.caches) {
+            let mut entered = outcome(py, cache.get().enter())?;
+            let core = core.get().core(py)?;
+            if let Err(error) = core.commit(&mut entered, inputs) {
+                return Ok(Err(format!("tokens that cannot be committed: {error:?}")));
+            }
+        }
+        for token in &tokens {
+            outputs.append(token)?;
+        }
+        if reason.is_none() && produced + tokens.len() >= item.new as usize {
+            reason = Some("length");
+        }
+        Ok(Ok(reason))
+    }
+}
+
+/// A short list of tokens; `None`: it is none.
+fn read(given: &Bound<'_, PyAny>) -> Option<Vec<i64>> {
+    if let Ok(list) = given.cast::<PyList>() {
+        return list.iter().map(|token| token.extract().ok()).collect();
+    }
+    given
+        .try_iter()
+        .ok()?
+        .map(|token| token.ok()?.extract().ok())
+        .collect()
+}
+
+#[pymethods]
+impl Roster {
+    /// For the managers of these cores.
+    #[new]
+    fn new(cores: Vec<Py<Core>>) -> Self {
+        Self {
+            cores,
+            items: Mutex::new(Vec::new()),
+        }
+    }
+
+    fn __len__(&self) -> PyResult<usize> {
+        Ok(self.items()?.len())
+    }
+
+    /// A request has started. shared, most: per pool.
+    #[allow(clippy::too_many_arguments)]
+    fn insert(
+        &self,
+        age: u64,
+        request: Py<PyAny>,
+        id: Py<PyAny>,
+        caches: Vec<Py<Cache>>,
+        outputs: Py<PyList>,
+        stops: Py<PyFrozenSet>,
+        prompt: u64,
+        new: u64,
+        drafts: u64,
+        shared: Vec<u32>,
+        most: Vec<u64>,
+    ) -> PyResult<()> {
+        let mut items = self.items()?;
+        let at = items.partition_point(|item| item.age < age);
+        items.insert(
+            at,
+            Item {
+                age,
+                request,
+                id,
+                caches,
+                outputs,
+                stops,
+                prompt,
+                new,
+                drafts,
+                generates: false,
+                step: 0,
+                shared,
+                most,
+            },
+        );
+        Ok(())
+    }
+
+    /// A request has ended or was freed.
+    fn remove(&self, age: u64) -> PyResult<()> {
+        let mut items = self.items()?;
+        let at = Self::find(&items, age)?;
+        items.remove(at);
+        Ok(())
+    }
+
+    /// The request generates from now on, and can come to hold so many pages per pool.
+    fn set_generates(&self, age: u64, most: Vec<u64>) -> PyResult<()> {
+        let mut items = self.items()?;
+        let at = Self::find(&items, age)?;
+        items[at].generates = true;
+        items[at].most = most;
+        Ok(())
+    }
+
+    /// Whether the request is in a step.
+    fn in_step(&self, age: u64) -> PyResult<bool> {
+        let items = self.items()?;
+        Ok(items[Self::find(&items, age)?].step != 0)
+    }
+
+    /// Puts the request into a step.
+    fn set_step(&self, age: u64, step: u64) -> PyResult<()> {
+        let mut items = self.items()?;
+        let at = Self::find(&items, age)?;
+        items[at].step = step;
+        Ok(())
+    }
+
+    /// Room for the next token and drafts of those that generate, the oldest first, from the age `first` on, as long as there are
+    /// `tokens` and `places`; they are in step `step` then. Passes over those in a step, in `gone` (ages) and in `busy` (ids).
+    #[allow(clippy::too_many_arguments)]
+    fn allocate(
+        &self,
+        py: Python<'_>,
+        step: u64,
+        tokens: u64,
+        places: usize,
+        gone: Vec<u64>,
+        busy: Option<Bound<'_, PyFrozenSet>>,
+        first: u64,
+    ) -> PyResult<Allocation> {
+        let mut items = self.items()?;
+        let mut copies: Vec<(Vec<Py<Cache>>, Vec<PageCopy>)> = Vec::new();
+        copies.resize_with(self.cores.len(), Default::default);
+        let mut found = Allocation {
+            tokens: 0,
+            count: 0,
+            refused: None,
+            full: false,
+            resumed: Vec::new(),
+            copies: Vec::new(),
+        };
+        for core in &self.cores {
+            core.get().core(py)?; // reads the clock
+        }
+        let from = items.partition_point(|item| item.age < first);
+        for item in &mut items[from..] {
+            if !item.generates || item.step != 0 || (!gone.is_empty() && gone.contains(&item.age)) {
+                continue;
+            }
+            if let Some(busy) = &busy {
+                if busy.contains(&item.id)? {
+                    continue;
+                }
+            }
+            let wanted = item.tokens(py);
+            if found.count >= places || found.tokens + wanted > tokens {
+                found.full = true;
+                break;
+            }
+            match self.room(py, item, &mut copies)? {
+                None => {
+                    found.refused = Some(item.age);
+                    break;
+                }
+                Some(true) => found.resumed.push(item.age),
+                Some(false) => {}
+            }
+            item.step = step;
+            found.count += 1;
+            found.tokens += wanted;
+        }
+        found.copies = copies
+            .into_iter()
+            .map(|(caches, copies)| (caches, plan(&copies)))
+            .collect();
+        Ok(found)
+    }
+
+    /// The requests that generate in a step, the oldest first.
+    fn requests<'py>(&self, py: Python<'py>, step: u64) -> PyResult<Bound<'py, PyList>> {
+        let items = self.items()?;
+        let list = PyList::empty(py);
+        for item in items.iter().filter(|item| item.generates && item.step == step) {
+            list.append(&item.request)?;
+        }
+        Ok(list)
+    }
+
+    /// A step is over: its requests are in none any more.
+    fn release(&self, step: u64) -> PyResult<()> {
+        let mut items = self.items()?;
+        items
+            .iter_mut()
+            .filter(|item| item.step == step)
+            .for_each(|item| item.step = 0);
+        Ok(())
+    }
+
+    /// What came back for the generations of a step: inputs are committed, outputs appended -> (ids found, [(age, reason)] of
+    /// those that end, [(age, what was wrong)]). The step is over for them.
+    #[allow(clippy::type_complexity)]
+    fn collect(
+        &self,
+        py: Python<'_>,
+        step: u64,
+        outputs: &Bound<'_, PyDict>,
+    ) -> PyResult<(usize, Vec<(u64, &'static str)>, Vec<(u64, String)>)> {
+        let mut items = self.items()?;
+        let (mut found, mut ended, mut failed) = (0, Vec::new(), Vec::new());
+        for item in items
+            .iter_mut()
+            .filter(|item| item.step == step && item.generates)
+        {
+            item.step = 0;
+            let Some(given) = outputs.get_item(&item.id)? else {
+                failed.push((item.age, "no tokens".to_owned()));
+                continue;
+            };
+            found += 1;
+            match self.take(py, item, &given)? {
+                Ok(None) => {}
+                Ok(Some(reason)) => ended.push((item.age, reason)),
+                Err(what) => failed.push((item.age, what)),
+            }
+        }
+        Ok((found, ended, failed))
+    }
+
+    /// Started requests as they grow to the share of their new tokens that is expected.
+    fn forecast(&self, py: Python<'_>, share: f64) -> PyResult<Forecast> {
+        let items = self.items()?;
+        let mut pools: Vec<(u64, Vec<Growth>)> = Vec::new();
+        let mut at = 0;
+        for (side, core) in self.cores.iter().enumerate() {
+            let core = &core.get().core;
+            let t = core.tokens_per_block();
+            for pool in 0..core.num_pools() {
+                let mut rows = Vec::with_capacity(items.len() + 16);
+                for item in items.iter() {
+                    let entered = outcome(py, item.caches[side].get().enter())?;
+                    let held = u64::from(core.held(&entered, pool));
+                    rows.push(Growth {
+                        steps: steps(share, item.new, item.produced(py)),
+                        tokens: item.length(py),
+                        most: item.most[at],
+                        held,
+                        back: held.saturating_sub(u64::from(item.shared[at])),
+                    });
+                }
+                pools.push((t, rows));
+                at += 1;
+            }
+        }
+        Ok(Forecast::new(pools))
+    }
+
+    /// Per pool: decode slots (given per pool) that are reserved for started requests and that they do not hold yet. `but`: age
+    /// of one that is left out.
+    #[pyo3(signature = (decode_slots, but=None))]
+    fn debts(&self, py: Python<'_>, decode_slots: Vec<u32>, but: Option<u64>) -> PyResult<Vec<u32>> {
+        let items = self.items()?;
+        let mut debts = vec![0; decode_slots.len()];
+        let mut at = 0;
+        for (side, core) in self.cores.iter().enumerate() {
+            let core = &core.get().core;
+            for pool in 0..core.num_pools() {
+                let slots = decode_slots[at];
+                for item in items.iter().filter(|item| slots > 0 && Some(item.age) != but) {
+                    let entered = outcome(py, item.caches[side].get().enter())?;
+                    debts[at] += slots.saturating_sub(core.held_here(&entered, pool));
+                }
+                at += 1;
+            }
+        }
+        Ok(debts)
+    }
+}
+
+/// Steps until a request ends, as expected; at least one.
+pub fn steps(share: f64, new: u64, produced: u64) -> u64 {
+    ((share * new as f64).round() as u64)
+        .saturating_sub(produced)
+        .max(1)
+}
