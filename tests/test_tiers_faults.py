@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvpool import AddRequest, CacheConfig, KVCache, KVCacheManager, PoolConfig, PoolPlan, Retention, TokenRange
-from kvpool import manager as manager_module
+from kvpool import AddRequest, CacheConfig, KVCache, KVCacheManager, PoolConfig, PoolPlan, Retention, TokenRange, _core
+from kvpool.mover import AtOnceMover
 from test_tiers import changes
 
 T = 2
@@ -31,14 +31,14 @@ class Tiers:
     def __init__(self, device: int, host: int, max_blocks: int | None = None) -> None:
         self.fails: Callable[[], bool] = lambda: False
         self.copies = 0
-        make = manager_module._offload
+        make = _core.Core  # with a mover that the core calls itself, and whose failure it knows at once
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(manager_module, "_offload", lambda *given: self.faulty(make(*given)))
+            patch.setattr(_core, "Core", lambda **given: make(**{**given, "record": False, "offload": self.offload}))
             names = {"full": None, "window": 3}
             pools = [PoolConfig(name, 8 * T, window) for name, window in names.items()]
             config = CacheConfig(T, pools, 1 << 20, 1 << 20, hash_seed=1, max_blocks=max_blocks)
             plan = PoolPlan(dict.fromkeys(names, 1), dict.fromkeys(names, device), dict.fromkeys(names, host), 1 << 20)
-            self.manager = KVCacheManager(config, plan=plan)
+            self.manager = KVCacheManager(config, plan=plan, mover=AtOnceMover)
         copy = self.manager._copy
 
         def one_by_one(copies: Sequence[tuple[int, bool, int, int]]) -> None:
@@ -50,12 +50,13 @@ class Tiers:
 
         self.manager._copy = one_by_one  # type: ignore[method-assign]
 
-    def faulty(self, offload: Callable[[int, int, int], bool]) -> Callable[[int, int, int], bool]:
-        def tried(pool: int, source: int, destination: int) -> bool:
-            self.copies += 1
-            return not self.fails() and offload(pool, source, destination)
-
-        return tried
+    def offload(self, pool: int, source: int, destination: int) -> bool:
+        self.copies += 1
+        if self.fails():
+            return False
+        name = self.manager.config.pools[pool].name
+        self.manager._host_pages[name][destination - 1] = self.manager._pages[name][source]
+        return True
 
     def fail(self, k: int) -> None:
         count = itertools.count()
