@@ -70,6 +70,7 @@ class Batches:
 
     def _enter(self, request_ids: Sequence[int | str], handles: Sequence[Cache | None]) -> list[KVCache | None]:
         """Caches for the handles, under their ids."""
+        self._after()
         manager = cast("KVCacheManager", self)
         caches = [
             None if handle is None else KVCache(manager, request_id, handle)
