@@ -167,6 +167,7 @@ class Comparison:
                 due = self.contents(model.root, model.committed)
                 whole = range(len(model.nodes), len(model.committed) // self.t)
                 paths += [(i, due, [row[i] for row in model.table]) for i in whole]
+        self.real.pages(self.names[0])  # all moves are over
         for i, due, pages in paths:
             for pool, page in enumerate(pages):
                 if page is not None:

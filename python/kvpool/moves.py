@@ -35,7 +35,8 @@ class Moves:
         self.recorder = Recorder(core)
         self.flying: list[_Flight] = []
         self.failed = 0
-        self.stuck: set[BadPage] = set()
+        self.stuck: set[BadPage] = set()  # a move that was given up may still write them
+        self.loose: list[BadPage] = []  # those of them that are not out of use yet
         self._names = list(pools)
         self._timeout = timeout
         self._bad: list[BadPage] = []
@@ -106,7 +107,9 @@ class Moves:
     def _give_up(self, flights: Iterable[_Flight]) -> None:
         for flight in flights:
             if flight.ticket.give_up():
-                self.stuck.update((flight.pool, flight.host, slot) for slot in flight.slots)
+                pages = [(flight.pool, flight.host, slot) for slot in flight.slots]
+                self.stuck.update(pages)
+                self.loose += pages
 
     def _fail(self, pages: Sequence[BadPage]) -> None:
         self._bad += pages
@@ -120,6 +123,12 @@ class Moves:
             self.flying = [flight for flight in self.flying if flight not in over]
         for flight in over:
             self._fail([(flight.pool, flight.host, flight.slots[error.index]) for error in flight.ticket.errors()])
+
+    def retire(self) -> None:
+        """Slots that may still be written by a move that was given up are out of use for good once nobody has them."""
+        if self.loose:
+            with self._lock:
+                self.loose = self.recorder.retire(self.loose)
 
     def take_bad(self) -> list[BadPage]:
         """Pages that turned out not to have arrived since the last call."""
@@ -139,6 +148,7 @@ class Moves:
             uses = [SlotUse(self._names[pool], "device", of) for pool, of in slots]
             if not self.mover.step_begin(uses, None, self._timeout):
                 self._give_up(flights)
+                self.mover.step_begin(uses, None, self._timeout)  # for what was behind them
         if self.stuck:
             stuck = [(pool, False, slot) for pool, of in slots for slot in of if (pool, False, slot) in self.stuck]
             with self._lock:
