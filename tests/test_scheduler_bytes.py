@@ -16,7 +16,7 @@ from kvpool.mover import CpuMover
 
 
 class Words:
-    """An executor whose page words and tokens are hashes of the tokens before them; every step verifies all it reads."""
+    """An executor whose page words and tokens are hashes of the tokens before them; it verifies all that it reads."""
 
     def __init__(self, manager: KVCacheManager, seed: int) -> None:
         self.manager, self.random = manager, random.Random(seed)

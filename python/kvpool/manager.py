@@ -29,7 +29,9 @@ from kvpool.batches import Batches, taken
 from kvpool.cache import CacheState, Closing, KVCache
 from kvpool.config import CacheConfig, Retention, Scope
 from kvpool.errors import ConfigError, InvariantError, LogicError
+from kvpool.machine import parse_device
 from kvpool.mover import CpuMover, Mover, SlotUse
+from kvpool.mover.cuda_memory import CudaMemory
 from kvpool.moves import Moves
 from kvpool.sizing import PoolPlan, plan_pools
 
@@ -37,13 +39,8 @@ _BOOKS = ("slots", "free", "active", "held", "cached", "fenced", "peak")
 
 
 @dataclass(frozen=True, slots=True)
-class Stats:
-    """Counters since construction (tokens, blocks, pages) and the books of every pool and tier.
-
-    pools: {name: {tier: {slots, free, active, held, cached, fenced, peak}}}, in slots, with
-    `free + active + held + cached + fenced == slots`. failed_moves: pages that did not arrive. stuck_slots: slots
-    that a move which was not over in time may still write.
-    """
+class Counters:
+    """What happened since construction, in tokens, blocks and pages."""
 
     requests: int
     prompt_tokens: int
@@ -54,9 +51,6 @@ class Stats:
     dropped: int
     offloaded: int
     onboarded: int
-    pools: dict[str, dict[str, dict[str, int]]]
-    failed_moves: int = 0
-    stuck_slots: int = 0
 
     @property
     def hit_rate_tokens(self) -> float:
@@ -67,6 +61,20 @@ class Stats:
     def hit_rate_blocks(self) -> float:
         """Whole blocks reused / prompt blocks, 0..1."""
         return self.reused_blocks / self.prompt_blocks if self.prompt_blocks else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Stats(Counters):
+    """Counters, and the books of every pool and tier.
+
+    pools: {name: {tier: {slots, free, active, held, cached, fenced, peak}}}, in slots, with
+    `free + active + held + cached + fenced == slots`. failed_moves: pages that did not arrive. stuck_slots: slots that
+    a move which was not over in time may still write.
+    """
+
+    pools: dict[str, dict[str, dict[str, int]]]
+    failed_moves: int = 0
+    stuck_slots: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +97,8 @@ class Event:
 class KVCacheManager(Batches, Closing):
     """Pools, tree and caches of one device.
 
-    device: "cpu" (pages in host memory) or None (books only). plan: slots per pool instead of
-    `plan_pools(config)`. buffers: the engine's own memory per pool, (num_slots + 1) * page_bytes bytes,
+    device: "cpu" (pages in host memory), "cuda" or "cuda:N" (CuPy arrays), None (books only). plan: slots per pool
+    instead of `plan_pools(config)`. buffers: the engine's own memory per pool, (num_slots + 1) * page_bytes bytes,
     C-contiguous. policy: "lru", or "slru" (request-level segmented LRU with ghosts). move_timeout_s: a move that takes
     longer has failed. mover: makes it from {pool: (device pages, host pages or None)}.
     Raises ConfigError for what cannot be provided. A context manager that closes.
@@ -109,8 +117,7 @@ class KVCacheManager(Batches, Closing):
     ) -> None:
         if not isinstance(config, CacheConfig):
             raise ConfigError(f"config: {config!r} is not a kvpool.CacheConfig")
-        if device not in ("cpu", None):
-            raise ConfigError(f"device: {device!r} - only 'cpu' and None are available yet")
+        self._cuda = CudaMemory(device) if device is not None and parse_device(device) is not None else None
         if policy not in ("lru", "slru"):
             raise ConfigError(f"policy: {policy!r} is none of 'lru', 'slru'")
         self.config = config
@@ -119,8 +126,13 @@ class KVCacheManager(Batches, Closing):
         slots = [self.plan.num_slots[pool.name] for pool in config.pools]
         host = [self.plan.host_slots.get(pool.name, 0) for pool in config.pools]
         self._tiers = ("device", "host") if any(host) else ("device",)
-        self._pages = self._make_pages(device, buffers)
-        self._host_pages = self._make_host_pages(device) if any(host) else {}
+        self._pages: dict[str, ByteArray] = {}
+        self._host_pages: dict[str, ByteArray] = {}
+        if self._cuda is not None:
+            self._make_cuda_pages(self._cuda, buffers)
+        else:
+            self._pages = self._make_pages(device, buffers)
+            self._host_pages = self._make_host_pages(device) if any(host) else {}
         max_blocks = config.max_blocks
         if max_blocks is None:
             longest = -(-(config.max_seq_len or 0) // config.tokens_per_block)
@@ -140,7 +152,8 @@ class KVCacheManager(Batches, Closing):
         self._moves: Moves | None = None
         if self._pages:
             pages = {name: (device, self._host_pages.get(name)) for name, device in self._pages.items()}
-            self._moves = Moves(self._core, mover(pages), list(pages), move_timeout_s)
+            made = mover(pages) if self._cuda is None else self._cuda.mover()
+            self._moves = Moves(self._core, made, list(pages), move_timeout_s)
         self._uses: dict[KVCache, list[list[SlotUse]]] = {}
         self._caches: dict[int | str, KVCache] = {}
         self._closed = False
@@ -185,6 +198,15 @@ class KVCacheManager(Batches, Closing):
                     ) from error
             pages[pool.name][0] = 0
         return pages
+
+    def _make_cuda_pages(self, cuda: CudaMemory, buffers: Mapping[str, Any] | None) -> None:
+        if buffers:
+            raise ConfigError("buffers: not possible with device='cuda' yet; the manager's own are CuPy arrays")
+        for pool in self.config.pools:
+            slots, host_slots = self.plan.num_slots[pool.name] + 1, self.plan.host_slots.get(pool.name, 0)
+            self._pages[pool.name], host = cuda.add(pool.name, pool.page_bytes, slots, host_slots)
+            if host is not None:
+                self._host_pages[pool.name] = host
 
     def _make_host_pages(self, device: str | None) -> dict[str, ByteArray]:
         if device is None:
@@ -378,14 +400,17 @@ class KVCacheManager(Batches, Closing):
         key, epoch = scope_key(scope)
         return self._core.block_keys(token_array(tokens), key, epoch)
 
+    def counters(self) -> Counters:
+        """`stats` without the books, which cost a look at every slot."""
+        return Counters(**self._core.counters())
+
     def stats(self) -> Stats:
         """Counters since construction and the books of every pool. Disturbs nobody."""
-        counters: dict[str, int] = {}
         pools: dict[str, dict[str, dict[str, int]]] = {pool.name: {} for pool in self.config.pools}
         for tier in self._tiers:
-            counters, books = self._core.stats(tier == "host")
-            for pool, book in zip(self.config.pools, books, strict=True):
+            for pool, book in zip(self.config.pools, self._core.books(tier == "host"), strict=True):
                 pools[pool.name][tier] = dict(zip(_BOOKS, book, strict=True))
+        counters = self._core.counters()
         if self._moves is None:
             return Stats(**counters, pools=pools)
         return Stats(**counters, pools=pools, failed_moves=self._moves.failed, stuck_slots=len(self._moves.stuck))
@@ -405,3 +430,5 @@ class KVCacheManager(Batches, Closing):
         self._closed = True
         if self._moves is not None:
             self._moves.mover.close()
+        if self._cuda is not None:
+            self._cuda.close()

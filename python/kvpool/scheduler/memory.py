@@ -121,6 +121,10 @@ class Memory:
         lacks = zip(self.sides, self._split(leave), strict=False)
         return [n for side, leave in lacks for n in side.view.lacking(side.cache(entry)._handle, tokens, leave)]
 
+    def stuck(self) -> list[int]:
+        """Per pool: pages on the device that only suspended requests claim and for which the host has no room."""
+        return [pages for side in self.sides for pages in side.view.stuck()]
+
     def fitting(self, entry: Entry, tokens: int, unit: int, leave: Sequence[int]) -> int:
         """As many of `tokens` as there is room for now in every pool, in multiples of `unit` (or all)."""
         for side, least in zip(self.sides, self._split(leave), strict=False):
@@ -177,6 +181,11 @@ class Memory:
             if moves is not None and (moves.flying or moves.failed):
                 caches = [side.manager._caches.get(request.request_id) for request in requests]
                 side.manager._ready([cache._handle for cache in caches if cache is not None and cache._state is None])
+
+    def is_returning(self) -> bool:
+        """Whether slots are in flight, or a move is."""
+        moving = any(side.manager._moves is not None and side.manager._moves.flying for side in self.sides)
+        return moving or any(returning for _, returning in self.pressure())
 
     def is_closing(self, entry: Entry) -> bool:
         """Whether an earlier cache of this id is closed and still in flight."""

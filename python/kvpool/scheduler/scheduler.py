@@ -210,7 +210,7 @@ class Scheduler:
             self._steps.add(step.number)
             return step
         moves_on = self._steps or in_flight or refused or step.recompute or not (self.started or run.waits)
-        if not moves_on and not any(returning for _, returning in self.memory.pressure()):
+        if not moves_on and not self.memory.is_returning():
             raise StalledError(self._stalled())
         return step
 
