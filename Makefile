@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup replay test models lint bench clean
+.PHONY: setup extras replay test models lint bench gpu-check clean
 
 $(BIN)/kvpool: pyproject.toml Cargo.toml $(shell find rust kernels -name '*.rs' -o -name '*.cu' -o -name Cargo.toml)
 	$(PYTHON) -m venv $(VENV)
@@ -12,12 +12,20 @@ $(BIN)/kvpool: pyproject.toml Cargo.toml $(shell find rust kernels -name '*.rs' 
 
 setup: $(BIN)/kvpool
 
+# What the integrations need besides: torch, some gigabytes. Only the tests want it.
+$(BIN)/.extras: $(BIN)/kvpool
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev,transformers]'
+	touch $@
+
+extras: $(BIN)/.extras
+
 replay: setup
 	$(BIN)/kvpool replay
 
-test: setup
+# Without the extras pytest skips the tests of the integrations; here they are all run.
+test: setup extras
 	cargo test --workspace --quiet
-	$(BIN)/python -m pytest
+	KVPOOL_REQUIRE_EXTRAS=1 $(BIN)/python -m pytest
 
 # Every interleaving of small models (loom) with controls that must fail, then random schedules (shuttle).
 LOOM := RUSTFLAGS="--cfg kvpool_loom" cargo test --quiet --profile models --target-dir target/loom -p kvpool-core --lib
@@ -42,6 +50,11 @@ TRACE ?= $(wildcard ../shared/traces/mooncake_conversation.jsonl)
 bench: setup
 	cargo run --quiet --release --manifest-path bench/rivals/Cargo.toml -- $(TRACE)
 	$(BIN)/python -m pytest bench/bench_w1_w2.py --benchmark-only --benchmark-columns=min,median,ops
+
+# On a machine with a GPU: CuPy, the tests that need one, and the speed of every path. Exits 2 where there is none.
+gpu-check: setup
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[cuda]'
+	$(BIN)/python bench/gpu_check --json gpu_check.json
 
 clean:
 	rm -rf $(VENV) target dist

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -382,3 +382,16 @@ def test_fault_in_the_kth_copy_rolls_the_batch_back(
     if call != "allocate_generation":  # there `create` has used the blocks
         manager.evict(1)  # no priority was raised and no use recorded: the older of the two goes first
         assert (manager.probe([*A, 9]), manager.probe([*(20 + i for i in range(8)), 9])) == (4, 8)
+
+
+def test_counters_are_those_of_stats() -> None:
+    with KVCacheManager(CacheConfig(4, [PoolConfig("kv", 8)], 8 * 5)) as manager:
+        for start in (0, 0, 100):
+            with manager.create(start, range(start, start + 9)) as cache:
+                assert cache.resume()
+                assert cache.resize(9)
+                cache.commit(np.arange(start, start + 9)[cache.num_reused_tokens :].astype(np.int32))
+        stats, counters = manager.stats(), manager.counters()
+        assert counters.reused_tokens == 8
+        assert counters.evicted > 0
+        assert all(getattr(stats, field.name) == getattr(counters, field.name) for field in fields(counters))

@@ -37,6 +37,21 @@ KEYS = [
     "bytes_checked",
     "pools",
 ]
+TIMED_KEYS = [
+    "recomputed",
+    "refused",
+    "output_tokens",
+    "simulated_s",
+    "tokens_per_s",
+    "output_tokens_per_s",
+    "ttft_s_p50",
+    "ttft_s_p99",
+    "tpot_s_p50",
+    "tpot_s_p99",
+    "queue_s_p50",
+    "queue_s_p99",
+]
+ALL_KEYS = KEYS + TIMED_KEYS
 SMALL = ["--tokens-per-block", "4", "--sequential"]
 
 
@@ -69,7 +84,7 @@ def test_json_has_every_key(trace: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert main(["replay", str(trace), *SMALL, "--device-blocks", "7", "--json", str(target)]) == 0
     assert "hit rate" in capsys.readouterr().out
     result = json.loads(target.read_text())
-    assert list(result) == KEYS
+    assert list(result) == ALL_KEYS
     assert result["requests"] == 4
     assert (result["prompt_blocks"], result["reused_blocks"]) == (10, 5)
     assert (result["prompt_tokens"], result["reused_tokens"]) == (40, 20)
@@ -78,6 +93,8 @@ def test_json_has_every_key(trace: Path, tmp_path: Path, capsys: pytest.CaptureF
         assert result[later] == 0
     assert result["step_us_p50"] is None
     assert result["step_us_p99"] is None
+    assert [result[key] for key in TIMED_KEYS[:3]] == [0, 0, 0]
+    assert all(result[key] is None for key in TIMED_KEYS[3:])
     device = result["pools"]["kv"]["device"]
     assert set(device) == {"slots", "free", "active", "held", "cached", "fenced", "peak"}
     assert device["slots"] == 7
@@ -87,7 +104,7 @@ def test_json_has_every_key(trace: Path, tmp_path: Path, capsys: pytest.CaptureF
 def test_json_to_stdout_is_alone_there(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["replay", str(trace), *SMALL, "--json", "-"]) == 0
     out, err = capsys.readouterr()
-    assert list(json.loads(out)) == KEYS
+    assert list(json.loads(out)) == ALL_KEYS
     assert "hit rate" in err
 
 
@@ -111,6 +128,10 @@ def test_generated_workload_needs_no_trace(capsys: pytest.CaptureFixture[str]) -
         (["TRACE", "--html", "/nowhere/at/all.html"], "cannot write"),
         (["TRACE", "--sequential", "--format", "generated"], "takes no TRACE"),
         (["TRACE", "--sequential", "--html", "x.html"], "no time to plot"),
+        (["TRACE", "--sequential", "--window", "8"], "--window: --sequential"),
+        (["TRACE", "--sequential", "--max-batch-size", "8"], "--max-batch-size: --sequential"),
+        (["TRACE", "--chunk-tokens", "9", "--max-num-tokens", "8"], "chunk_tokens: 9 is above max_num_tokens = 8"),
+        (["TRACE", "--window", "0"], "--window"),
         (["TRACE", "--sequential", "--json", "TRACE"], "overwrite"),
         (["TRACE", "--sequential", "--json", "/nowhere/at/all.json"], "cannot write"),
         (["TRACE", "--sequential", "--policy", "mru"], "--policy"),
@@ -155,12 +176,33 @@ def test_timed_is_the_default_and_draws(trace: Path, tmp_path: Path, capsys: pyt
     assert main(argv) == 0
     out, err = capsys.readouterr()
     result = json.loads(out)
-    assert list(result) == KEYS
+    assert list(result) == ALL_KEYS
     assert result["requests"] == 4
     assert result["steps"] > 0
     assert result["step_us_p50"] > 0
-    assert "simulated seconds" in err
+    assert all(result[key] is not None for key in ALL_KEYS if key not in ("tpot_s_p50", "tpot_s_p99"))
+    assert result["tpot_s_p50"] is None  # every answer has one token
+    assert 0 <= result["queue_s_p50"] < result["ttft_s_p50"] <= result["ttft_s_p99"]
+    assert "it is no measurement" in err.replace("\n", " ")
+    assert "time to first token" in err
     assert "hit rate" in page.read_text()
+
+
+def test_limits_and_window_reach_the_scheduler(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n" + "0,20,5\n" * 6)
+    argv = ["replay", str(path), "--tokens-per-block", "4", "--json", "-"]
+
+    def result(*more: str) -> Any:
+        assert main([*argv, *more]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    assert result()["steps"] == 5
+    assert result("--max-batch-size", "1")["steps"] == 30
+    # A unit of 30, so one whole prompt per step; with units of 5 a step takes parts of two.
+    assert result("--max-num-tokens", "30")["steps"] == 10
+    assert result("--max-num-tokens", "30", "--chunk-tokens", "5")["steps"] == 9
+    assert list(result("--window", "16")["pools"]) == ["kv", "window"]
 
 
 def test_wrong_byte_in_time_exits_1(capsys: pytest.CaptureFixture[str]) -> None:
@@ -190,7 +232,10 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.startswith(f"kvpool, version {kvpool.__version__}")
     assert main(["replay", "--help"]) == 0
     out = capsys.readouterr().out
-    for option in ("--format", "--tokens-per-block", "--device-blocks", "--host-blocks", "--policy"):
+    for option in (
+        "--format", "--tokens-per-block", "--device-blocks", "--host-blocks", "--policy", "--window",
+        "--max-batch-size", "--max-num-tokens", "--chunk-tokens",
+    ):  # fmt: skip
         assert option in out
     assert main(["frobnicate"]) == 2
 
@@ -198,7 +243,7 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
 def test_module_runs() -> None:
     done = child("-m", "kvpool", "replay", "--sequential", "--limit", "5", "--json", "-")
     assert done.returncode == 0, done.stderr
-    assert list(json.loads(done.stdout)) == KEYS
+    assert list(json.loads(done.stdout)) == ALL_KEYS
 
 
 def test_import_needs_no_extra() -> None:
@@ -258,6 +303,29 @@ sys.exit(main(sys.argv[1:]))
     assert json.loads(done.stdout)["requests"] == 2
     assert "interrupted after 2 of 4 requests" in done.stderr
     assert "hit rate" in done.stderr
+
+
+def test_interrupt_in_simulated_time_prints_the_report_so_far() -> None:
+    code = """
+import os, signal, sys
+import kvpool.replay.timed as timed
+from kvpool.cli import main
+step = timed._Timed.step
+def step_then_interrupt(self):
+    step(self)
+    if self.report.steps == 100:
+        os.kill(os.getpid(), signal.SIGINT)
+timed._Timed.step = step_then_interrupt
+sys.exit(main(sys.argv[1:]))
+"""
+    done = child("-c", code, "replay", "--limit", "100", "--json", "-")
+    assert done.returncode == 130, done.stderr
+    result = json.loads(done.stdout)
+    assert list(result) == ALL_KEYS
+    assert result["steps"] == 100
+    assert result["pools"]["kv"]["device"]["active"] > 0
+    assert "interrupted after " in done.stderr
+    assert "time to first token" in done.stderr
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")

@@ -1,24 +1,48 @@
-"""Every Python block of the documents runs."""
+"""Every Python block of the documents runs: those of README and map each alone, a page of docs/ from its top."""
 
 from __future__ import annotations
 
-import re
+import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from pages import blocks
+
 ROOT = Path(__file__).parents[1]
-BLOCKS = [
-    (path.relative_to(ROOT).as_posix(), number, block)
-    for path in [ROOT / "README.md", ROOT / "ARCHITECTURE.md", *sorted((ROOT / "docs").glob("*.md"))]
-    for number, block in enumerate(re.findall(r"```python\n(.*?)```", path.read_text(), re.S))
+EXTRAS = ("torch", "transformers")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch on models this small
+
+ALONE = [
+    (path.name, number, block)
+    for path in (ROOT / "README.md", ROOT / "ARCHITECTURE.md")
+    for number, block in enumerate(blocks(path))
 ]
+PAGES = [path for path in sorted((ROOT / "docs").glob("*.md")) if blocks(path)]
 
 
-@pytest.mark.parametrize(("path", "number", "block"), BLOCKS, ids=[f"{p}:{n}" for p, n, _ in BLOCKS])
+def _run(block: str, where: str, names: dict[str, object]) -> None:
+    missing = [name for name in EXTRAS if f"import {name}" in block or f"from {name}" in block]
+    missing = [name for name in missing if find_spec(name) is None]
+    if missing and not os.environ.get("KVPOOL_REQUIRE_EXTRAS"):
+        pytest.skip(f"needs {missing[0]}")
+    exec(compile(block, where, "exec"), names)
+
+
+@pytest.mark.parametrize(("path", "number", "block"), ALONE, ids=[f"{p}:{n}" for p, n, _ in ALONE])
 def test_block_runs(path: str, number: int, block: str) -> None:
-    exec(compile(block, f"{path}, block {number}", "exec"), {})
+    _run(block, f"{path}, block {number}", {})
 
 
-def test_readme_has_a_block() -> None:
-    assert any(path == "README.md" for path, _, _ in BLOCKS)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_page_runs_from_its_top(page: Path) -> None:
+    names: dict[str, object] = {"__name__": page.stem}
+    for number, block in enumerate(blocks(page)):
+        _run(block, f"docs/{page.name}, block {number}", names)
+
+
+def test_readme_and_embedding_have_blocks() -> None:
+    assert any(path == "README.md" for path, _, _ in ALONE)
+    assert len(blocks(ROOT / "docs" / "embedding.md")) == 6
+    assert len(blocks(ROOT / "docs" / "transformers.md")) == 3

@@ -535,7 +535,7 @@ def test_longer_than_max_seq_len() -> None:
 
 @pytest.mark.parametrize(
     ("field", "options"),
-    [("device", {"device": "cuda"}), ("policy", {"policy": "fifo"})],
+    [("device", {"device": "gpu"}), ("device", {"device": "cuda"}), ("policy", {"policy": "fifo"})],
 )
 def test_what_is_not_available_is_refused(field: str, options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=field):

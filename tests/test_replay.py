@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from kvpool.replay.generated import Workload, generate
+from kvpool.replay.options import Options
 from kvpool.replay.pattern import Pattern, block_tokens
 from kvpool.replay.prefixes import PrefixIndex
 from kvpool.replay.report import Report
-from kvpool.replay.sequential import PAGE_BYTES, Options, run_sequential
+from kvpool.replay.sequential import PAGE_BYTES, run_sequential
 from kvpool.replay.traces import TraceError, TraceRequest, read_mooncake
 
 CONVERSATION = Path(__file__).parents[1] / ".." / "shared" / "traces" / "mooncake_conversation.jsonl"

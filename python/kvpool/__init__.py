@@ -19,7 +19,7 @@ from kvpool.errors import (
     RequestTooLargeError,
     StalledError,
 )
-from kvpool.manager import Event, KVCacheManager, Stats
+from kvpool.manager import Counters, Event, KVCacheManager, Stats
 from kvpool.scheduler import (
     AdapterBudget,
     Engine,
@@ -41,6 +41,7 @@ __all__ = [
     "CacheConfig",
     "CacheState",
     "ConfigError",
+    "Counters",
     "Engine",
     "Event",
     "Executor",

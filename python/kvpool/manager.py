@@ -29,6 +29,7 @@ from kvpool.batches import Batches, taken
 from kvpool.cache import CacheState, Closing, KVCache
 from kvpool.config import CacheConfig, Retention, Scope
 from kvpool.errors import ConfigError, InvariantError, LogicError
+from kvpool.machine import check_cuda, parse_device
 from kvpool.mover import CpuMover, Mover, SlotUse
 from kvpool.moves import Moves
 from kvpool.sizing import PoolPlan, plan_pools
@@ -37,13 +38,8 @@ _BOOKS = ("slots", "free", "active", "held", "cached", "fenced", "peak")
 
 
 @dataclass(frozen=True, slots=True)
-class Stats:
-    """Counters since construction (tokens, blocks, pages) and the books of every pool and tier.
-
-    pools: {name: {tier: {slots, free, active, held, cached, fenced, peak}}}, in slots, with
-    `free + active + held + cached + fenced == slots`. failed_moves: pages that did not arrive. stuck_slots: slots
-    that a move which was not over in time may still write.
-    """
+class Counters:
+    """What happened since construction, in tokens, blocks and pages."""
 
     requests: int
     prompt_tokens: int
@@ -54,9 +50,6 @@ class Stats:
     dropped: int
     offloaded: int
     onboarded: int
-    pools: dict[str, dict[str, dict[str, int]]]
-    failed_moves: int = 0
-    stuck_slots: int = 0
 
     @property
     def hit_rate_tokens(self) -> float:
@@ -67,6 +60,20 @@ class Stats:
     def hit_rate_blocks(self) -> float:
         """Whole blocks reused / prompt blocks, 0..1."""
         return self.reused_blocks / self.prompt_blocks if self.prompt_blocks else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Stats(Counters):
+    """Counters, and the books of every pool and tier.
+
+    pools: {name: {tier: {slots, free, active, held, cached, fenced, peak}}}, in slots, with
+    `free + active + held + cached + fenced == slots`. failed_moves: pages that did not arrive. stuck_slots: slots that
+    a move which was not over in time may still write.
+    """
+
+    pools: dict[str, dict[str, dict[str, int]]]
+    failed_moves: int = 0
+    stuck_slots: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +116,9 @@ class KVCacheManager(Batches, Closing):
     ) -> None:
         if not isinstance(config, CacheConfig):
             raise ConfigError(f"config: {config!r} is not a kvpool.CacheConfig")
-        if device not in ("cpu", None):
-            raise ConfigError(f"device: {device!r} - only 'cpu' and None are available yet")
+        if device is not None and parse_device(device) is not None:
+            check_cuda(device)
+            raise ConfigError(f"device: {device!r} - the CUDA backend is not built yet; use device='cpu'")
         if policy not in ("lru", "slru"):
             raise ConfigError(f"policy: {policy!r} is none of 'lru', 'slru'")
         self.config = config
@@ -378,14 +386,17 @@ class KVCacheManager(Batches, Closing):
         key, epoch = scope_key(scope)
         return self._core.block_keys(token_array(tokens), key, epoch)
 
+    def counters(self) -> Counters:
+        """`stats` without the books, which cost a look at every slot."""
+        return Counters(**self._core.counters())
+
     def stats(self) -> Stats:
         """Counters since construction and the books of every pool. Disturbs nobody."""
-        counters: dict[str, int] = {}
         pools: dict[str, dict[str, dict[str, int]]] = {pool.name: {} for pool in self.config.pools}
         for tier in self._tiers:
-            counters, books = self._core.stats(tier == "host")
-            for pool, book in zip(self.config.pools, books, strict=True):
+            for pool, book in zip(self.config.pools, self._core.books(tier == "host"), strict=True):
                 pools[pool.name][tier] = dict(zip(_BOOKS, book, strict=True))
+        counters = self._core.counters()
         if self._moves is None:
             return Stats(**counters, pools=pools)
         return Stats(**counters, pools=pools, failed_moves=self._moves.failed, stuck_slots=len(self._moves.stuck))

@@ -1,27 +1,27 @@
-"""The command line: `kvpool replay` and `kvpool --version`. Needs click and rich."""
+"""The command line: `kvpool replay`, `kvpool doctor` and `kvpool --version`. Needs click and rich."""
 
 from __future__ import annotations
 
 import errno
 import os
-import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
-from typing import Any, Literal
+from typing import Any
 
 import click
+from click.core import ParameterSource
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from kvpool import ConfigError, __version__
+from kvpool.doctor import doctor
 from kvpool.replay import plots
 from kvpool.replay.content import Contents
 from kvpool.replay.generated import Workload, generate
+from kvpool.replay.guards import check_memory, check_writable, interrupts, too_big, write
+from kvpool.replay.options import Options
 from kvpool.replay.report import Report, tables
-from kvpool.replay.sequential import PAGE_BYTES, Options, run_sequential
+from kvpool.replay.sequential import PAGE_BYTES, run_sequential
 from kvpool.replay.timed import run_timed
 from kvpool.replay.traces import TraceError, TraceRequest, read_azure, read_mooncake
 
@@ -53,6 +53,9 @@ def run(argv: list[str], *, corrupt_after: int | None = None) -> int:
 @click.version_option(__version__, prog_name="kvpool")
 def group() -> None:
     """KV-cache block manager for LLM inference engines."""
+
+
+group.add_command(doctor)
 
 
 @group.command()
@@ -92,6 +95,31 @@ def group() -> None:
     help="Who goes first: least recently used, or segmented LRU by request.",
 )
 @click.option(
+    "--window",
+    type=click.IntRange(min=1, max=2**31 - 1),
+    metavar="TOKENS",
+    help="A second pool of layers with a sliding window, with as many slots.",
+)
+@click.option(
+    "--max-batch-size",
+    type=click.IntRange(min=1, max=2**20),
+    default=256,
+    show_default=True,
+    help="Requests in a step, and started at once.",
+)
+@click.option(
+    "--max-num-tokens",
+    type=click.IntRange(min=1, max=2**31 - 1),
+    default=8192,
+    show_default=True,
+    help="Tokens in a step.",
+)
+@click.option(
+    "--chunk-tokens",
+    type=click.IntRange(min=1, max=2**31 - 1),
+    help="Unit of chunked prefill. Default: 512, or --max-num-tokens if that is less.",
+)
+@click.option(
     "--sequential",
     is_flag=True,
     help="One request after the other, timestamps and outputs ignored, every hash id a full block.",
@@ -114,29 +142,27 @@ def group() -> None:
 @click.option(
     "--html", "html_path", type=click.Path(dir_okay=False), metavar="PATH", help="Write plots over simulated time."
 )
-@click.pass_obj
+@click.pass_context
 def replay(
-    corrupt_after: int | None,
+    context: click.Context,
+    /,
     trace: Path | None,
     trace_format: str | None,
-    tokens_per_block: int,
-    device_blocks: int,
-    host_blocks: int,
-    policy: Literal["lru", "slru"],
     sequential: bool,
     limit: int | None,
-    seed: int,
     json_path: str | None,
     html_path: str | None,
+    **given: Any,
 ) -> int:
-    """Run a request trace through the cache manager and verify every reused page.
+    """Run a request trace through scheduler and cache manager and verify every reused page.
 
-    Requests arrive at their timestamps in simulated time, several are active at once, and their answers are
-    generated token by token; with --sequential they come one after the other. A simulated engine writes a
-    recognisable pattern into every page that it computes, and each page is compared with it, byte for byte,
-    whenever it is reused and after it came back from the host. The result is a table of hit rates, evictions
-    and slots. Without TRACE a workload of conversations is generated from the seed (3,000 requests, or as
-    many as --limit says).
+    Requests arrive at their timestamps in simulated time. The scheduler decides who runs in each step, the prompts
+    are computed in chunks and the answers token by token; with --sequential they come one after the other and there
+    is no scheduler. A simulated engine writes a recognisable pattern into every page that it computes, and each page
+    is compared with it, byte for byte, whenever it is reused, after it came back from the host, and when its
+    request ends. How long a step takes is a model (a roofline of 70 billion parameters on eight H200), not a
+    measurement. The result is a table of hit rates, evictions, times and slots. Without TRACE a workload of
+    conversations is generated from the seed (3,000 requests, or as many as --limit says).
 
     \b
     Exit codes: 0 done; 1 a wrong byte was read; 2 bad input or option;
@@ -149,17 +175,48 @@ def replay(
       kvpool replay trace.jsonl --sequential --json -
     """
     trace_format = _format(trace, trace_format)
-    if html_path is not None and sequential:
-        raise click.UsageError("--html: --sequential has no time to plot over; leave one of them out")
-    if sequential and trace_format == "azure":
-        raise click.UsageError("--sequential: an azure trace has no prefixes to match; leave it out")
-    tokens_per_id = TOKENS_PER_ID if trace_format == "mooncake" else tokens_per_block
-    options = Options(tokens_per_block, device_blocks, policy, seed, tokens_per_id, host_blocks)
+    if sequential:
+        _check_sequential(context, trace_format, html_path)
+    given["chunk_tokens"] = given["chunk_tokens"] or min(512, given["max_num_tokens"])
+    tokens_per_id = TOKENS_PER_ID if trace_format == "mooncake" else given["tokens_per_block"]
+    options = Options(tokens_per_id=tokens_per_id, **given)
     requests = _requests(trace, trace_format, limit, options)
     for name, path in (("--json", json_path), ("--html", html_path)):
-        _check_writable(name, path, trace)
-    page_bytes = PAGE_BYTES if sequential else Contents(tokens_per_block, seed).page_bytes
-    _check_memory(options, page_bytes)
+        check_writable(name, path, trace)
+    report = _run(requests, options, sequential, corrupt_after=context.obj)
+    source = "generated workload" if trace is None else trace.name
+    title = f"{source}: {options.policy}, {options.device_blocks:,} blocks of {options.tokens_per_block} tokens"
+    if options.host_blocks:
+        title += f", {options.host_blocks:,} on the host"
+    _print_result(report, title, json_path)
+    if html_path is not None:
+        write("--html", html_path, plots.html(report, title))
+    if report.wrong is not None:
+        click.echo(f"wrong byte: {report.wrong}", err=True)
+        return 1
+    if report.interrupted:
+        click.echo(f"interrupted after {report.requests:,} of {len(requests):,} requests", err=True)
+        return 130
+    return 0
+
+
+def _check_sequential(context: click.Context, trace_format: str, html_path: str | None) -> None:
+    """Options and traces that --sequential has no use for."""
+    if html_path is not None:
+        raise click.UsageError("--html: --sequential has no time to plot over; leave one of them out")
+    if trace_format == "azure":
+        raise click.UsageError("--sequential: an azure trace has no prefixes to match; leave it out")
+    for name in ("window", "max_batch_size", "max_num_tokens", "chunk_tokens"):
+        if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
+            raise click.UsageError(
+                f"--{name.replace('_', '-')}: --sequential has no scheduler and one pool; leave one of them out"
+            )
+
+
+def _run(requests: list[TraceRequest], options: Options, sequential: bool, corrupt_after: int | None) -> Report:
+    """The replay, under a progress bar."""
+    page_bytes = PAGE_BYTES if sequential else Contents(options.tokens_per_block, options.seed).page_bytes
+    check_memory(options, page_bytes)
     run = run_sequential if sequential else run_timed
     progress = Progress(
         TextColumn("{task.description}"),
@@ -170,7 +227,7 @@ def replay(
         console=Console(stderr=True),
         disable=not sys.stderr.isatty(),
     )
-    with _interrupts() as stopped, progress:
+    with interrupts() as stopped, progress:
         task = progress.add_task("replay", total=len(requests), rate="")
 
         def advance(report: Report) -> None:
@@ -179,23 +236,11 @@ def replay(
                 progress.update(task, completed=report.requests, rate=rate)
 
         try:
-            report = run(requests, options, should_stop=stopped, advance=advance, corrupt_after=corrupt_after)
+            return run(requests, options, should_stop=stopped, advance=advance, corrupt_after=corrupt_after)
         except ConfigError as error:
             raise click.UsageError(str(error)) from None
         except MemoryError:
-            raise _too_big(options, page_bytes) from None
-    source = "generated workload" if trace is None else trace.name
-    title = f"{source}: {policy}, {device_blocks:,} blocks of {tokens_per_block} tokens"
-    _print_result(report, title, json_path)
-    if html_path is not None:
-        _write("--html", html_path, plots.html(report, title))
-    if report.wrong is not None:
-        click.echo(f"wrong byte: {report.wrong}", err=True)
-        return 1
-    if report.interrupted:
-        click.echo(f"interrupted after {report.requests:,} of {len(requests):,} requests", err=True)
-        return 130
-    return 0
+            raise too_big(options, page_bytes) from None
 
 
 def _format(trace: Path | None, given: str | None) -> str:
@@ -224,77 +269,15 @@ def _requests(trace: Path | None, trace_format: str, limit: int | None, options:
         raise click.ClickException(f"cannot read {trace}: {error.strerror}") from None
 
 
-def _check_writable(name: str, path: str | None, trace: Path | None) -> None:
-    """Before the run, not after it: the file can be written, and is not the trace itself."""
-    if path is None or path == "-":
-        return
-    if trace is not None and os.path.exists(path) and os.path.samefile(path, trace):
-        raise click.UsageError(f"{name} would overwrite TRACE")
-    try:
-        with open(path, "a", encoding="utf-8"):
-            pass
-    except OSError as error:
-        raise click.UsageError(f"{name}: cannot write {path}: {error.strerror}") from None
-
-
-def _write(name: str, path: str, text: str) -> None:
-    try:
-        Path(path).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise click.ClickException(f"{name}: cannot write {path}: {error.strerror}") from None
-
-
-def _check_memory(options: Options, page_bytes: int) -> None:
-    """Refuse what cannot fit this machine at all, before anything tries to allocate it."""
-    try:
-        physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return  # a platform that does not tell
-    if _bytes_needed(options, page_bytes) > physical:
-        raise _too_big(options, page_bytes)
-
-
-def _bytes_needed(options: Options, page_bytes: int) -> int:
-    """Bytes of pages and of the tree's tokens; the tree's nodes come on top."""
-    return (options.device_blocks + options.host_blocks) * (page_bytes + 4 * options.tokens_per_block)
-
-
-def _too_big(options: Options, page_bytes: int) -> click.UsageError:
-    return click.UsageError(
-        f"not enough memory: --device-blocks {options.device_blocks} and --host-blocks "
-        f"{options.host_blocks} of {options.tokens_per_block} tokens need "
-        f"{_bytes_needed(options, page_bytes):,} bytes"
-    )
-
-
-@contextmanager
-def _interrupts() -> Iterator[Callable[[], bool]]:
-    """While inside, the first Ctrl-C only makes the given function True; a second one interrupts as usual."""
-    stopped = False
-
-    def stop(signum: int, frame: FrameType | None) -> None:
-        nonlocal stopped
-        stopped = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    try:
-        before: Any = signal.signal(signal.SIGINT, stop)
-    except ValueError:  # not the main thread: signals are somebody else's
-        yield lambda: False
-        return
-    try:
-        yield lambda: stopped
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 def _print_result(report: Report, title: str, json_path: str | None) -> None:
     to_stdout = json_path == "-"
     console = Console(stderr=to_stdout)
     console.print(title, highlight=False, soft_wrap=True)
     for table in tables(report):
         console.print(table)
+    if report.refusal:
+        click.echo(f"refused {report.refused:,}, the first: {report.refusal}", err=True)
     if to_stdout:
         click.echo(report.to_json(), nl=False)
     elif json_path is not None:
-        _write("--json", json_path, report.to_json())
+        write("--json", json_path, report.to_json())

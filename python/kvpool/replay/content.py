@@ -3,10 +3,10 @@
 A page of T tokens holds up to 32 words of 8 bytes; word j belongs to the tokens up to min((j + 1) * S, T), with
 S = ceil(T / 32):
 
-    word = mix(start(seed) + sum over positions p of the prefix of mix(token(p) * A + p * B))
+    word = mix(start(seed, pool) + sum over positions p of the prefix of mix(token(p) * A + p * B))
 
-so a page of another prefix, another position, another block or an older content reads as wrong, also where only part of
-the block is reused. A word is written when the last token of its run is computed.
+so a page of another prefix, another position, another block, another pool or an older content reads as wrong, also
+where only part of the block is reused. A word is written when the last token of its run is computed.
 """
 
 from __future__ import annotations
@@ -42,21 +42,28 @@ class Content:
         at = np.arange(first, last)
         pages[table[at // self.per_page], at % self.per_page] = self.words[first:last]
 
-    def wrong(self, pages: Words, table: NDArray[np.int32], last: int) -> int | None:
-        """The first of the words [0, last) that is not in its page; None: all are there."""
+    def wrong(
+        self, pages: Words, table: NDArray[np.int32], last: int, stale: tuple[int, int] = (0, 0)
+    ) -> tuple[int | None, int]:
+        """The first of the words [0, last) that is not in its page (None: all are there), and how many were compared.
+
+        stale: blocks [s, e) that have no page.
+        """
         at = np.arange(last)
-        different = (pages[table[at // self.per_page], at % self.per_page] != self.words[:last]).nonzero()[0]
-        return int(different[0]) if len(different) else None
+        if stale[1] > stale[0]:
+            at = np.delete(at, slice(stale[0] * self.per_page, stale[1] * self.per_page))
+        different = (pages[table[at // self.per_page], at % self.per_page] != self.words[at]).nonzero()[0]
+        return int(at[different[0]]) if len(different) else None, len(at)
 
 
 class Contents:
-    """Makes the content of sequences. `page_bytes`: what a page must have."""
+    """Makes the content of sequences in one pool. `page_bytes`: what a page must have."""
 
-    def __init__(self, tokens_per_block: int, seed: int) -> None:
+    def __init__(self, tokens_per_block: int, seed: int, pool: int = 0) -> None:
         run = -(-tokens_per_block // _WORDS)
         self._block = tokens_per_block
         self._ends = np.minimum(np.arange(run, tokens_per_block + run, run), tokens_per_block)
-        self._start = mix(np.array([seed], np.uint64))
+        self._start = mix(mix(np.array([seed], np.uint64)) + np.uint64(pool))
         self.page_bytes = 8 * len(self._ends)
 
     def of(self, tokens: NDArray[np.int32]) -> Content:

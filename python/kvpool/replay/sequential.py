@@ -12,46 +12,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvpool import CacheConfig, KVCache, KVCacheManager, PoolConfig
+from kvpool import KVCache, KVCacheManager
+from kvpool.replay.options import POOL, Options, make_manager
 from kvpool.replay.pattern import Pattern, block_tokens
 from kvpool.replay.prefixes import PrefixIndex
 from kvpool.replay.report import Report
 from kvpool.replay.traces import TraceRequest
 
-POOL = "kv"
 PAGE_BYTES = 256  # small: a replay proves who owns a page, not how fast it is copied
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """How to run. `device_blocks`, `host_blocks`: slots of the tiers, exactly (0: no host tier). `tokens_per_id`: of a
-    hash id, in timed replay.
-    """
-
-    tokens_per_block: int = 512
-    device_blocks: int = 10_000
-    policy: Literal["lru", "slru"] = "lru"
-    seed: int = 0
-    tokens_per_id: int = 512
-    host_blocks: int = 0
-
-
-def make_manager(options: Options, page_bytes: int = PAGE_BYTES) -> KVCacheManager:
-    """A manager with one full-attention pool of just `device_blocks` slots (and its null page), and `host_blocks`."""
-    config = CacheConfig(
-        tokens_per_block=options.tokens_per_block,
-        pools=(PoolConfig(POOL, page_bytes),),
-        device_bytes=(options.device_blocks + 1) * page_bytes,
-        host_bytes=options.host_blocks * page_bytes,
-        hash_seed=options.seed,
-    )
-    return KVCacheManager(config, device="cpu", policy=options.policy)
 
 
 def run_sequential(
@@ -71,7 +43,7 @@ def run_sequential(
     """
     started = time.perf_counter()
     report = Report()
-    with make_manager(options) as manager:
+    with make_manager(options, PAGE_BYTES) as manager:
         replay = _Sequential(manager, options, report)
         for request in requests:
             if should_stop():

@@ -6,14 +6,14 @@ Of a request that a call refuses nothing changes, in any manager.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from kvpool._core import Allocation, Roster, Started
 from kvpool.cache import CacheState, KVCache
 from kvpool.manager import KVCacheManager
-from kvpool.scheduler.request import Entry
+from kvpool.scheduler.request import Entry, Request
 from kvpool.sizing import decode_slots, window_slots
 
 Work = tuple[Entry, int, int]  # request, tokens, unit
@@ -121,6 +121,10 @@ class Memory:
         lacks = zip(self.sides, self._split(leave), strict=False)
         return [n for side, leave in lacks for n in side.view.lacking(side.cache(entry)._handle, tokens, leave)]
 
+    def stuck(self) -> list[int]:
+        """Per pool: pages on the device that only suspended requests claim and for which the host has no room."""
+        return [pages for side in self.sides for pages in side.view.stuck()]
+
     def fitting(self, entry: Entry, tokens: int, unit: int, leave: Sequence[int]) -> int:
         """As many of `tokens` as there is room for now in every pool, in multiples of `unit` (or all)."""
         for side, least in zip(self.sides, self._split(leave), strict=False):
@@ -148,6 +152,44 @@ class Memory:
     def open(self) -> list[int | str]:
         """Ids that have a cache in some manager."""
         return list(dict.fromkeys(request_id for side in self.sides for request_id in side.manager._caches))
+
+    # -- moves ----------------------------------------------------------------------------------
+
+    def before(self) -> None:
+        """Before the books change: there is room in the movers' queues."""
+        for side in self.sides:
+            side.manager._before()
+
+    def after(self) -> None:
+        """After they have changed: pages that go down are on their way."""
+        for side in self.sides:
+            side.manager._after()
+
+    def lost(self) -> list[int | str]:
+        """Requests with a LOST cache: a move of its pages failed."""
+        lost: list[int | str] = []
+        for side in self.sides:
+            moves = side.manager._moves
+            if moves is not None and moves.failed:
+                lost += side.manager.lost()
+        return lost
+
+    def arrive(self, requests: Iterable[Request]) -> None:
+        """Every move that pages of these requests depend on is over, or known to have failed."""
+        for side in self.sides:
+            moves = side.manager._moves
+            if moves is not None and (moves.flying or moves.failed):
+                caches = [side.manager._caches.get(request.request_id) for request in requests]
+                side.manager._ready([cache._handle for cache in caches if cache is not None and cache._state is None])
+
+    def is_returning(self) -> bool:
+        """Whether slots are in flight, or a move is."""
+        moving = any(side.manager._moves is not None and side.manager._moves.flying for side in self.sides)
+        return moving or any(returning for _, returning in self.pressure())
+
+    def is_closing(self, entry: Entry) -> bool:
+        """Whether an earlier cache of this id is closed and still in flight."""
+        return any(entry.request.request_id in side.manager._caches for side in self.sides)
 
     # -- changes --------------------------------------------------------------------------------
 

@@ -67,6 +67,7 @@ class Scheduler:
         self.contexts: list[Entry] = []  # those of them that do not generate
         self.adapters: Counter[int | str] = Counter()  # started requests that use each adapter
         self.ended: list[Request] = []  # since the last update
+        self._lost: list[Request] = []  # freed because a move failed, since the last pass
         self._known: dict[int | str, Entry] = {}
         self.ages = 0  # requests that were ever seen
         self.all_refused: tuple[Refusal | None, int] = (None, 0)  # see `starts`
@@ -151,6 +152,16 @@ class Scheduler:
             entry = self._cancelled.popleft()._entry
             if entry is not None:
                 self.end(entry, "cancelled")
+        self.memory.before()
+        self._take_lost()
+
+    def _take_lost(self) -> None:
+        """Requests whose pages did not arrive are computed again; those in a step when it comes back."""
+        for request_id in dict.fromkeys(self.memory.lost()):
+            entry = self._known.get(request_id)
+            if entry is not None and entry.started and not self.memory.roster.in_step(entry.age):
+                self._free(entry, "a move of its pages failed")
+                self._lost.append(entry.request)
 
     # -- the pass -------------------------------------------------------------------------------
 
@@ -166,6 +177,18 @@ class Scheduler:
         world = None if requests is None else self._world(list(requests), refused)
         busy = frozenset(in_flight)
         before: list[Step] = []
+        try:
+            run = self._passes_until_work(busy, world, before)
+        finally:
+            self.memory.after()
+        for other in reversed(before):
+            run.step.inherit(other)
+        run.step.recompute[:0] = [r for r in self._lost if r.state is not RequestState.FINISHED]
+        self._lost.clear()
+        return self._hand_out(run, refused, in_flight=bool(busy))
+
+    def _passes_until_work(self, busy: frozenset[int | str], world: list[Entry] | None, before: list[Step]) -> Pass:
+        """Where somebody gave way and nobody runs, what is free now may be enough for another one."""
         while True:
             self._passes += 1
             run = Pass(self.config, self._passes, busy, world)
@@ -175,12 +198,8 @@ class Scheduler:
                 self.memory.roster.release(run.step.number)
                 raise
             if run.step or not (run.step.suspended or run.step.recompute):
-                break
-            # Somebody gave way and nobody runs: what is free now may be enough for another one.
+                return run
             before.append(run.step)
-        for other in reversed(before):
-            run.step.inherit(other)
-        return self._hand_out(run, refused, in_flight=bool(busy))
 
     def _hand_out(self, run: Pass, refused: list[tuple[Request, Exception]], in_flight: bool) -> Step:
         step = run.step
@@ -191,7 +210,7 @@ class Scheduler:
             self._steps.add(step.number)
             return step
         moves_on = self._steps or in_flight or refused or step.recompute or not (self.started or run.waits)
-        if not moves_on and not any(returning for _, returning in self.memory.pressure()):
+        if not moves_on and not self.memory.is_returning():
             raise StalledError(self._stalled())
         return step
 
@@ -252,7 +271,14 @@ class Scheduler:
         """
         self._enter()
         self._take_back(step)
+        self.memory.arrive(step.requests)
+        for request_id in dict.fromkeys(self.memory.lost()):
+            entry = self._known.get(request_id)
+            if entry is not None and entry.started and any(entry.request is request for request in step.requests):
+                self.memory.roster.set_step(entry.age, 0)  # nothing of it leaves the engine
+        self._take_lost()
         apply_outputs(self, step, outputs)
+        self.memory.after()
         return self._take_ended()
 
     def fail(self, step: Step, error: Exception) -> list[Request]:
@@ -387,6 +413,14 @@ class Scheduler:
 
     def recompute(self, run: Pass, entry: Entry, why: str) -> None:
         """A started request loses its pages and waits, as old as it is."""
+        self._free(entry, why)
+        self.outlook.recomputed()
+        run.gave_way(entry)
+        if entry.request in run.step.suspended:
+            run.step.suspended.remove(entry.request)
+        run.step.recompute.append(entry.request)
+
+    def _free(self, entry: Entry, why: str) -> None:
         self.memory.free([entry])
         entry.lost = entry.request.num_computed
         self._leave_started(entry)
@@ -395,11 +429,6 @@ class Scheduler:
         entry.why = why
         insort(self._returned, entry, key=_AGE)
         self.stats.recomputed += 1
-        self.outlook.recomputed()
-        run.gave_way(entry)
-        if entry.request in run.step.suspended:
-            run.step.suspended.remove(entry.request)
-        run.step.recompute.append(entry.request)
 
     def end(self, entry: Entry, reason: str, error: Exception | None = None) -> None:
         """A request is over."""

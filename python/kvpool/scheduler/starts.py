@@ -103,6 +103,9 @@ class _Starts:
             if entry.age <= self._seen or entry.age in run.gone or entry.request.request_id in run.busy:
                 continue
             run.waits = True
+            if self._memory.is_closing(entry):
+                entry.why = "its former pages are still in flight"
+                continue
             if len(batch) >= most or self._is_blocked(None) or len(self._refused) >= MOST_REFUSED:
                 break
             self._seen = entry.age

@@ -31,7 +31,7 @@ def apply_outputs(scheduler: Scheduler, step: Step, outputs: Mapping[int | str, 
     for chunk in step.context:
         found += chunk.request.request_id in given
         entry = scheduler.find(chunk.request.request_id)
-        if entry is not None and entry.request is chunk.request:
+        if entry is not None and entry.request is chunk.request and entry.started:
             _take_chunk(scheduler, entry, chunk, given.get(chunk.request.request_id, ()))
     if found < len(given):
         _fail_strangers(scheduler, step, given)

@@ -90,11 +90,15 @@ def _give_way(scheduler: Scheduler, run: Pass, entry: Entry, short: Sequence[int
 def _worth_freeing(scheduler: Scheduler, candidates: Sequence[Entry], short: Sequence[int]) -> list[Entry]:
     """Those that have pages on the device where they are missing, if possible pages that nobody else claims.
 
-    A request whose pages are all on the host already is left in peace: freeing it gives nothing.
+    Pages of suspended requests count only where the host has no room for them: otherwise they make room anyhow, and to
+    free them would give nothing.
     """
     some, own = [], []
+    stuck = scheduler.memory.stuck()
     for other in candidates:
-        pages = [both for n, both in zip(short, scheduler.memory.holds(other), strict=True) if n or not any(short)]
+        suspended = other.request.state is RequestState.SUSPENDED
+        pools = zip(short, scheduler.memory.holds(other), stuck, strict=True)
+        pages = [both for n, both, rest in pools if (n or not any(short)) and (rest or not suspended)]
         if any(alone for _, alone in pages):
             own.append(other)
         elif any(here for here, _ in pages):

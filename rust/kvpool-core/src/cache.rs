@@ -69,6 +69,8 @@ pub struct Cache {
     pub(crate) far: Vec<u32>,
     /// Pages (pool, block, device slot) that the running call brings up.
     pub(crate) onboards: Vec<(u32, u32, u32)>,
+    /// Host slots (pool, slot) that the copies which are out read, beside those of `onboards`.
+    pub(crate) lent: Vec<(u32, u32)>,
     /// Per pool: pages whose price is the unit of a fenced slot.
     pub(crate) debt: Vec<u32>,
     /// Launched steps that may still touch its slots.
@@ -130,7 +132,8 @@ impl Cache {
             undo: None,
             pinned: false,
             parked: 0,
-            onboards: Vec::new(),
+            onboards: Vec::with_capacity(if core.tiered { room * pools } else { 0 }),
+            lent: Vec::with_capacity(if core.tiered { pools } else { 0 }),
             far: vec![0; pools],
             debt: vec![0; pools],
             in_flight: 0,

@@ -270,6 +270,22 @@ fn check_slots(core: &Core, caches: &[&Cache], tier: Tier, pool: usize) -> Resul
             owners[slot as usize].push(Owner::Retired);
         }
     }
+    for cache in caches {
+        match tier {
+            Tier::Device => {
+                for &(_, _, slot) in cache.onboards.iter().filter(|(at, ..)| *at as usize == pool) {
+                    owners[slot as usize].push(cache.private_owner());
+                }
+            }
+            Tier::Host => {
+                for &(_, slot) in cache.lent.iter().filter(|(at, _)| *at as usize == pool) {
+                    if slots.is_left(slot) && owners[slot as usize].is_empty() {
+                        owners[slot as usize].push(Owner::Fenced);
+                    }
+                }
+            }
+        }
+    }
     for (slot, owners) in owners.iter().enumerate().skip(1) {
         let count = owners.len();
         ensure!(

@@ -48,12 +48,17 @@ impl Owner {
     }
 }
 
+/// The page has left a slot that is still read.
+const LEFT: u32 = 1 << 31;
+
 /// See the module.
 #[derive(Debug)]
 pub struct SlotPool {
     free: Stack,
     available: AtomicU32,
     owner: Vec<Field>,
+    /// By slot: plans that read it and are not made yet, and [`LEFT`].
+    lent: Vec<AtomicU32>,
     /// Key of the block whose page a slot holds; written before the page is in the tree, read by who has taken it out.
     key: Vec<Field>,
     taken: Counter,
@@ -67,11 +72,23 @@ pub struct SlotPool {
 impl SlotPool {
     /// All of `1..=num_slots` free; the lowest is handed out first.
     pub fn new(num_slots: u32) -> Self {
+        Self::make(num_slots, false)
+    }
+
+    /// As `new`, of slots that can be lent: those of the host.
+    pub fn lending(num_slots: u32) -> Self {
+        Self::make(num_slots, true)
+    }
+
+    fn make(num_slots: u32, lends: bool) -> Self {
         Self {
             free: Stack::full(num_slots),
             available: AtomicU32::new(num_slots),
             owner: (0..=num_slots).map(|_| Field::new(0)).collect(),
             key: (0..=num_slots).map(|_| Field::new(0)).collect(),
+            lent: (0..=if lends { num_slots } else { 0 })
+                .map(|_| AtomicU32::new(0))
+                .collect(),
             taken: Counter::default(),
             promised: Counter::default(),
             returning: Counter::default(),
@@ -159,6 +176,51 @@ impl SlotPool {
             self.unreserve(1);
         }
         found
+    }
+
+    /// A plan is going to read the slot, unless its page has left by now: the caller looks again behind this.
+    pub fn lend(&self, slot: u32) {
+        self.lent[slot as usize].fetch_add(1, Ordering::AcqRel); // AcqRel: partner the RMWs in `give_lent`: who leaves sees the reader, or the reader's second look sees the page gone
+    }
+
+    /// The plan is made, or was not begun. If the page has left and this was the last reader, the slot is given back.
+    pub fn unlend(&self, slot: u32) {
+        let word = &self.lent[slot as usize];
+        // AcqRel: partner the RMWs in `give_lent`: what was read is read before the slot is used again.
+        if word.fetch_sub(1, Ordering::AcqRel) == LEFT + 1 {
+            // AcqRel: as above; one of the last readers gives it back. Relaxed on failure: another one does.
+            let last = word.compare_exchange(LEFT, 0, Ordering::AcqRel, Ordering::Relaxed);
+            if last.is_ok() {
+                self.give(slot);
+                self.unreserve(1);
+            }
+        }
+    }
+
+    /// The page has left a slot that its claims paid for: it is given back with its unit, by the last plan that reads it if
+    /// there is one.
+    pub fn give_lent(&self, slot: u32) {
+        self.set_owner(slot, Owner::Fenced);
+        let word = &self.lent[slot as usize];
+        let mut now = 0;
+        loop {
+            let next = if now == 0 { 0 } else { now | LEFT };
+            // AcqRel: partner the fetch_add in `lend` and the fetch_sub in `unlend`. Relaxed on failure: the loop decides by
+            // the value alone.
+            match word.compare_exchange(now, next, Ordering::AcqRel, Ordering::Relaxed) {
+                Ok(_) => break,
+                Err(seen) => now = seen,
+            }
+        }
+        if now == 0 {
+            self.give(slot);
+            self.unreserve(1);
+        }
+    }
+
+    /// Whether the page has left a slot that is lent.
+    pub fn is_left(&self, slot: u32) -> bool {
+        self.lent[slot as usize].load(Ordering::Relaxed) & LEFT != 0 // Relaxed: `check` of a core at rest
     }
 
     /// Most slots that were ever not free.

@@ -1,6 +1,6 @@
 //! Plain data shared by the core's parts.
 
-use crate::words::Tier;
+use crate::words::{Link, Tier};
 
 /// "No node", "no root": the end of an intrusive list.
 pub const NIL: u32 = u32::MAX;
@@ -166,6 +166,8 @@ pub struct PageCopy {
     pub tier: Tier,
     /// Whether the page itself comes up; else a private copy is made of it.
     pub up: bool,
+    /// Whose page it is.
+    pub block: Link,
     /// Slot that is read, from 1.
     pub src: u32,
     /// Slot that is written.

@@ -6,8 +6,8 @@
 //! Page   [ slot 27 | host 1 | stale 1 | busy 1 | active 17 | claims 17 ] of a node in one pool
 //! ```
 //!
-//! `version` grows whenever refs leave 0 and whenever the node dies, so a CAS on a word that was
-//! seen with refs 0 succeeds only if nobody claimed since. 2^36 such steps on one index while one
+//! `version` grows whenever refs leave 0, whenever the node dies and whenever it is pinned, so a CAS on a word that was
+//! seen with refs 0 succeeds only if nobody claimed since, and one that was seen unpinned if nobody pinned. 2^36 such steps on one index while one
 //! thread is stopped between its look and its CAS are taken as impossible (at 10^6 per second: 19 hours).
 
 const INDEX_BITS: u32 = 27;
@@ -116,6 +116,10 @@ impl State {
     /// At rest, on this tier.
     pub fn settled(self, tier: Tier) -> Self {
         Self(self.0 & !(BUSY | HOST) | if tier == Tier::Host { HOST } else { 0 })
+    }
+    /// A pin more or less to come: only the version grows, so that who saw the state before cannot change it.
+    pub fn stirred(self) -> Self {
+        Self(self.0.wrapping_add(1 << VERSION_SHIFT))
     }
     /// dead → live with one reference.
     pub fn born(self) -> Self {
@@ -280,6 +284,7 @@ mod tests {
         assert_eq!((down.tier(), down.is_busy(), down.refs()), (Tier::Host, false, 1));
         assert_eq!(down.released().claimed(false).tier(), Tier::Host);
         assert_eq!(down.released().killed(), State(1 << VERSION_SHIFT));
+        assert_eq!((down.stirred().version(), down.stirred().tier()), (1, Tier::Host));
         let free = state.released();
         assert_eq!(free.claimed(false).version(), 1);
         assert_eq!(free.claimed(false).refs(), 1);

@@ -7,10 +7,15 @@
 //! alone: while another call is in the middle of taking or giving memory, a match may end early, `resize` may be
 //! refused (after some of its evictions, if a thread is stopped for long), and `evict` may find less. No answer may ever claim more than there is. Each block of a commit is a step of
 //! its own.
+//!
+//! On two tiers there is room for all on both, and `evict` moves blocks down: they stay in the tree. While a block is on the
+//! move a match ends above it, a resume that needs it is refused, and a commit of it stays private; of two that evict at once
+//! one drops a leaf.
 #![cfg(kvpool_shuttle)]
 
 use kvpool_core::sync::{plant, Weak};
 use kvpool_core::types::{CoreConfig, PolicyKind, PoolSpec};
+use kvpool_core::words::Tier;
 use kvpool_core::{Cache, Core};
 use std::collections::{BTreeSet, HashSet};
 use std::panic::{catch_unwind, AssertUnwindSafe};
@@ -45,12 +50,15 @@ struct Held {
     private: usize,
     /// Leaves that its `Grow` still has to evict: promised, but one step each.
     owed: usize,
+    /// A commit met a block on the move: nothing of it enters the tree any more.
+    detached: bool,
 }
 
 /// One token per block; a cached block is the prefix that ends with it.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 struct Model {
     slots: usize,
+    tiered: bool,
     tree: BTreeSet<Vec<i32>>,
     caches: Vec<Held>,
 }
@@ -142,6 +150,31 @@ impl Model {
                 let most = if alone { least } else { need };
                 (least..=most).map(|owed| owing(&after, owed)).collect()
             }
+            Call::Commit(_) if held.detached => {
+                held.private -= 1;
+                if event.answer == 0 {
+                    vec![after]
+                } else {
+                    vec![]
+                }
+            }
+            Call::Commit(tokens) if self.tiered => {
+                held.private -= 1;
+                let mut moving = after.clone();
+                let held = &mut after.caches[event.thread];
+                held.path.clone_from(tokens);
+                // 0 as well where one's own page took the place of one on the host.
+                let new = after.tree.insert(tokens.clone());
+                let mut states = Vec::new();
+                if event.answer == 0 || !new {
+                    states.push(after);
+                }
+                if event.answer == 0 && !alone {
+                    moving.caches[event.thread].detached = true;
+                    states.push(moving);
+                }
+                states
+            }
             Call::Commit(tokens) => {
                 held.path.clone_from(tokens);
                 held.private -= 1;
@@ -156,6 +189,9 @@ impl Model {
                 *held = Held::default();
                 vec![after]
             }
+            // Down, or dropped by who did not get inside the order.
+            Call::Evict if self.tiered && alone => vec![after],
+            Call::Evict if self.tiered => self.evicted().into_iter().chain([after]).collect(),
             Call::Evict if event.answer == 1 => self.evicted(),
             Call::Evict if !alone || self.leaves().is_empty() => vec![after],
             _ => vec![],
@@ -164,9 +200,10 @@ impl Model {
 }
 
 /// Whether some order explains the history.
-fn linearizable(history: &[Event], slots: usize, threads: usize, exact: bool) -> bool {
+fn linearizable(history: &[Event], slots: usize, threads: usize, exact: bool, tiered: bool) -> bool {
     let start = Model {
         slots,
+        tiered,
         tree: BTreeSet::new(),
         caches: vec![Held::default(); threads],
     };
@@ -256,32 +293,51 @@ fn request(core: &Core, recorder: &Recorder, thread: usize) {
         reused
     });
     let mut cache = cache.unwrap();
-    core.resume(&mut cache, &mut Vec::new()).unwrap();
+    if !resume(core, &mut cache) {
+        return close(core, recorder, thread, &mut cache);
+    }
     let grown = recorder.call(thread, Call::Grow(tokens.clone()), || {
         usize::from(core.resize(&mut cache, tokens.len() as u64, None).unwrap())
     });
     if grown == 1 {
         let have = core.info(&cache).unwrap().committed as usize;
         // Each block of a commit is a step of its own: commit them one by one.
-        for at in have..tokens.len() {
+        let last = tokens.len() - below(2); // some end in a private block
+        for at in have..last {
             recorder.call(thread, Call::Commit(tokens[..=at].to_vec()), || {
                 usize::from(core.commit(&mut cache, &tokens[at..=at]).unwrap())
             });
         }
     }
+    // Its blocks, private ones too, may move down meanwhile.
+    core.suspend(&mut cache).unwrap();
+    if below(2) == 0 {
+        resume(core, &mut cache);
+    }
+    close(core, recorder, thread, &mut cache);
+}
+
+/// With the copies made at once.
+fn resume(core: &Core, cache: &mut Cache) -> bool {
+    let resumed = core.resume(cache, &mut Vec::new()).unwrap();
+    core.copies_done(cache);
+    resumed
+}
+
+fn close(core: &Core, recorder: &Recorder, thread: usize, cache: &mut Cache) {
     recorder.call(thread, Call::Close, || {
-        core.close(&mut cache).unwrap();
+        core.close(cache).unwrap();
         0
     });
 }
 
-fn history(threads: usize, slots: u32, steps: usize, evicts: bool) -> Vec<Event> {
+fn history(threads: usize, (slots, host_slots): (u32, u32), steps: usize, evicts: bool) -> Vec<Event> {
     let core = Core::new(CoreConfig {
         tokens_per_block: 1,
         pools: vec![PoolSpec {
             name: "kv".into(),
             num_slots: slots,
-            host_slots: 0,
+            host_slots,
             window: None,
             sink_tokens: 0,
         }],
@@ -320,14 +376,26 @@ fn history(threads: usize, slots: u32, steps: usize, evicts: bool) -> Vec<Event>
     let running: Vec<_> = (0..threads).map(run).collect();
     running.into_iter().for_each(|thread| thread.join().unwrap());
     core.check(&[]).unwrap();
+    core.clear();
+    core.check(&[]).unwrap();
+    for tier in [Tier::Device, Tier::Host] {
+        assert!(
+            core.books(tier).iter().all(|books| books.free == books.slots),
+            "a slot was lost"
+        );
+    }
     let events = recorder.events.lock().unwrap().clone();
     events
 }
 
 /// `exact`: there is room for all, and nobody evicts.
 fn explain(threads: usize, slots: u32, steps: usize, exact: bool) {
+    found(threads, (slots, 0), steps, exact);
+}
+
+fn found(threads: usize, slots: (u32, u32), steps: usize, exact: bool) {
     let events = history(threads, slots, steps, !exact);
-    if !linearizable(&events, slots as usize, threads, exact) {
+    if !linearizable(&events, slots.0 as usize, threads, exact, slots.1 > 0) {
         let lines: Vec<String> = events.iter().map(|event| format!("{event:?}")).collect();
         panic!("no order explains this history:\n{}", lines.join("\n"));
     }
@@ -352,6 +420,21 @@ fn histories_under_pressure_are_linearizable() {
     let _one = ONE.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
     shuttle::check_random(|| explain(3, 5, 2, false), schedules());
     shuttle::check_pct(|| explain(2, 4, 3, false), schedules(), 3);
+}
+
+#[test]
+fn histories_on_two_tiers_are_linearizable() {
+    let _one = ONE.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    shuttle::check_random(|| found(3, (40, 40), 2, false), schedules());
+    shuttle::check_pct(|| found(3, (40, 40), 2, false), schedules(), 3);
+}
+
+/// No room for all on either tier: the books alone are looked at.
+#[test]
+fn histories_on_two_small_tiers_lose_nothing() {
+    let _one = ONE.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    shuttle::check_random(|| drop(history(3, (4, 3), 2, true)), schedules());
+    shuttle::check_pct(|| drop(history(3, (4, 3), 2, true)), schedules(), 3);
 }
 
 /// The check can fail: with a planted weakness the same histories are found out.
@@ -389,20 +472,23 @@ fn the_model_rejects_what_cannot_be() {
             event(1, Call::Create(vec![1, 2, 3]), reused, began, 11),
         ]
     };
-    assert!(linearizable(&cached(2, 10), 4, 2, false));
+    assert!(linearizable(&cached(2, 10), 4, 2, false, false));
     assert!(
-        !linearizable(&cached(0, 10), 4, 2, false),
+        !linearizable(&cached(0, 10), 4, 2, false, false),
         "a match that was there was not found"
     );
     assert!(
-        !linearizable(&cached(3, 10), 4, 2, false),
+        !linearizable(&cached(3, 10), 4, 2, false, false),
         "a match of more than there is"
     );
-    assert!(linearizable(&cached(0, 5), 4, 2, false), "it overlaps the commit");
+    assert!(
+        linearizable(&cached(0, 5), 4, 2, false, false),
+        "it overlaps the commit"
+    );
     let mut forged = cached(2, 10);
     forged[2].answer = 1;
     assert!(
-        !linearizable(&forged, 4, 2, false),
+        !linearizable(&forged, 4, 2, false, false),
         "a switch to a page that nobody had"
     );
 }

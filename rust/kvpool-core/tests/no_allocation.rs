@@ -1,8 +1,8 @@
-//! probe, resume, resize, commit, close and evict do not allocate; `create` may.
+//! probe, resume, suspend, resize, commit, close and evict do not allocate, on one tier or two; `create` may.
 #![allow(unsafe_code)]
 
-use kvpool_core::types::{CoreConfig, PolicyKind, PoolSpec};
-use kvpool_core::Core;
+use kvpool_core::types::{CoreConfig, PageCopy, PolicyKind, PoolSpec};
+use kvpool_core::{Cache, Core};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 
@@ -39,21 +39,33 @@ fn counted<T>(total: &mut u64, f: impl FnOnce() -> T) -> T {
 #[test]
 fn only_create_allocates() {
     for policy in [PolicyKind::Lru, PolicyKind::Slru] {
-        run(policy);
+        run(policy, 64, 0);
     }
 }
 
-fn run(policy: PolicyKind) {
+#[test]
+fn only_create_allocates_with_a_host_tier_either() {
+    for policy in [PolicyKind::Lru, PolicyKind::Slru] {
+        let moved = run(policy, 24, 48);
+        assert!(
+            moved.iter().all(|&pages| pages > 100),
+            "pages that moved: {moved:?}"
+        );
+    }
+}
+
+/// Returns how many pages went down, and came up.
+fn run(policy: PolicyKind, slots: u32, host_slots: u32) -> [u64; 2] {
     let pool = |name: &str, num_slots, window| PoolSpec {
         name: name.into(),
         num_slots,
-        host_slots: 0,
+        host_slots,
         window,
         sink_tokens: 0,
     };
     let core = Core::new(CoreConfig {
         tokens_per_block: 4,
-        pools: vec![pool("full", 64, None), pool("window", 64, Some(10))],
+        pools: vec![pool("full", slots, None), pool("window", slots, Some(10))],
         max_blocks: 64,
         max_seq_len: Some(128),
         partial_reuse: true,
@@ -64,21 +76,27 @@ fn run(policy: PolicyKind) {
     })
     .unwrap();
     let mut total = 0;
-    let mut copies = Vec::with_capacity(8);
+    let mut copies = Vec::with_capacity(64);
     for round in 0..400i32 {
         let prompt: Vec<i32> = (0..42).map(|i| if i < 14 { i } else { i + round % 7 }).collect();
         let mut cache = core.create(&prompt, b"", None, None).unwrap();
         let reused = core.info(&cache).unwrap().reused;
         // The first rounds size the scratch space of look-ups.
         let mut sum = 0;
-        counted(&mut sum, || core.resume(&mut cache, &mut copies).unwrap());
-        core.copies_done(&mut cache);
+        let up = |sum: &mut u64, cache: &mut Cache, copies: &mut Vec<PageCopy>| {
+            assert!(counted(sum, || core.resume(cache, copies).unwrap()));
+            counted(sum, || core.copies_done(cache));
+        };
+        up(&mut sum, &mut cache, &mut copies);
         assert!(counted(&mut sum, || core.resize(&mut cache, 42, None).unwrap()));
         core.step_begin(&mut cache, 1).unwrap();
         counted(&mut sum, || {
             core.commit(&mut cache, &prompt[reused as usize..]).unwrap()
         });
         counted(&mut sum, || core.step_end(&mut cache, 1).unwrap());
+        counted(&mut sum, || core.suspend(&mut cache).unwrap());
+        counted(&mut sum, || core.evict(3));
+        up(&mut sum, &mut cache, &mut copies);
         counted(&mut sum, || core.probe(&prompt, b"", None).unwrap());
         counted(&mut sum, || core.evict(1));
         if round % 50 == 49 {
@@ -91,4 +109,6 @@ fn run(policy: PolicyKind) {
         }
     }
     assert_eq!(total, 0, "heap allocations outside create");
+    let counters = core.counters();
+    [counters.offloaded, counters.onboarded]
 }

@@ -581,15 +581,9 @@ impl Core {
         outcome(py, self.core.check(&caches))
     }
 
-    /// -> ({counter: value}, [(slots, free, active, held, cached, fenced, peak) per pool])
-    #[allow(clippy::type_complexity)]
-    fn stats<'py>(
-        &self,
-        py: Python<'py>,
-        host: bool,
-    ) -> PyResult<(Bound<'py, PyDict>, Vec<(u32, u32, u32, u32, u32, u32, u32)>)> {
-        let tier = if host { Tier::Host } else { Tier::Device };
-        let (counters, books) = py.detach(|| (self.core.counters(), self.core.books(tier)));
+    /// -> {counter: value}
+    fn counters<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let counters = self.core.counters();
         let dict = PyDict::new(py);
         dict.set_item("requests", counters.requests)?;
         dict.set_item("prompt_tokens", counters.prompt_tokens)?;
@@ -600,10 +594,17 @@ impl Core {
         dict.set_item("dropped", counters.dropped)?;
         dict.set_item("offloaded", counters.offloaded)?;
         dict.set_item("onboarded", counters.onboarded)?;
-        let books = books
+        Ok(dict)
+    }
+
+    /// -> [(slots, free, active, held, cached, fenced, peak) per pool]
+    #[allow(clippy::type_complexity)]
+    fn books(&self, py: Python<'_>, host: bool) -> Vec<(u32, u32, u32, u32, u32, u32, u32)> {
+        let tier = if host { Tier::Host } else { Tier::Device };
+        let books = py.detach(|| self.core.books(tier));
+        books
             .iter()
             .map(|b| (b.slots, b.free, b.active, b.held, b.cached, b.fenced, b.peak))
-            .collect();
-        Ok((dict, books))
+            .collect()
     }
 }

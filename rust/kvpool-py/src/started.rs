@@ -38,6 +38,11 @@ impl Started {
         self.core.get().core.pressure()
     }
 
+    /// -> per pool: pages that only SUSPENDED caches claim and for which the host has no room
+    fn stuck(&self) -> Vec<u32> {
+        self.core.get().core.stuck()
+    }
+
     /// Claims for first chunks, in order, within `budget` new tokens -> ("kept" | "memory" | "tokens", cache or None,
     /// reused tokens, slots taken per pool, pages shared per pool) for those that were looked at. A first chunk is `unit` tokens at least, or all (None: always all).
     fn claim(

@@ -16,6 +16,16 @@ impl Core {
         self.pools.iter().map(pool).collect()
     }
 
+    /// Per pool: pages that only SUSPENDED caches claim and for which the host has no room; without a host tier any number.
+    pub fn stuck(&self) -> Vec<u32> {
+        if !self.tiered {
+            return vec![u32::MAX; self.pools.len()];
+        }
+        let movable = |pool: usize| self.reachable(pool).saturating_sub(self.pools[pool].available());
+        let pool = |pool: usize| self.suspended_pages(pool).saturating_sub(movable(pool));
+        (0..self.pools.len()).map(pool).collect()
+    }
+
     /// Most tokens behind the history for which [`Core::provide`] finds room now and leaves `leave` slots of each pool:
     /// `tokens`, or the largest multiple of `unit` below it; 0 if there is room for none.
     pub fn fitting(&self, cache: &mut Cache, tokens: u64, unit: u64, leave: &[u32]) -> Result<u64> {

@@ -6,7 +6,7 @@ use crate::error::{CoreError, Result};
 use crate::pool::Owner;
 use crate::tree::Claimed;
 use crate::types::Retain;
-use crate::words::{Link, Stamp, Tier};
+use crate::words::{Link, Stamp, Tier, MAX_CLAIMS};
 
 /// Why a block did not enter the tree.
 enum Refused {
@@ -119,7 +119,7 @@ impl Core {
             }
         }
         if self.tiered {
-            self.tree.pin(index); // before anybody sees it
+            self.tree.pin_first(&dead);
         }
         if let Err((dead, _)) = self
             .tree
@@ -157,7 +157,13 @@ impl Core {
         retain: Retain,
     ) -> std::result::Result<bool, Refused> {
         let (i, index) = (cache.nodes.len(), node.index());
-        if cache.in_flight > 0 && !self.prepay(cache, node) {
+        let crowded = |pool: usize| self.tree.page(pool, index).claims() > MAX_CLAIMS / 2;
+        if (0..self.pools.len()).any(crowded) || (cache.in_flight > 0 && !self.prepay(cache, node)) {
+            return Err(Refused::Full);
+        }
+        // Before the claim: what it costs is settled while the block cannot move.
+        if self.tiered && !self.tree.pin(index) {
+            self.keeper.report_leaf(index, false);
             return Err(Refused::Full);
         }
         let mut unpaid = false;
@@ -169,13 +175,15 @@ impl Core {
                 }
                 false
             }
-            Claimed::Full => return Err(Refused::Full),
-            Claimed::Gone | Claimed::Unpaid(_) => return Err(Refused::Changed),
+            refused => {
+                if self.tiered {
+                    self.unpin_node(index);
+                }
+                let full = refused == Claimed::Full;
+                return Err(if full { Refused::Full } else { Refused::Changed });
+            }
         };
-        if self.tiered && !self.bring_up(cache, node, claimed && unpaid) {
-            self.release_path(node, Stamp::NONE, 0);
-            return Err(Refused::Full);
-        }
+        self.bring_up(cache, node);
         if cache.retention.is_some() {
             self.raise_retain(index, retain);
         }
@@ -209,36 +217,31 @@ impl Core {
         Ok(changed)
     }
 
-    /// Pins a block that the caller has claimed. If it is on the host the caller's own pages become the tree's. `false`: it
-    /// is on the move.
-    fn bring_up(&self, cache: &mut Cache, node: Link, unpaid: bool) -> bool {
+    /// The caller's own pages become those of a block that it pins, where the block's are on the host.
+    fn bring_up(&self, cache: &mut Cache, node: Link) {
         let (i, index) = (cache.nodes.len(), node.index());
-        if !self.tree.pin(index) {
-            return false;
-        }
         if self.tree.state(index).tier() == Tier::Device {
-            return true;
+            return;
         }
-        if self.tree.seize(index).is_none() {
-            self.unpin_node(index);
-            return false;
-        }
+        let key = self.tree.nodes[index].key.get();
         for pool in (0..self.pools.len()).filter(|&pool| !self.tree.windowed[pool]) {
             let own = cache.tables[pool][i];
-            let key = self.tree.nodes[index].key.get();
             self.pools[pool].set_key(own, key);
-            self.pools[pool].set_owner(own, Owner::Node(index as u32));
-            let page = self.tree.place_page(pool, index, Tier::Device, own);
-            self.replaced(pool, key, page.slot(), !unpaid);
+            if let Some(page) = self.tree.raise_page(pool, index, own) {
+                self.pools[pool].set_owner(own, Owner::Node(index as u32));
+                self.replaced(pool, key, page.slot(), true);
+            }
         }
-        self.tree.settle(index, Tier::Device);
-        true
+        self.tree.lift(index);
     }
 
-    /// A page on the host gave way to one's own. `paid`: its claims were paid for.
+    /// A page on the host gave way to one's own. `paid`: it was claimed.
     fn replaced(&self, pool: usize, key: u64, slot: u32, paid: bool) {
-        self.hosts[pool].give(slot);
-        self.hosts[pool].unreserve(u32::from(paid));
+        if paid {
+            self.hosts[pool].give_lent(slot);
+        } else {
+            self.hosts[pool].give(slot);
+        }
         self.note_moved(pool, key, Tier::Device);
     }
 
@@ -274,6 +277,9 @@ impl Core {
             return claimed;
         };
         *unpaid = !self.reserve_nodes(tier, 1);
+        if *unpaid && tier == Tier::Host {
+            return Claimed::Full; // for a moment: another thread has the unit
+        }
         let claimed = self.tree.claim(node, Some(tier));
         if claimed == Claimed::First {
             self.expire_at_claim(node.index());
@@ -294,24 +300,23 @@ impl Core {
                 if page.is_busy() {
                     // Its mover frees both slots; what its claims paid is available again.
                     self.pools[pool].unreserve(u32::from(page.claims() > 0));
-                    self.note_stored(pool, index);
+                    self.note_moved(pool, key, Tier::Device);
                 } else {
                     self.replaced(pool, key, page.slot(), page.claims() > 0);
                 }
                 return false;
             }
-            match self.tree.claim_page(pool, index, None, self.tiered) {
-                Claimed::Unpaid(tier) => {
-                    let slots = &self.slots(tier)[pool];
-                    let paid = slots.reserve(1);
-                    match self.tree.claim_page(pool, index, Some(tier), self.tiered) {
-                        Claimed::First => return !paid,
-                        claimed => {
-                            slots.unreserve(u32::from(paid));
-                            if matches!(claimed, Claimed::Joined | Claimed::Full) {
-                                return false;
-                            }
-                        }
+            match self.tree.claim_near(pool, index, false, self.tiered) {
+                Claimed::Joined => return false,
+                Claimed::Unpaid(_) => {
+                    let paid = self.pools[pool].reserve(1);
+                    let claimed = self.tree.claim_near(pool, index, true, self.tiered);
+                    if claimed == Claimed::First {
+                        return !paid;
+                    }
+                    self.pools[pool].unreserve(u32::from(paid));
+                    if claimed == Claimed::Joined {
+                        return false;
                     }
                 }
                 Claimed::Gone => {
@@ -322,7 +327,7 @@ impl Core {
                         return false;
                     }
                 }
-                _ => return false,
+                Claimed::First | Claimed::Full => {} // it moves: look again
             }
         }
     }

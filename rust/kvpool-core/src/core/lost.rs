@@ -78,7 +78,7 @@ impl Core {
         if self.tree.state(index).refs() > 0 {
             return;
         }
-        self.drop_below(index);
+        self.drop_below(&mut Vec::new(), index);
         let node = self.tree.at(index);
         if self.tree.state(index).is_live() {
             self.bury_parked(node);

@@ -17,6 +17,8 @@ mod models;
 mod paths;
 mod provide;
 mod release;
+#[cfg(all(test, kvpool_loom))]
+mod tier_models;
 mod tiers;
 
 pub use batch::{Claim, Refusal, Start};
@@ -184,7 +186,11 @@ impl Core {
             first_full: windowed.iter().position(|w| !w),
             keeper: Keeper::new(nodes, tiered, &windowed, config.policy),
             pools: config.pools.iter().map(|p| SlotPool::new(p.num_slots)).collect(),
-            hosts: config.pools.iter().map(|p| SlotPool::new(p.host_slots)).collect(),
+            hosts: config
+                .pools
+                .iter()
+                .map(|p| SlotPool::lending(p.host_slots))
+                .collect(),
             tree: Tree::new(
                 config.tokens_per_block as usize,
                 config.max_blocks,

@@ -143,11 +143,12 @@ impl Core {
                 return false;
             };
             cache.purse[pool] -= 1;
-            let page = self.tree.page(pool, cache.source.index());
+            let page = self.lend(cache, pool);
             copies.push(PageCopy {
                 pool: pool as u32,
                 tier: page.tier(),
                 up: false,
+                block: cache.source,
                 src: page.slot(),
                 dst,
             });
@@ -164,6 +165,7 @@ impl Core {
         if cache.core != self.id {
             return;
         }
+        self.read(cache);
         if cache.undo.take().is_some() {
             self.land(cache);
         }
@@ -184,6 +186,7 @@ impl Core {
         let Some(undo) = cache.undo.take() else {
             return;
         };
+        self.read(cache);
         self.stay_down(cache);
         for pool in 0..self.pools.len() {
             while cache.tables[pool].len() > undo.blocks {

@@ -153,7 +153,10 @@ impl Core {
                 self.discard(cache);
             } else {
                 let stamp = self.tick();
-                cache.undo = None;
+                if cache.undo.take().is_some() {
+                    self.read(cache);
+                    self.stay_down(cache);
+                }
                 self.release_all(cache, stamp);
             }
             cache.state = CacheState::Closed;

@@ -3,12 +3,14 @@
 use super::Core;
 use crate::cache::Cache;
 use crate::pool::Owner;
+use crate::sync::{weak, Weak};
+use crate::tree::Claimed;
 use crate::types::{CacheState, PageCopy, Retain};
 use crate::words::{Link, Page, Stamp, Tier};
 
 impl Core {
-    /// Pins the path, and the pages that are claimed in windowed pools, to their place. `false`: a block is on the move;
-    /// nothing is pinned then.
+    /// Pins the path, and the pages that are claimed in windowed pools, to their place. `false`: a block or a page is on
+    /// the move; nothing is pinned then.
     pub(super) fn pin(&self, cache: &mut Cache) -> bool {
         if !self.tiered || cache.pinned {
             return true;
@@ -16,6 +18,7 @@ impl Core {
         let source = (!cache.source.is_nil()).then_some(cache.source);
         for (i, node) in cache.nodes.iter().chain(&source).enumerate() {
             if !self.tree.pin(node.index()) {
+                self.keeper.report_leaf(node.index(), false); // it may have been looked at while we tried
                 for node in cache.nodes.iter().chain(&source).take(i) {
                     self.unpin_node(node.index());
                 }
@@ -23,39 +26,48 @@ impl Core {
             }
         }
         cache.pinned = true;
-        self.pin_pages(cache);
-        true
+        let stays = |(pool, index)| self.tree.pin_page(pool, index);
+        let moves = self.claimed_pages(cache).position(|page| !stays(page));
+        if let Some(pages) = moves {
+            self.unpin_first(cache, pages);
+        }
+        moves.is_none()
     }
 
     /// The path may move down.
     pub(super) fn unpin(&self, cache: &mut Cache) {
-        if !std::mem::take(&mut cache.pinned) {
-            return;
+        if cache.pinned {
+            self.unpin_first(cache, usize::MAX);
         }
-        self.pin_pages(cache);
+    }
+
+    /// Unpins the path, and the first `pages` of the pages that are claimed in windowed pools.
+    fn unpin_first(&self, cache: &mut Cache, pages: usize) {
+        cache.pinned = false;
+        for (pool, index) in self.claimed_pages(cache).take(pages) {
+            self.tree.unpin_page(pool, index);
+            self.keeper.report_page(pool, index, false);
+        }
         let source = (!cache.source.is_nil()).then_some(cache.source);
         for node in cache.nodes.iter().chain(&source) {
             self.unpin_node(node.index());
         }
     }
 
-    /// Claims on pages count as those of an ACTIVE cache, or no longer.
-    fn pin_pages(&self, cache: &Cache) {
+    /// (pool, node) of the pages that the cache claims in windowed pools.
+    fn claimed_pages<'a>(&'a self, cache: &'a Cache) -> impl Iterator<Item = (usize, usize)> + 'a {
         let source = (!cache.source.is_nil()).then_some(cache.source);
-        for pool in (0..self.pools.len()).filter(|&pool| self.tree.windowed[pool]) {
+        let windowed = (0..self.pools.len()).filter(|&pool| self.tree.windowed[pool]);
+        windowed.flat_map(move |pool| {
             let live = cache.nodes.iter().zip(&cache.tables[pool]);
-            let live = live.filter(|(_, &slot)| slot != 0).map(|(node, _)| node);
-            for node in live.chain(source.iter().filter(|_| pool < cache.source_pools)) {
-                self.tree.pin_page(pool, node.index(), cache.pinned);
-                if !cache.pinned {
-                    self.keeper.report_page(pool, node.index(), false);
-                }
-            }
-        }
+            let live = live.filter(|(_, &slot)| slot != 0).map(|(&node, _)| node);
+            let source = source.filter(|_| pool < cache.source_pools);
+            live.chain(source).map(move |node| (pool, node.index()))
+        })
     }
 
     pub(super) fn unpin_node(&self, index: usize) {
-        if self.tree.unpin(index) && self.tree.near(index) == 0 {
+        if self.tree.unpin(index) && self.tree.near_now(index) == 0 {
             self.keeper.report_leaf(index, false);
         }
     }
@@ -119,7 +131,6 @@ impl Core {
             let node = self
                 .tree
                 .park(dead, &cache.root, cache.deepest(), i as u64, retain.priority);
-            self.tree.pin(index); // nobody else knows it
             cache.nodes.push(node);
             cache.parked += 1;
         }
@@ -143,21 +154,15 @@ impl Core {
         while cache.parked > 0 {
             let i = cache.nodes.len() - 1;
             let index = cache.deepest().index();
+            let dead = self.tree.dissolve(index);
             for pool in 0..self.pools.len() {
-                if self.tree.windowed[pool] && self.tree.page(pool, index).slot() != 0 {
-                    self.tree.pages[pool].holders[index].sub(holder);
-                    self.tree.release_page(pool, index, false, true);
-                }
-            }
-            self.tree.unpin(index);
-            let Some(dead) = self.tree.dissolve(index) else {
-                debug_assert!(false, "a pinned block is on the move");
-                break;
-            };
-            for pool in 0..self.pools.len() {
-                if let Some(page) = self.tree.strip(pool, &dead) {
-                    cache.tables[pool][i] = page.slot();
-                    self.pools[pool].set_owner(page.slot(), cache.private_owner());
+                let slot = self.tree.strip_own(pool, &dead).slot();
+                if slot != 0 {
+                    cache.tables[pool][i] = slot;
+                    self.pools[pool].set_owner(slot, cache.private_owner());
+                    if self.tree.windowed[pool] {
+                        self.tree.pages[pool].holders[index].sub(holder);
+                    }
                 }
             }
             self.tree.recycle(dead);
@@ -177,8 +182,8 @@ impl Core {
         }
         for pool in 0..self.pools.len() {
             for (&node, &slot) in cache.nodes.iter().zip(&cache.tables[pool]) {
-                let page = self.tree.page(pool, node.index());
-                if slot != 0 && page.tier() == Tier::Host && !comes_up(copies, pool, page) {
+                let far = slot != 0 && self.tree.page(pool, node.index()).tier() == Tier::Host;
+                if far && !comes_up(copies, pool, node) {
                     cache.far[pool] += 1;
                 }
             }
@@ -202,11 +207,19 @@ impl Core {
         blocks.extend_from_slice(&cache.nodes[..keep]);
         blocks.extend(self.left_behind(cache, keep));
         blocks.retain(|node| self.tree.pin(node.index()));
-        let pin = |pinned| move |&(pool, index)| self.tree.pin_page(pool, index, pinned);
-        pages.iter().for_each(pin(true));
+        // A page that only others claim is claimed too meanwhile: it might go.
+        pages.retain(|&(pool, index, held)| match held {
+            true => self.tree.pin_page(pool, index),
+            false => self.tree.claim_page(pool, index, None, true) == Claimed::Joined,
+        });
         let fits = self.can_have(|pool| change[pool].0.saturating_sub(change[pool].1));
-        pages.iter().for_each(pin(false));
-        for &(pool, index) in &pages {
+        for &(pool, index, held) in &pages {
+            if held {
+                self.tree.unpin_page(pool, index);
+            } else {
+                let idle = self.tree.release_page(pool, index, false, true);
+                self.announce(pool, idle);
+            }
             self.keeper.report_page(pool, index, false);
         }
         blocks.iter().for_each(|node| self.unpin_node(node.index()));
@@ -248,7 +261,7 @@ impl Core {
         cache: &Cache,
         pool: usize,
         keep: usize,
-        pages: &mut Vec<(usize, usize)>,
+        pages: &mut Vec<(usize, usize, bool)>,
     ) -> (u32, u32) {
         let (s, e) = self.config.pools[pool].stale(keep as u64 * self.t(), self.t());
         let (mut need, mut back) = (0, 0);
@@ -262,7 +275,7 @@ impl Core {
             need += u32::from(live && (!near || page.claims() == 0));
             back += u32::from(!live && near && last);
             if live || last {
-                pages.push((pool, node.index()));
+                pages.push((pool, node.index(), held));
             }
         }
         (need, back)
@@ -275,9 +288,9 @@ impl Core {
         }
         for pool in 0..self.pools.len() {
             for i in 0..cache.nodes.len() {
-                let index = cache.nodes[i].index();
-                let page = self.tree.page(pool, index);
-                let up = page.tier() == Tier::Device || comes_up(copies, pool, page);
+                let block = cache.nodes[i];
+                let page = self.tree.page(pool, block.index());
+                let up = page.tier() == Tier::Device || comes_up(copies, pool, block);
                 if cache.tables[pool][i] == 0 || up {
                     continue;
                 }
@@ -289,11 +302,12 @@ impl Core {
                     return false;
                 };
                 cache.purse[pool] -= 1;
-                self.pools[pool].set_owner(dst, cache.private_owner());
+                self.pools[pool].set_owner(dst, Owner::Active);
                 copies.push(PageCopy {
                     pool: pool as u32,
                     tier: Tier::Host,
                     up: true,
+                    block,
                     src: page.slot(),
                     dst,
                 });
@@ -309,13 +323,13 @@ impl Core {
         if !self.tiered {
             return;
         }
-        let onboards = std::mem::take(&mut cache.onboards);
         for (i, &node) in cache.nodes.iter().enumerate() {
-            let mine = || onboards.iter().filter(move |&&(_, block, _)| block as usize == i);
+            let mine = || { cache.onboards.iter() }.filter(move |&&(_, block, _)| block as usize == i);
             if mine().next().is_some() {
                 self.land_block(node, mine().map(|&(pool, _, dst)| (pool as usize, dst)));
             }
         }
+        cache.onboards.clear();
         self.unpark(cache);
         for pool in 0..self.pools.len() {
             for i in 0..cache.nodes.len() {
@@ -327,24 +341,9 @@ impl Core {
     }
 
     /// The pages of a block that the caller pins come up into these slots; where others were faster they are given back.
-    fn land_block(&self, node: Link, slots: impl Iterator<Item = (usize, u32)> + Clone) {
+    fn land_block(&self, node: Link, slots: impl Iterator<Item = (usize, u32)>) {
         let index = node.index();
-        let full = slots.clone().filter(|&(pool, _)| !self.tree.windowed[pool]);
-        let seized = full.clone().next().is_some() && self.tree.seize(index).is_some();
-        let up = seized && self.tree.state(index).tier() == Tier::Host;
-        for (pool, dst) in full {
-            if up {
-                let from = self.tree.place_page(pool, index, Tier::Device, dst);
-                self.came_up(pool, index, from.slot(), dst);
-            } else {
-                self.pools[pool].give(dst);
-                self.pools[pool].unreserve(1);
-            }
-        }
-        if seized {
-            self.tree.settle(index, Tier::Device);
-        }
-        for (pool, dst) in slots.filter(|&(pool, _)| self.tree.windowed[pool]) {
+        for (pool, dst) in slots {
             match self.tree.raise_page(pool, index, dst) {
                 Some(from) => self.came_up(pool, index, from.slot(), dst),
                 None => {
@@ -353,25 +352,49 @@ impl Core {
                 }
             }
         }
+        self.tree.lift(index);
     }
 
     fn came_up(&self, pool: usize, index: usize, from: u32, to: u32) {
         let key = self.hosts[pool].key(from);
         self.pools[pool].set_key(to, key);
         self.pools[pool].set_owner(to, Owner::Node(index as u32));
-        self.hosts[pool].give(from);
-        self.hosts[pool].unreserve(1); // it was claimed there, and is claimed here
+        self.hosts[pool].give_lent(from); // it was claimed there, and is claimed here
         self.counters.onboarded.add(1);
         if self.tree.is_block(index) {
             self.note_moved(pool, key, Tier::Device);
         }
     }
 
-    /// The copies to the device could not be made: the slots are given back.
+    /// The copies to the device are not made: their slots are given back.
     pub(super) fn stay_down(&self, cache: &mut Cache) {
-        for (pool, _, dst) in std::mem::take(&mut cache.onboards) {
+        for (pool, _, dst) in cache.onboards.drain(..) {
             self.pools[pool as usize].give(dst);
             cache.purse[pool as usize] += 1;
+        }
+    }
+
+    /// The page of the partial source in a pool, which stays where it is until [`Core::read`].
+    pub(super) fn lend(&self, cache: &mut Cache, pool: usize) -> Page {
+        loop {
+            let page = self.tree.page(pool, cache.source.index());
+            if page.tier() == Tier::Device {
+                return page; // pinned
+            }
+            self.hosts[pool].lend(page.slot());
+            let now = self.tree.page(pool, cache.source.index());
+            if weak(Weak::LendOnce) || (now.tier(), now.slot()) == (page.tier(), page.slot()) {
+                cache.lent.push((pool as u32, page.slot()));
+                return page;
+            }
+            self.hosts[pool].unlend(page.slot());
+        }
+    }
+
+    /// The copies of the partial source are made, or will not be.
+    pub(super) fn read(&self, cache: &mut Cache) {
+        for (pool, slot) in cache.lent.drain(..) {
+            self.hosts[pool as usize].unlend(slot);
         }
     }
 
@@ -383,8 +406,8 @@ impl Core {
 }
 
 /// Whether an earlier request of the batch brings this page up.
-fn comes_up(copies: &[PageCopy], pool: usize, page: Page) -> bool {
-    copies.iter().any(|copy| {
-        copy.tier == Tier::Host && copy.src == page.slot() && copy.pool as usize == pool && copy.up
-    })
+fn comes_up(copies: &[PageCopy], pool: usize, block: Link) -> bool {
+    copies
+        .iter()
+        .any(|copy| copy.up && copy.pool as usize == pool && copy.block == block)
 }

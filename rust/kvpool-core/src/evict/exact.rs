@@ -4,6 +4,7 @@ use super::order::{Key, Order};
 use super::Orders;
 use crate::core::Core;
 use crate::inbox::{LOWERED, ROSE};
+use crate::tree::Dead;
 use crate::words::{Stamp, Tier};
 use std::cmp::Reverse;
 
@@ -278,15 +279,23 @@ impl Core {
                 orders.aside.push((now, node));
                 continue;
             }
-            self.drop_below(index);
+            self.drop_below(&mut orders.below, index);
             if let Some(dead) = self.tree.kill(index) {
-                orders.policy.removed(self.tree.nodes[dead.index()].key.get());
+                self.note_gone(orders, &dead);
                 gone = Some(self.bury(dead, keep));
                 break;
             }
+            orders.aside.push((now, node)); // claimed meanwhile: it may move down yet
         }
         self.put_back(orders, |orders| &mut orders.leaves[0]);
         gone
+    }
+
+    /// A block has left the tree: the policy may remember it.
+    pub(super) fn note_gone(&self, orders: &mut Orders, dead: &Dead) {
+        if self.tree.is_block(dead.index()) {
+            orders.policy.removed(self.tree.nodes[dead.index()].key.get());
+        }
     }
 
     /// What could not go is in its order again.
@@ -327,6 +336,7 @@ impl Core {
                 gone = Some(page.slot());
                 break;
             }
+            orders.aside.push((now, node)); // claimed meanwhile: it may move down yet
         }
         self.put_back(orders, |orders| &mut orders.pages[0][pool]);
         gone

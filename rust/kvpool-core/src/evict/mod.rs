@@ -27,6 +27,9 @@ use std::collections::BinaryHeap;
 /// of handing slots on can hide them for so long.
 const ROUNDS: usize = 16;
 
+/// A page on its way: pool, device slot, host slot.
+type Way = (usize, u32, u32);
+
 /// What only the thread inside may touch.
 #[derive(Debug)]
 struct Orders {
@@ -36,6 +39,12 @@ struct Orders {
     pages: [Vec<Order>; 2],
     /// Entries that could not go, to be put back.
     aside: Vec<(Key, Link)>,
+    /// Descendants that are still to be looked at.
+    below: Vec<Link>,
+    /// Pages of full-attention pools of the block that moves.
+    ways: Vec<Way>,
+    /// Its pages of windowed pools that go along.
+    pages_along: Vec<Way>,
     policy: Box<dyn Policy>,
     /// (expiry, node); those that do not hold any more are skipped.
     expiries: BinaryHeap<Reverse<(u64, Link)>>,
@@ -76,7 +85,10 @@ impl Keeper {
                         .map(|&windowed| Order::new(if windowed { far as usize } else { 0 }))
                         .collect(),
                 ],
-                aside: Vec::new(),
+                aside: Vec::with_capacity(nodes as usize),
+                below: Vec::with_capacity(far as usize),
+                ways: Vec::with_capacity(windowed.len()),
+                pages_along: Vec::with_capacity(windowed.len()),
                 policy,
                 expiries: BinaryHeap::with_capacity(2 * nodes as usize + 64),
                 epoch: 0,
@@ -143,11 +155,14 @@ impl Core {
                 self.counters.evicted.add(pages);
                 return Some(slot);
             }
-            if self.tiered && keep.is_none() {
-                return None; // what the scan could find is on the host
-            }
         }
-        let dead = self.scan().find_map(|index| self.tree.kill(index))?;
+        // A leaf of the host only where no leaf is on the device, and for a promise: it may cover blocks that are.
+        let near = self
+            .scan()
+            .filter(|&index| self.tree.state(index).tier() == Tier::Device);
+        let dead = { near }.find_map(|index| self.tree.kill(index));
+        let far = || self.scan().find_map(|index| self.tree.kill(index));
+        let dead = dead.or_else(|| keep.and_then(|_| far()))?;
         let (slot, pages) = self.bury(dead, keep);
         self.counters.evicted.add(pages);
         Some(slot)
@@ -156,8 +171,12 @@ impl Core {
     /// Strips a killed node, keeping a slot for the caller, and gives it back. Returns that slot and the pages that left
     /// the device.
     fn bury(&self, dead: Dead, keep: Option<usize>) -> (u32, u64) {
+        let (index, parent) = (dead.index(), self.tree.parent(dead.index()));
         let gone = self.strip(&dead, keep);
         self.tree.recycle(dead);
+        if !self.tree.is_block(index) {
+            self.bury_parked(parent); // its cache's thread found it still with a child
+        }
         gone
     }
 
@@ -186,10 +205,12 @@ impl Core {
             let covered = self.tree.windowed[pool] && self.pools[pool].reserve(1);
             if let Some(page) = self.tree.strip(pool, dead) {
                 if block {
-                    self.note_removed(pool, page);
+                    let key = self.tree.nodes[dead.index()].key.get();
+                    self.events.push(EventKind::Removed, page.tier(), pool, key, None);
                 }
                 let slot = page.slot();
                 match page.tier() {
+                    _ if page.is_busy() => {} // its mover gives it back
                     Tier::Host => {
                         far += 1;
                         self.hosts[pool].give(slot);
@@ -226,20 +247,29 @@ impl Core {
         }
     }
 
-    /// A private block whose cache is closed. One that is on the move is buried by the mover.
+    /// A private block whose cache is closed, and those above it that have no other below. One that is on the move is
+    /// buried by the mover.
     pub(crate) fn bury_parked(&self, node: Link) {
-        if self.tree.is_live(node) {
-            if let Some(dead) = self.tree.kill(node.index()) {
-                self.bury(dead, None);
-            }
+        let mut at = node;
+        while !at.is_nil() && !self.tree.is_block(at.index()) && self.tree.is_live(at) {
+            let parent = self.tree.parent(at.index());
+            self.tree.see_children(at.index());
+            let Some(dead) = self.tree.kill(at.index()) else {
+                return;
+            };
+            self.strip(&dead, None);
+            self.tree.recycle(dead);
+            at = parent;
         }
     }
 
     /// Takes an unclaimed page of a windowed pool alone.
     fn take_idle_page(&self, pool: usize, index: usize) -> Option<Page> {
         let page = self.tree.take_page(pool, index)?;
-        self.note_removed(pool, page);
-        self.counters.dropped.add(1);
+        if self.tree.is_block(index) {
+            self.note_removed(pool, page);
+            self.counters.dropped.add(1);
+        }
         Some(page)
     }
 
@@ -285,10 +315,12 @@ impl Core {
                 }
             }
         }
-        for _ in 0..ROUNDS {
+        let mut round = 0;
+        while round < ROUNDS {
             if let Some(slot) = self.pools[pool].take() {
                 return Some(slot);
             }
+            round += 1;
             if self.tree.windowed[pool] {
                 if let Some(slot) = self.evict_page(pool) {
                     self.counters.evicted.add(1);
@@ -298,6 +330,7 @@ impl Core {
                 if slot != 0 {
                     return Some(slot);
                 }
+                round = 0; // a leaf of the host went that covered blocks of the device
             }
         }
         None

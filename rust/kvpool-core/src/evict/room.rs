@@ -12,7 +12,7 @@ use std::collections::BinaryHeap;
 
 impl Core {
     /// Pages of a pool that only SUSPENDED caches claim. A hint while others are at work.
-    fn suspended_pages(&self, pool: usize) -> u32 {
+    pub(crate) fn suspended_pages(&self, pool: usize) -> u32 {
         if self.tree.windowed[pool] {
             self.tree.pages[pool].held.get() as u32
         } else {

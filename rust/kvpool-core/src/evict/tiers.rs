@@ -1,60 +1,60 @@
 //! Down to the host: run only by the one thread that is inside. docs/TIERS.md has the rules.
 
 use super::order::Key;
-use super::Orders;
+use super::{Orders, Way};
 use crate::core::Core;
 use crate::pool::Owner;
+use crate::sync::{weak, Weak};
 use crate::tree::Dead;
 use crate::words::{Link, Page, Tier};
-
-/// A page on its way: pool, device slot, host slot.
-type Way = (usize, u32, u32);
 
 impl Core {
     // -- what merits the host ---------------------------------------------------------------
 
     /// Whether the priority of a node or of one of its descendants is `enough`: so the highest one is, if `enough` only grows.
-    fn any_worth(&self, index: usize, enough: impl Fn(i16) -> bool) -> bool {
-        let mut below = vec![self.tree.at(index)];
-        while let Some(node) = below.pop() {
+    fn any_worth(&self, orders: &mut Orders, index: usize, enough: impl Fn(i16) -> bool) -> bool {
+        orders.below.clear();
+        orders.below.push(self.tree.at(index));
+        while let Some(node) = orders.below.pop() {
             if enough(self.rank(node.index())) {
                 return true;
             }
-            self.tree.each_child(node, |child| below.push(child));
+            self.tree.children_of(node, &mut orders.below);
         }
         false
     }
 
     /// Whether a block merits the host.
-    fn merits(&self, index: usize) -> bool {
+    fn merits(&self, orders: &mut Orders, index: usize) -> bool {
         let least = i16::from(self.config.offload_min_priority);
-        self.any_worth(index, |priority| priority >= least)
+        self.any_worth(orders, index, |priority| priority >= least)
     }
 
     /// Whether a page with this key of a block comes behind a victim, by the highest priority of the block and its
     /// descendants.
-    fn comes_behind(&self, (index, key): (usize, Key), victim: Key) -> bool {
-        self.any_worth(index, |priority| rank(victim) < rank(Key { priority, ..key }))
+    fn comes_behind(&self, orders: &mut Orders, (index, key): (usize, Key), victim: Key) -> bool {
+        self.any_worth(orders, index, |priority| {
+            rank(victim) < rank(Key { priority, ..key })
+        })
     }
 
-    /// Drops all descendants of an unclaimed node.
-    pub(crate) fn drop_below(&self, index: usize) {
+    /// Drops all descendants of an unclaimed node; `below` is room for the way down.
+    pub(crate) fn drop_below(&self, below: &mut Vec<Link>, index: usize) {
         if !self.tiered {
             return;
         }
-        let mut path = vec![self.tree.at(index)];
-        while let Some(&node) = path.last() {
-            let mut child = None;
-            self.tree.each_child(node, |link| child = Some(link));
-            match child {
-                Some(child) => path.push(child),
-                None if path.len() == 1 => return,
+        below.clear();
+        below.push(self.tree.at(index));
+        while let Some(&node) = below.last() {
+            match self.tree.any_child(node) {
+                Some(child) => below.push(child),
+                None if below.len() == 1 => return,
                 None => {
                     let Some(dead) = self.tree.kill(node.index()) else {
                         return; // somebody has it: then the node itself cannot be killed either
                     };
                     self.bury(dead, None);
-                    path.pop();
+                    below.pop();
                 }
             }
         }
@@ -76,8 +76,14 @@ impl Core {
             }
             let index = first.1.index();
             if let Some(dead) = self.tree.kill(index) {
-                orders.policy.removed(self.tree.nodes[index].key.get());
-                return Some(dead);
+                if self.tree.is_block(index) {
+                    self.note_gone(orders, &dead);
+                    return Some(dead);
+                }
+                self.bury(dead, None); // a private one whose cache is being closed
+            } else if self.tree.is_live(first.1) {
+                // Claimed meanwhile: it may move down yet. Popped again it is found to be no leaf.
+                self.queue_leaf(orders, index, false);
             }
         }
     }
@@ -114,10 +120,11 @@ impl Core {
                 self.hosts[pool].note_peak();
                 return Some(slot);
             }
-            let before = |key: Key| than.is_none_or(|than| self.comes_behind(than, key));
+            let before =
+                |orders: &mut Orders, key: Key| than.is_none_or(|than| self.comes_behind(orders, than, key));
             if self.tree.windowed[pool] {
                 let (key, node) = self.first_host_page(orders, pool)?;
-                if !before(key) {
+                if !before(orders, key) {
                     orders.pages[1][pool].push(key, node);
                     return None;
                 }
@@ -127,12 +134,12 @@ impl Core {
                 }
             } else {
                 let (key, node) = self.first_host_leaf(orders)?;
-                if !before(key) {
+                if !before(orders, key) {
                     orders.leaves[1].push(key, node);
                     return None;
                 }
                 if let Some(dead) = self.tree.kill(node.index()) {
-                    orders.policy.removed(self.tree.nodes[dead.index()].key.get());
+                    self.note_gone(orders, &dead);
                     self.bury(dead, None);
                     self.catch_up(orders); // its parent may be a leaf of the host now
                 }
@@ -198,20 +205,52 @@ impl Core {
     ) -> Option<(u32, u64)> {
         self.first_full?;
         let state = self.tree.seize(index)?;
-        let (mut ways, mut pages) = (Vec::with_capacity(self.pools.len()), Vec::new());
-        let found = self.tree.pins(index) == 0
-            && state.tier() == Tier::Device
-            && self.find_ways(orders, index, state.refs() > 0, &mut ways, &mut pages);
-        if found && self.copy_down(index, &ways, &mut pages) {
-            return Some(self.went_down(orders, index, &ways, &pages, keep));
+        if state.tier() == Tier::Host {
+            self.tree.settle(index, Tier::Host); // by another way meanwhile
+            return None;
         }
-        for &(pool, from, to) in &pages {
-            self.tree.settle_page(pool, index, from, Tier::Device, from);
-            self.give_host(pool, to);
+        let (mut ways, mut pages) = (
+            std::mem::take(&mut orders.ways),
+            std::mem::take(&mut orders.pages_along),
+        );
+        ways.clear();
+        pages.clear();
+        let found = self.find_ways(orders, index, state.refs() > 0, &mut ways, &mut pages);
+        let gone = if found && self.copy_down(orders, index, &ways, &mut pages) {
+            Some(self.went_down(orders, index, &ways, &pages, keep))
+        } else {
+            for &(pool, from, to) in &pages {
+                self.page_stays_put(orders, pool, index, from);
+                self.give_host(pool, to);
+            }
+            ways.iter().for_each(|&(pool, _, to)| self.give_host(pool, to));
+            self.tree.settle(index, Tier::Device);
+            self.bury_left(index);
+            None
+        };
+        (orders.ways, orders.pages_along) = (ways, pages);
+        gone
+    }
+
+    /// A busy page of a windowed pool stays on the device, or its slot is free if it was taken away meanwhile.
+    fn page_stays(&self, pool: usize, index: usize, from: u32) {
+        let page = self.tree.settle_page(pool, index, from, Tier::Device, from);
+        if page.is_none() {
+            self.pools[pool].give(from);
         }
-        ways.iter().for_each(|&(pool, _, to)| self.give_host(pool, to));
-        self.tree.settle(index, state.tier());
-        None
+    }
+
+    /// As `page_stays`, of one that was not taken out of its order.
+    fn page_stays_put(&self, orders: &mut Orders, pool: usize, index: usize, from: u32) {
+        self.page_stays(pool, index, from);
+        self.queue_page(orders, pool, index, false); // a report may have come while it was busy
+    }
+
+    /// A private block whose cache was closed while it was busy.
+    fn bury_left(&self, index: usize) {
+        if !self.tree.is_block(index) && self.tree.state(index).refs() == 0 {
+            self.bury_parked(self.tree.at(index));
+        }
     }
 
     /// Host slots for a busy block, its full-attention pages first, and for those of its pages in windowed pools that go
@@ -228,7 +267,7 @@ impl Core {
         // Whole or not at all: nothing must be displaced in vain.
         let stays =
             claimed && (0..self.pools.len()).any(|pool| room(pool) && self.hosts[pool].available() == 0);
-        if stays || !claimed && !self.merits(index) {
+        if stays || !claimed && !self.merits(orders, index) {
             return false;
         }
         for pool in (0..self.pools.len()).filter(|&pool| !self.tree.windowed[pool]) {
@@ -246,8 +285,7 @@ impl Core {
                 pages.push((pool, page.slot(), slot));
                 continue;
             }
-            self.tree
-                .settle_page(pool, index, page.slot(), Tier::Device, page.slot());
+            self.page_stays_put(orders, pool, index, page.slot());
             if page.claims() > 0 {
                 return false;
             }
@@ -257,7 +295,7 @@ impl Core {
 
     /// Copies what goes down. An unclaimed page of a windowed pool whose copy fails is taken off the list. `false`: the copy
     /// of another one failed.
-    fn copy_down(&self, index: usize, ways: &[Way], pages: &mut Vec<Way>) -> bool {
+    fn copy_down(&self, orders: &mut Orders, index: usize, ways: &[Way], pages: &mut Vec<Way>) -> bool {
         let copy = |&(pool, from, to): &Way| self.mover.offload(pool, from, to);
         if !ways.iter().all(copy) {
             return false;
@@ -267,7 +305,7 @@ impl Core {
             let &(pool, from, to) = way;
             let copied = !lost && copy(way);
             if !copied && self.tree.page(pool, index).claims() == 0 {
-                self.tree.settle_page(pool, index, from, Tier::Device, from);
+                self.page_stays_put(orders, pool, index, from);
                 self.give_host(pool, to);
                 return false;
             }
@@ -280,7 +318,7 @@ impl Core {
     /// A host slot with its unit for a busy page of a windowed pool, if it is claimed or merits it.
     fn page_room(&self, orders: &mut Orders, pool: usize, index: usize, page: Page) -> Option<u32> {
         let claimed = page.claims() > 0;
-        if !claimed && !self.merits(index) {
+        if !claimed && !self.merits(orders, index) {
             return None;
         }
         let than = (!claimed).then(|| (index, self.page_key(pool, index)));
@@ -301,7 +339,9 @@ impl Core {
             self.arrive(pool, index, from, to);
             self.tree.place_page(pool, index, Tier::Host, to);
         }
-        let claimed = self.tree.settle(index, Tier::Host).refs() > 0;
+        let before = self.tree.state(index);
+        let after = self.tree.settle(index, Tier::Host);
+        let claimed = if weak(Weak::SettleUnits) { before } else { after }.refs() > 0;
         for &(pool, from, _) in ways {
             // Claimed: the unit goes from here to there. Unclaimed: both tiers have it as available already.
             let tier = if claimed { Tier::Device } else { Tier::Host };
@@ -324,11 +364,7 @@ impl Core {
             self.queue_leaf(orders, parent.index(), false);
         }
         self.queue_leaf(orders, index, false);
-        if !claimed && !self.tree.is_block(index) {
-            if let Some(dead) = self.tree.kill(index) {
-                self.bury(dead, None); // its cache was closed meanwhile
-            }
-        }
+        self.bury_left(index);
         (kept, gone)
     }
 
@@ -357,25 +393,25 @@ impl Core {
     }
 
     /// The copy of a busy page of a windowed pool is made. The device slot is the caller's. Returns `false` if the page
-    /// was taken away or claimed meanwhile.
+    /// was taken away meanwhile.
     fn page_went_down(&self, orders: &mut Orders, pool: usize, index: usize, from: u32, to: u32) -> bool {
         self.arrive(pool, index, from, to);
-        match self.tree.settle_page(pool, index, from, Tier::Host, to) {
-            Some(page) if page.tier() == Tier::Host => {
-                let tier = if page.claims() > 0 {
-                    Tier::Device
-                } else {
-                    Tier::Host
-                };
-                self.slots(tier)[pool].unreserve(1);
-                self.queue_page(orders, pool, index, false);
-                true
+        let Some(page) = self.tree.settle_page(pool, index, from, Tier::Host, to) else {
+            self.give_host(pool, to);
+            if self.tree.is_block(index) && self.tree.page(pool, index).slot() != 0 {
+                let key = self.tree.nodes[index].key.get();
+                self.note_moved(pool, key, Tier::Device); // as who replaced it has said
             }
-            _ => {
-                self.give_host(pool, to);
-                false
-            }
-        }
+            return false;
+        };
+        let tier = if page.claims() > 0 {
+            Tier::Device
+        } else {
+            Tier::Host
+        };
+        self.slots(tier)[pool].unreserve(1);
+        self.queue_page(orders, pool, index, false);
+        true
     }
 
     /// Moves a page of a windowed pool down alone. Returns its former slot. `None`: it stays, or does not merit the host.
@@ -384,16 +420,14 @@ impl Core {
         let from = page.slot();
         if let Some(to) = self.page_room(orders, pool, index, page) {
             if self.mover.offload(pool, from, to) {
-                if self.page_went_down(orders, pool, index, from, to) {
-                    self.counters.offloaded.add(1);
-                    return Some(from);
-                }
-                return None;
+                let moved = self.page_went_down(orders, pool, index, from, to);
+                self.counters.offloaded.add(u64::from(moved));
+                return Some(from);
             }
             self.give_host(pool, to);
         }
-        self.tree.settle_page(pool, index, from, Tier::Device, from);
-        None
+        self.page_stays(pool, index, from);
+        None // not in the order: the caller has taken it out
     }
 }
 

@@ -156,6 +156,30 @@ pub enum Weak {
     InboxFlag,
     /// The reader of events does not look again whether the slot was written meanwhile.
     EventAgain,
+    /// A pin leaves the state as it is.
+    PinQuietly,
+    /// A mover does not look at pins and children on the device.
+    SeizeBlind,
+    /// The end of a move writes the state that the mover saw, not the one that is there.
+    SettleStale,
+    /// Who brings a page up looks at the others as they were a moment ago.
+    LiftStale,
+    /// The end of a page's move does not look whether the page is still the mover's.
+    SettlePage,
+    /// A page on the move is pinned.
+    PinBusyPage,
+    /// A commit joins a page wherever it is.
+    ClaimFar,
+    /// A private block is pinned after it can be seen.
+    ParkUnpinned,
+    /// A node on the move is killed.
+    KillBusy,
+    /// The units of a move follow the claims that there were at its beginning.
+    SettleUnits,
+    /// Who closes a cache looks at the children of its private blocks as they were a moment ago.
+    ChildrenStale,
+    /// Who reads a host slot does not look again whether the page is still there.
+    LendOnce,
 }
 
 #[cfg(any(kvpool_loom, kvpool_shuttle))]

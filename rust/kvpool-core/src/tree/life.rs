@@ -225,8 +225,9 @@ impl Tree {
     /// Takes an unclaimed node without children. Its pages are still on it; the caller strips them and
     /// calls [`Tree::bury`]. Lock-free, without a loop; linearized at the CAS.
     pub fn kill(&self, index: usize) -> Option<Dead> {
+        let busy = |now: State| now.is_busy() && !weak(Weak::KillBusy);
         let now = self.state(index);
-        if !now.is_live() || now.is_busy() || now.refs() > 0 || self.children(index) > 0 {
+        if !now.is_live() || busy(now) || now.refs() > 0 || self.children(index) > 0 {
             return None;
         }
         let now = if weak(Weak::KillChildren) {
@@ -234,7 +235,7 @@ impl Tree {
         } else {
             now
         };
-        if !now.is_live() || now.is_busy() || now.refs() > 0 {
+        if !now.is_live() || busy(now) || now.refs() > 0 {
             return None;
         }
         let n = &self.nodes[index];
@@ -245,15 +246,20 @@ impl Tree {
             .ok()?;
         // At once, so that a thread that is stopped further on does not keep the parent from being evicted.
         let parent = self.parent(index);
-        if !parent.is_nil() {
-            self.nodes[parent.index()]
-                .children
-                .fetch_sub(1, Ordering::Relaxed); // Relaxed: nothing of the parent is read or written after it
-        }
         if now.tier() == Tier::Device {
             self.go_far(parent);
         }
+        if !parent.is_nil() {
+            self.nodes[parent.index()].children.fetch_sub(1, Ordering::AcqRel); // AcqRel: partner the RMW in `see_children`: of who kills the last child and who releases the parent, one sees both
+        }
         Some(Dead(index as u32))
+    }
+
+    /// What `kill` sees of the children from here on is not older than what the caller did to the node before.
+    pub fn see_children(&self, index: usize) {
+        if !weak(Weak::ChildrenStale) {
+            self.nodes[index].children.fetch_add(0, Ordering::AcqRel); // AcqRel: partner the fetch_sub in `kill`
+        }
     }
 
     /// Takes a killed node out of the tables. Returns its former parent, which may be gone by now.
@@ -344,12 +350,12 @@ impl Tree {
         Some(now)
     }
 
-    /// Takes the page of a dead node, if it has one. One that is busy stays its mover's.
+    /// Takes the page of a dead node, if it has one. The slot of one that is busy stays its mover's.
     pub fn strip(&self, pool: usize, dead: &Dead) -> Option<Page> {
         let word = &self.pages[pool].word[dead.index()];
         let page = Page(word.swap(Page::NONE.0, Ordering::AcqRel)); // AcqRel: partner the CAS in `change_page` of who takes the page alone
         debug_assert_eq!(page.claims(), 0, "a claimed page of a dead node");
-        (page.slot() != 0 && !page.is_busy()).then_some(page)
+        (page.slot() != 0).then_some(page)
     }
 
     pub(super) fn change_page(&self, pool: usize, index: usize, from: Page, to: Page) -> bool {

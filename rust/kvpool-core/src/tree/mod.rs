@@ -14,6 +14,8 @@ mod life;
 mod lookup;
 #[cfg(all(test, kvpool_loom))]
 mod models;
+#[cfg(all(test, kvpool_loom))]
+mod move_models;
 mod moves;
 
 pub use life::{Claimed, Dead};
@@ -299,12 +301,12 @@ impl Tree {
 
     /// Nodes below that are on the device.
     pub fn near(&self, index: usize) -> u32 {
-        self.nodes[index].near.load(Ordering::Relaxed) // Relaxed: a hint for the order of eviction
+        self.nodes[index].near.load(Ordering::Relaxed) // Relaxed: it grows under a pin only; `Tree::seize` looks at it after the pins
     }
 
     /// ACTIVE caches whose path contains the node.
     pub fn pins(&self, index: usize) -> u64 {
-        self.nodes[index].pins.load(Ordering::SeqCst) & !moves::NEAR // SeqCst: partner the fetch_add in `Tree::pin`, after the CAS in `Tree::seize`
+        self.nodes[index].pins.load(Ordering::Acquire) & !moves::NEAR // Acquire: partner the CAS in `Tree::unpin`
     }
 
     /// Nodes below.

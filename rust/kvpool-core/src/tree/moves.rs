@@ -3,9 +3,9 @@
 //! - `pins(n) == ACTIVE caches and batches in work whose path contains n`
 //! - `near(n) == children of n that are on the device`
 
-use super::{Dead, Root, Tree};
+use super::{Claimed, Dead, Root, Tree};
 use crate::chains::Visit;
-use crate::sync::Ordering;
+use crate::sync::{weak, Ordering, Weak};
 use crate::words::{Link, Page, State, Tier};
 
 /// Mark in the word of the pins: the node is counted in `pinned_near`. Only a pinned node has it.
@@ -49,7 +49,7 @@ impl Tree {
     pub(super) fn come_near(&self, parent: Link) {
         if self.by_parent.is_some() && !parent.is_nil() {
             let near = &self.nodes[parent.index()].near;
-            near.fetch_add(1, Ordering::Relaxed); // Relaxed: a hint for the order of eviction
+            near.fetch_add(1, Ordering::Relaxed); // Relaxed: ordered by the release of the pin, see `Tree::seize`
         }
     }
 
@@ -57,7 +57,7 @@ impl Tree {
     pub(super) fn go_far(&self, parent: Link) {
         if self.by_parent.is_some() && !parent.is_nil() {
             let near = &self.nodes[parent.index()].near;
-            near.fetch_sub(1, Ordering::Relaxed); // Relaxed: a hint for the order of eviction
+            near.fetch_sub(1, Ordering::AcqRel); // AcqRel: partner the RMW in `near_now`
         }
     }
 
@@ -75,41 +75,85 @@ impl Tree {
         }
     }
 
-    /// Calls `visit` with the live children of a node, maybe with some twice if others insert meanwhile.
-    pub fn each_child(&self, parent: Link, mut visit: impl FnMut(Link)) {
+    /// Appends the live children of a node.
+    pub fn children_of(&self, parent: Link, into: &mut Vec<Link>) {
         let Some(chains) = &self.by_parent else {
             return;
         };
+        let before = into.len();
         loop {
             let head = chains.head(chains.bucket(Self::family(parent)));
-            let all = |link: Link| {
+            let visit = |link: Link| {
                 if self.parent(link.index()) == parent && self.is_live(link) {
-                    visit(link);
+                    into.push(link); // believed only if `walk` finds the node unchanged behind us
                 }
                 Visit::Next
             };
-            let mut all = all;
-            if chains.walk(head, |link| self.is(link), &mut all).is_ok() {
+            if chains.walk(head, |link| self.is(link), visit).is_ok() {
                 return;
             }
+            into.truncate(before);
         }
+    }
+
+    /// A live child of a node, if any.
+    pub fn any_child(&self, parent: Link) -> Option<Link> {
+        let chains = self.by_parent.as_ref()?;
+        loop {
+            let head = chains.head(chains.bucket(Self::family(parent)));
+            let visit = |link: Link| {
+                if self.parent(link.index()) != parent || !self.is_live(link) {
+                    Visit::Next
+                } else if self.is(link) {
+                    Visit::Found
+                } else {
+                    Visit::Recycled
+                }
+            };
+            if let Ok(found) = chains.walk(head, |link| self.is(link), visit) {
+                return found;
+            }
+        }
+    }
+
+    /// Nodes below that are on the device, not older than what the caller did to the node before: of who unpins it and who
+    /// takes the last child off the device, one sees both.
+    pub fn near_now(&self, index: usize) -> u32 {
+        self.nodes[index].near.fetch_add(0, Ordering::AcqRel) // AcqRel: partner the fetch_sub in `go_far`
     }
 
     // -- pins -------------------------------------------------------------------------------
 
     /// An ACTIVE cache has this node, on which it has a claim, in its path. `false`: it is on the move.
     pub fn pin(&self, index: usize) -> bool {
-        let pins = &self.nodes[index].pins;
-        let before = pins.fetch_add(1, Ordering::SeqCst); // SeqCst: partner the CAS in `seize`: it sees the pin, or the load below sees it busy
-        let now = State(self.nodes[index].state.load(Ordering::SeqCst)); // SeqCst: partner the CAS in `seize`
-        if now.is_busy() {
-            self.unpin(index);
-            return false;
+        let n = &self.nodes[index];
+        let before = n.pins.fetch_add(1, Ordering::Relaxed); // Relaxed: the CAS below orders it before the look in `seize`
+        loop {
+            let now = self.state(index);
+            if now.is_busy() {
+                self.unpin(index);
+                return false;
+            }
+            // AcqRel: partner the load and the CAS in `seize`: a mover sees the pin, or its CAS fails, or it was first and we
+            // see it busy. Relaxed on failure: the loop loads again.
+            let next = now.stirred();
+            let pinned = weak(Weak::PinQuietly)
+                || n.state
+                    .compare_exchange(now.0, next.0, Ordering::AcqRel, Ordering::Relaxed)
+                    .is_ok();
+            if pinned {
+                if before & NEAR == 0 && now.tier() == Tier::Device {
+                    self.note_pinned(index);
+                }
+                return true;
+            }
         }
-        if before == 0 && now.tier() == Tier::Device {
-            self.note_pinned(index);
-        }
-        true
+    }
+
+    /// As `pin`, of a node that nobody else can see yet.
+    pub fn pin_first(&self, dead: &Dead) {
+        self.nodes[dead.index()].pins.fetch_add(1, Ordering::Relaxed); // Relaxed: published with the node
+        self.note_pinned(dead.index());
     }
 
     /// One pin less. Returns whether it was the last.
@@ -119,8 +163,9 @@ impl Tree {
         loop {
             let last = now & !NEAR == 1;
             let next = if last { 0 } else { now - 1 };
-            // SeqCst: partner the load in `pins`. Relaxed on failure: the loop decides by the value alone.
-            match pins.compare_exchange_weak(now, next, Ordering::SeqCst, Ordering::Relaxed) {
+            // Release: partner the load in `pins`: a child that came near under the pin is counted. Relaxed on failure: the
+            // loop decides by the value alone.
+            match pins.compare_exchange_weak(now, next, Ordering::Release, Ordering::Relaxed) {
                 Ok(_) if last && now & NEAR != 0 => self.pinned_near.sub(1),
                 Ok(_) => {}
                 Err(seen) => {
@@ -134,17 +179,19 @@ impl Tree {
 
     // -- moves ------------------------------------------------------------------------------
 
-    /// Makes a node busy: only the caller changes its pages of full-attention pools from here on. `None`: it is not live,
-    /// or somebody else has it.
+    /// Makes a node that nobody pins, with no child on the device, busy: only the caller changes its pages of
+    /// full-attention pools from here on. `None`: it is not live or not such a node, or somebody else has it.
     pub fn seize(&self, index: usize) -> Option<State> {
         loop {
             let now = self.state(index);
-            if !now.is_live() || now.is_busy() {
+            let blind = weak(Weak::SeizeBlind);
+            if !now.is_live() || now.is_busy() || (!blind && (self.pins(index) > 0 || self.near(index) > 0)) {
                 return None;
             }
             let word = &self.nodes[index].state;
-            // SeqCst: partner the fetch_add in `pin`. Relaxed on failure: the loop loads again.
-            let swapped = word.compare_exchange(now.0, now.busy().0, Ordering::SeqCst, Ordering::Relaxed);
+            // AcqRel: partner the CAS in `pin`, which changes the word: no pin came since the look, and who pins now sees it
+            // busy. Relaxed on failure: the loop loads again.
+            let swapped = word.compare_exchange(now.0, now.busy().0, Ordering::AcqRel, Ordering::Relaxed);
             if swapped.is_ok() {
                 return Some(now);
             }
@@ -155,27 +202,63 @@ impl Tree {
     pub fn settle(&self, index: usize, tier: Tier) -> State {
         let word = &self.nodes[index].state;
         let mut now = self.state(index);
+        // Before the node can be killed: as long as it is busy its parent stays the one it has.
+        if tier != now.tier() {
+            self.go_far(self.parent(index));
+        }
+        if weak(Weak::SettleStale) {
+            word.store(now.settled(tier).0, Ordering::Release); // Release: the planted weakness
+            return now.settled(tier);
+        }
         loop {
             let next = now.settled(tier);
             // AcqRel: partner the loads in `state`: who claims it finds its pages there. Acquire on failure: as in `state`.
             match word.compare_exchange(now.0, next.0, Ordering::AcqRel, Ordering::Acquire) {
-                Ok(_) => break,
+                Ok(_) => {
+                    if tier != now.tier() && now.refs() > 0 {
+                        self.note_claimed(Tier::Device, false);
+                    }
+                    return next;
+                }
                 Err(seen) => now = State(seen),
             }
         }
-        if now.tier() != tier {
-            if now.refs() > 0 {
-                self.note_claimed(Tier::Device, tier == Tier::Device);
+    }
+
+    /// A pinned block whose pages of full-attention pools have all come up is one of the device.
+    pub fn lift(&self, index: usize) {
+        let all = (0..self.pages.len()).filter(|&pool| !self.windowed[pool]);
+        if !all.into_iter().all(|pool| self.is_up(pool, index)) {
+            return; // who brings the last one up will see all of them
+        }
+        loop {
+            let now = self.state(index);
+            if now.tier() == Tier::Device {
+                return;
             }
-            match tier {
-                Tier::Device => {
-                    self.note_pinned(index); // who brings it up has pinned it
-                    self.come_near(self.parent(index));
+            let word = &self.nodes[index].state;
+            let next = now.settled(Tier::Device);
+            // AcqRel: partner the loads in `state`: who claims it finds its pages there. Relaxed on failure: the loop loads again.
+            let swapped = word.compare_exchange(now.0, next.0, Ordering::AcqRel, Ordering::Relaxed);
+            if swapped.is_ok() {
+                if now.refs() > 0 {
+                    self.note_claimed(Tier::Device, true);
                 }
-                Tier::Host => self.go_far(self.parent(index)),
+                self.note_pinned(index); // who brings it up has pinned it
+                return self.come_near(self.parent(index));
             }
         }
-        now.settled(tier)
+    }
+
+    /// Whether a page is on the device now, not a moment ago: of two threads that each bring one of two pages up, one sees
+    /// both there.
+    fn is_up(&self, pool: usize, index: usize) -> bool {
+        loop {
+            let now = self.page(pool, index);
+            if weak(Weak::LiftStale) || self.change_page(pool, index, now, now) {
+                return now.tier() == Tier::Device;
+            }
+        }
     }
 
     /// Puts the page of a busy node into another slot. Returns what was there.
@@ -201,19 +284,15 @@ impl Tree {
         }
     }
 
-    /// The move of a busy page is over: it goes to `(tier, slot)` unless an ACTIVE cache has claimed it since. Returns its
-    /// word from now on; `None`: it was taken away, and both slots are the caller's.
+    /// The move of a busy page is over: it goes to `(tier, slot)`. Returns its word from now on; `None`: it was taken away,
+    /// and both slots are the caller's.
     pub fn settle_page(&self, pool: usize, index: usize, from: u32, tier: Tier, slot: u32) -> Option<Page> {
         loop {
             let now = self.page(pool, index);
-            if !now.is_busy() || now.slot() != from {
+            if !weak(Weak::SettlePage) && (!now.is_busy() || now.slot() != from) {
                 return None;
             }
-            let next = if now.active() > 0 {
-                now.settled(now.tier(), from)
-            } else {
-                now.settled(tier, slot)
-            };
+            let next = now.settled(tier, slot);
             if self.change_page(pool, index, now, next) {
                 return Some(next);
             }
@@ -235,7 +314,7 @@ impl Tree {
         }
     }
 
-    /// The claimed page of a windowed pool comes up into a device slot. Returns where it was; `None`: it is up already.
+    /// The page of a block that the caller pins comes up into a device slot. Returns where it was; `None`: it is up already.
     pub fn raise_page(&self, pool: usize, index: usize, slot: u32) -> Option<Page> {
         loop {
             let now = self.page(pool, index);
@@ -248,13 +327,46 @@ impl Tree {
         }
     }
 
-    /// A claim on a page became one of an ACTIVE cache, or ceased to be.
-    pub fn pin_page(&self, pool: usize, index: usize, active: bool) {
+    /// A claim on a page becomes one of an ACTIVE cache. `false`: the page is on the move.
+    pub fn pin_page(&self, pool: usize, index: usize) -> bool {
         loop {
             let now = self.page(pool, index);
-            let next = if active { now.pinned() } else { now.unpinned() };
-            if self.change_page(pool, index, now, next) {
+            if now.is_busy() && !weak(Weak::PinBusyPage) {
+                return false;
+            }
+            if self.change_page(pool, index, now, now.pinned()) {
+                return true;
+            }
+        }
+    }
+
+    /// A claim on a page of an ACTIVE cache becomes one of a SUSPENDED cache.
+    pub fn unpin_page(&self, pool: usize, index: usize) {
+        loop {
+            let now = self.page(pool, index);
+            if self.change_page(pool, index, now, now.unpinned()) {
                 return;
+            }
+        }
+    }
+
+    /// One claim more, of an ACTIVE cache, on a page of a windowed pool that is at rest on the device. `paid`: the caller
+    /// has a unit for it. `Full`: it is on the host or on its way there.
+    pub fn claim_near(&self, pool: usize, index: usize, paid: bool, active: bool) -> Claimed {
+        loop {
+            let now = self.page(pool, index);
+            if now.slot() == 0 {
+                return Claimed::Gone;
+            }
+            if (now.is_busy() || now.tier() == Tier::Host) && !weak(Weak::ClaimFar) {
+                return Claimed::Full;
+            }
+            let first = now.claims() == 0;
+            if first && !paid {
+                return Claimed::Unpaid(Tier::Device);
+            }
+            if self.change_page(pool, index, now, now.claimed(active)) {
+                return if first { Claimed::First } else { Claimed::Joined };
             }
         }
     }
@@ -266,7 +378,8 @@ impl Tree {
         self.spare.pop().map(|index| Dead(index + self.max_blocks))
     }
 
-    /// Puts a private block below its parent, with the caller's claim, which was the parent's before. Nobody can find it.
+    /// Puts a private block below its parent, pinned, with the caller's claim, which was the parent's before. Nobody can
+    /// find it by its tokens; the order can.
     pub fn park(&self, dead: Dead, root: &Root, parent: Link, depth: u64, priority: u8) -> Link {
         let index = dead.index();
         let n = &self.nodes[index];
@@ -285,26 +398,42 @@ impl Tree {
         }
         self.come_near(parent);
         self.note_claimed(Tier::Device, true);
+        let late = weak(Weak::ParkUnpinned);
+        if !late {
+            self.pin_first(&dead);
+        }
         n.state.store(self.state(index).born().0, Ordering::Release); // Release: partner the loads in `state`
+        if late {
+            self.pin(index);
+        }
         Link::new(born, dead.0)
     }
 
-    /// Takes a private block that only the caller claims out again; the claim is the parent's from here on. `false`: it is
-    /// on the move.
-    pub fn dissolve(&self, index: usize) -> Option<Dead> {
-        let now = self.seize(index)?;
-        let dead = now.killed();
+    /// Takes a private block that only the caller claims, and pins, out again; the claim is the parent's from here on, and
+    /// the pages the caller's.
+    pub fn dissolve(&self, index: usize) -> Dead {
+        let n = &self.nodes[index];
         let parent = self.parent(index);
-        self.nodes[index].state.store(dead.0, Ordering::Release); // Release: partner the loads in `state`; busy: nobody else writes it
+        // Swap: it is pinned and claimed by nobody else, so nobody else changes it. AcqRel: partner the CAS in `seize`, which
+        // fails from here on.
+        let now = State(n.state.swap(self.state(index).killed().0, Ordering::AcqRel));
+        debug_assert!(now.is_live() && now.refs() == 1 && !now.is_busy());
+        if now.tier() == Tier::Device {
+            self.go_far(parent);
+        }
         if !parent.is_nil() {
             self.nodes[parent.index()]
                 .children
                 .fetch_sub(1, Ordering::Relaxed); // Relaxed: the parent is claimed
         }
         self.note_claimed(now.tier(), false);
-        if now.tier() == Tier::Device {
-            self.go_far(parent);
-        }
-        Some(Dead(index as u32))
+        self.unpin(index);
+        Dead(index as u32)
+    }
+
+    /// Takes the page of a node that the caller dissolved, with its claim.
+    pub fn strip_own(&self, pool: usize, dead: &Dead) -> Page {
+        let word = &self.pages[pool].word[dead.index()];
+        Page(word.swap(Page::NONE.0, Ordering::AcqRel)) // AcqRel: partner the CAS in `change_page`
     }
 }

@@ -1,0 +1,146 @@
+"""W4 of kvpool, vLLM and SGLang in one run, in turns; and short memory with vLLM's scheduler.
+
+    bench/rivals_py/run [--json PATH] [--rounds N]      makes the environment, then calls this
+
+Each system runs in a process of its own, in its own environment; a round is one world of 100 steps per system and case.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+RIVALS = HERE / ".venv" / "bin" / "python"
+SYSTEMS = {
+    "kvpool": [sys.executable, str(HERE / "kvpool_worker.py")],
+    "vLLM 0.33.0": [str(RIVALS), str(HERE / "vllm_worker.py")],
+    "SGLang 0.5.23": [str(RIVALS), str(HERE / "sglang_worker.py")],
+}
+CASES: dict[str, dict[str, Any]] = {
+    "A": {"kind": "A"},
+    "B, too little memory": {"kind": "B memory"},
+    "C": {"kind": "C"},
+    "A, 4,000 waiting": {"kind": "A", "waiting": 4000},
+    "B, 4,000 waiting": {"kind": "B memory", "waiting": 4000},
+}
+STEPS, WARM = 100, 10
+
+
+class Worker:
+    """One system: a line of JSON in, a line out; what it prints besides goes to stderr."""
+
+    def __init__(self, name: str, command: list[str]) -> None:
+        self.name = name
+        self.error = ""
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def ask(self, **what: Any) -> Any:
+        """The answer, or None: it failed, see `error`."""
+        if self.error:
+            return None
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            self._process.stdin.write(json.dumps(what) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass
+        line = self._process.stdout.readline()
+        answer = json.loads(line) if line else {"error": f"it ended with {self._process.wait()}"}
+        if isinstance(answer, dict) and "error" in answer:
+            if "unsupported" in answer:
+                return None
+            self.error = answer["error"]
+            print(f"{self.name}: {self.error}", file=sys.stderr)
+            return None
+        return answer
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def low(values: list[int]) -> list[float]:
+    """(min, median), µs."""
+    return [round(min(values) / 1000, 1), round(statistics.median(values) / 1000, 1)]
+
+
+def w4(workers: list[Worker], rounds: int) -> dict[str, dict[str, Any]]:
+    """{case: {system: {"schedule": [min, median], "update": ..., "together": ...}}}"""
+    table: dict[str, dict[str, Any]] = {}
+    for case, given in CASES.items():
+        times: dict[str, list[list[int]]] = {}
+        for _ in range(rounds):
+            for worker in workers:
+                answer = worker.ask(do="w4", number=STEPS, warm=WARM, **given)
+                if answer:
+                    times.setdefault(worker.name, []).extend(answer)
+        table[case] = {
+            name: {
+                "schedule": low([s for s, _ in all_of]),
+                "update": low([u for _, u in all_of]),
+                "together": low([s + u for s, u in all_of]),
+            }
+            for name, all_of in times.items()
+        }
+    return table
+
+
+def short(workers: list[Worker]) -> dict[str, dict[str, Any]]:
+    """{pool / need: {system: {"steps": ..., "extra_percent": ..., "mean_end": ...}}}"""
+    table: dict[str, dict[str, Any]] = {}
+    for ratio in (1.0, 0.8, 0.7, 0.5):
+        answers = {worker.name: worker.ask(do="short", ratio=ratio) for worker in workers}
+        table[str(ratio)] = {name: answer for name, answer in answers.items() if answer}
+    return table
+
+
+def markdown(results: dict[str, Any], names: list[str]) -> str:
+    """Two tables; the least of a row is bold."""
+    lines = ["| schedule + update, µs, min / median | " + " | ".join(names) + " |", "| --- " * (1 + len(names)) + "|"]
+    for case, systems in results["w4"].items():
+        best = min((figures["together"][1] for figures in systems.values()), default=0)
+        cells = []
+        for name in names:
+            if name not in systems:
+                cells.append("")
+                continue
+            f = systems[name]
+            cell = f"{f['schedule'][0]:,} + {f['update'][0]:,} / {f['schedule'][1]:,} + {f['update'][1]:,}"
+            cells.append(f"**{cell}**" if f["together"][1] == best else cell)
+        lines.append(f"| {case} | " + " | ".join(cells) + " |")
+    lines += ["", "| pool / need: steps, extra tokens, mean step of an end | " + " | ".join(names) + " |"]
+    lines.append("| --- " * (1 + len(names)) + "|")
+    for ratio, systems in results["short"].items():
+        cells = [
+            f"{s['steps']:,}, {s['extra_percent']} %, {s['mean_end']}" if (s := systems.get(name)) else ""
+            for name in names
+        ]
+        lines.append(f"| {ratio} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--json", type=Path, help="where to write the results")
+    parser.add_argument("--rounds", type=int, default=5)
+    given = parser.parse_args()
+    workers = [Worker(name, command) for name, command in SYSTEMS.items()]
+    results: dict[str, Any] = {"w4": w4(workers, given.rounds), "short": short(workers)}
+    results["failed"] = {worker.name: worker.error for worker in workers if worker.error}
+    for worker in workers:
+        worker.close()
+    print(markdown(results, [worker.name for worker in workers if not worker.error]))
+    if given.json:
+        given.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

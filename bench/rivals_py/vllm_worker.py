@@ -1,0 +1,162 @@
+"""vLLM's side of `compare.py`: its real Scheduler, schedule() and update_from_output(), without an engine."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("PYTHONHASHSEED", "0")
+
+import numpy as np
+import torch
+from vllm.config import CacheConfig, DeviceConfig, ModelConfig, SchedulerConfig, VllmConfig
+from vllm.sampling_params import SamplingParams
+from vllm.utils.hashing import sha256_cbor
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request
+from vllm.v1.structured_output import StructuredOutputManager
+from worker import serve, steps
+
+T, DECODES, WAITING, CONTEXT, CACHED, PROMPT, LIFE = 16, 256, 16, 1024, 512, 512, 1500
+SLOTS = 1 << 17
+MODEL = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "intermediate_size": 64,
+    "num_attention_heads": 1, "num_hidden_layers": 1, "num_key_value_heads": 1, "vocab_size": 32000,
+    "max_position_embeddings": 131072, "torch_dtype": "float16",
+}  # fmt: skip
+
+init_none_hash(sha256_cbor)
+HASHER = get_request_block_hasher(T, sha256_cbor)
+
+
+def build(slots: int, places: int, tokens: int) -> Scheduler:
+    """A scheduler over one full-attention group; the pool has a null block besides."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(MODEL))
+        model = ModelConfig(model=folder, skip_tokenizer_init=True, dtype="float16", seed=0)
+    config = VllmConfig(
+        model_config=model,
+        scheduler_config=SchedulerConfig(
+            max_num_seqs=places, max_num_batched_tokens=tokens, max_model_len=model.max_model_len,
+            enable_chunked_prefill=True, async_scheduling=False, is_encoder_decoder=False,
+        ),
+        cache_config=CacheConfig(block_size=T, enable_prefix_caching=True),
+        device_config=DeviceConfig(device="cpu"),
+    )  # fmt: skip
+    config.cache_config.num_gpu_blocks = slots + 1
+    spec = FullAttentionSpec(block_size=T, num_kv_heads=1, head_size=1, dtype=torch.float32)
+    caches = KVCacheConfig(num_blocks=slots + 1, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["0"], spec)])
+    return Scheduler(config, caches, StructuredOutputManager(config), block_size=T)
+
+
+def request(number: int, tokens: np.ndarray, new: int) -> Request:
+    """Its blocks are hashed here, as vLLM's frontend process does: no step pays for them."""
+    params = SamplingParams(max_tokens=new, ignore_eos=True)
+    params.update_from_generation_config({}, 2)
+    return Request(str(number), tokens.tolist(), params, None, block_hasher=HASHER)
+
+
+def runner_output(scheduled: Any, scheduler: Scheduler) -> ModelRunnerOutput:
+    """A token of each request that is due one."""
+    ids = list(scheduled.num_scheduled_tokens)
+    due = [scheduler.requests[i].num_computed_tokens >= scheduler.requests[i].num_tokens for i in ids]
+    return ModelRunnerOutput(ids, {one: at for at, one in enumerate(ids)}, [[1] if one else [] for one in due])
+
+
+class World:
+    """The states of ../w4.py; see there."""
+
+    def __init__(self, kind: str, waiting: int = WAITING) -> None:
+        self._random = np.random.default_rng(0)
+        self._ids = 0
+        self._kind = kind
+        self.scheduler = build(SLOTS, DECODES if kind == "A" else DECODES + WAITING, 1 << 14)
+        self._prefixes = [self._tokens(CACHED) for _ in range(WAITING)] if kind == "C" else []
+        for prefix in self._prefixes:
+            self._add(prefix, 1)
+        self._until(lambda: not self.scheduler.requests)
+        decodes = [self._add(self._tokens(PROMPT + i % T), LIFE) for i in range(DECODES)]
+        self._until(lambda: all(one.num_output_tokens for one in decodes))
+        self._new: list[Request] = []
+        self._held: list[Any] = []
+        if kind != "C":
+            for _ in range(waiting):
+                self._add(self._tokens(CONTEXT), LIFE)
+
+    def _tokens(self, length: int) -> np.ndarray:
+        return self._random.integers(0, 32000, length, np.int32)
+
+    def _add(self, tokens: np.ndarray, new: int) -> Request:
+        one = request(self._ids, tokens, new)
+        self._ids += 1
+        self.scheduler.add_request(one)
+        return one
+
+    def _until(self, done: Any) -> None:
+        while not done():
+            scheduled = self.scheduler.schedule()
+            self.scheduler.update_from_output(scheduled, runner_output(scheduled, self.scheduler))
+
+    def prepare(self) -> None:
+        from vllm.v1.request import RequestStatus
+
+        if self._new:
+            self.scheduler.finish_requests([one.request_id for one in self._new], RequestStatus.FINISHED_ABORTED)
+        self._new = [
+            self._add(np.concatenate([prefix, self._tokens(CONTEXT - CACHED)]), 64) for prefix in self._prefixes
+        ]
+        if self._kind == "B memory":  # as ../w4.py: half of what the head needs stays free
+            pool = self.scheduler.kv_cache_manager.block_pool
+            more = pool.get_num_free_blocks() - DECODES // T - CONTEXT // T // 2
+            if more > 0:
+                self._held += pool.get_new_blocks(more)
+            elif more < 0:
+                pool.free_blocks([self._held.pop() for _ in range(-more)])
+
+    def step(self) -> tuple[int, int]:
+        clock = time.thread_time_ns
+        start = clock()
+        scheduled = self.scheduler.schedule()
+        middle = clock()
+        output = runner_output(scheduled, self.scheduler)
+        again = clock()
+        self.scheduler.update_from_output(scheduled, output)
+        end = clock()
+        assert len(scheduled.num_scheduled_tokens) == DECODES + len(self._new)
+        assert scheduled.total_num_scheduled_tokens == DECODES + len(self._new) * (CONTEXT - CACHED)
+        return middle - start, end - again
+
+
+def short(ratio: float) -> dict[str, Any]:
+    """See ../memory_short.py."""
+    need = 256 * 96
+    scheduler = build(int(need * ratio), 256, 8192)
+    rng = np.random.default_rng(0)
+    for number in range(256):
+        scheduler.add_request(request(number, rng.integers(0, 32000, 1024, np.int32), 512))
+    number = executed = ends = 0
+    while scheduler.requests:
+        before = len(scheduler.requests)
+        scheduled = scheduler.schedule()
+        number += 1
+        executed += scheduled.total_num_scheduled_tokens
+        scheduler.update_from_output(scheduled, runner_output(scheduled, scheduler))
+        ends += number * (before - len(scheduler.requests))
+    extra = executed - 256 * 1535
+    return {"steps": number, "extra_percent": round(100 * extra / (256 * 1536), 2), "mean_end": round(ends / 256, 1)}
+
+
+def w4(number: int, warm: int, **case: Any) -> list[tuple[int, int]]:
+    return steps(World(**case), number, warm)
+
+
+if __name__ == "__main__":
+    serve({"w4": w4, "short": short})

@@ -1,0 +1,121 @@
+"""Every call that kvpool makes to CUDA, through CuPy: streams, events, copies, launches, registrations.
+
+Imports CuPy when it is constructed, and takes one GPU. Addresses are integers; memory that is given to an asynchronous
+call must live until the call is over, which is the caller's business. A CUDA error is a RuntimeError of CuPy's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from kvpool import _core
+from kvpool.mover.launches import Launch
+
+OPTIONS = ("--std=c++17",)
+_DEFAULT = 4  # cudaMemcpyDefault: the direction follows from the addresses
+_PORTABLE_AND_MAPPED = 1 | 2  # cudaHostRegister: for every context, and in the device's addresses
+
+
+class CudaRuntime:
+    """One GPU. Calls may come from any thread."""
+
+    def __init__(self, ordinal: int = 0) -> None:
+        import cupy
+
+        self._cupy: Any = cupy
+        self._device = cupy.cuda.Device(ordinal)
+        self._modules: dict[str, Any] = {}
+        self._functions: dict[str, Any] = {}
+        self._device.use()
+
+    def stream(self) -> Any:
+        """A new stream that does not wait for the default one."""
+        with self._device:
+            return self._cupy.cuda.Stream(non_blocking=True)
+
+    def event(self, timing: bool = False) -> Any:
+        """A new event, not recorded yet."""
+        with self._device:
+            return self._cupy.cuda.Event(disable_timing=not timing)
+
+    def record(self, event: Any, stream: Any) -> None:
+        """The event stands for all that the stream was given so far."""
+        event.record(stream)
+
+    def wait(self, stream: Any, event: Any) -> None:
+        """What the stream is given from now on waits for the event's latest record; without one for nothing."""
+        stream.wait_event(event)
+
+    def is_done(self, event: Any) -> bool:
+        """Whether the event's latest record is reached; True if there was none."""
+        return bool(event.done)
+
+    def elapsed_ms(self, start: Any, end: Any) -> float:
+        """Between two timing events that are reached."""
+        return float(self._cupy.cuda.get_elapsed_time(start, end))
+
+    def copy_async(self, target: int, source: int, num_bytes: int, stream: Any) -> None:
+        """By the copy engine, from and to device memory or registered host memory."""
+        self._cupy.cuda.runtime.memcpyAsync(target, source, num_bytes, _DEFAULT, stream.ptr)
+
+    def launch(self, launch: Launch, arguments: Sequence[Any], stream: Any) -> None:
+        """A kernel of kernels/: addresses as int, numbers as NumPy scalars of the kernel's own types."""
+        function = self._functions.get(launch.kernel)
+        if function is None:
+            function = self._load(launch)
+        with self._device, stream:
+            function((launch.grid,), (launch.threads,), tuple(arguments))
+
+    def _load(self, launch: Launch) -> Any:
+        with self._device:
+            module = self._modules.get(launch.family)
+            if module is None:
+                module = self._cupy.RawModule(code=_core.kernel_source(launch.family), options=OPTIONS)
+                self._modules[launch.family] = module
+            self._functions[launch.kernel] = module.get_function(launch.kernel)
+        return self._functions[launch.kernel]
+
+    def allocate(self, num_bytes: int) -> Any:
+        """Device memory; `.ptr` is its address. It is free when the object is gone."""
+        with self._device:
+            return self._cupy.cuda.alloc(num_bytes)
+
+    def upload(self, array: np.ndarray[Any, Any], target: int) -> None:
+        """Any host array to device memory; returns when it is there."""
+        data = np.ascontiguousarray(array)
+        self._cupy.cuda.runtime.memcpy(target, data.ctypes.data, data.nbytes, _DEFAULT)
+
+    def download(self, source: int, num_bytes: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """Device memory to a new host array; returns when it is there."""
+        data = np.empty(num_bytes, np.uint8)
+        self._cupy.cuda.runtime.memcpy(data.ctypes.data, source, num_bytes, _DEFAULT)
+        return data
+
+    def register(self, address: int, num_bytes: int) -> None:
+        """Page-lock host memory and map it into the GPU's addresses."""
+        with self._device:
+            self._cupy.cuda.runtime.hostRegister(address, num_bytes, _PORTABLE_AND_MAPPED)
+
+    def unregister(self, address: int) -> None:
+        """Of the address that was registered."""
+        with self._device:
+            self._cupy.cuda.runtime.hostUnregister(address)
+
+    def synchronize(self) -> None:
+        """Wait for everything that the GPU was given."""
+        self._device.synchronize()
+
+    def matrix_multiply(self, n: int) -> Any:
+        """A function that multiplies two n x n matrices of float16 on a given stream: what a model's kernels do."""
+        cupy = self._cupy
+        with self._device:
+            left, right, out = (cupy.ones((n, n), dtype=np.float16) for _ in range(3))
+
+        def multiply(stream: Any) -> None:
+            with self._device, stream:
+                cupy.matmul(left, right, out=out)
+
+        return multiply

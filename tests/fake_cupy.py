@@ -1,0 +1,340 @@
+"""A stand-in for the part of CuPy that kvpool uses, with CUDA's semantics and the real kernels, on the CPU.
+
+Streams are queues. What a stream was given runs when somebody waits, one piece at a time, in an order that the seed
+draws among the streams whose next piece may run: any order that CUDA allows can come up, and a missing wait shows.
+
+- A wait binds to the event's latest record at the moment of the call; an event without a record holds nobody up.
+- Arguments of launches and copies are read when they are given; memory is read and written when they run.
+- A synchronous copy waits for no stream: all of kvpool's are non-blocking.
+- Copies reach device memory that is allocated and host memory that is registered, each within one of them; memory that
+  is freed, or no longer registered, before they run is a fault. A fault is sticky: every later call fails.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import random
+import threading
+import types
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from cpu_kernels import CpuKernels, signatures
+
+ALIGNMENT = 512  # of device memory
+
+
+class CUDARuntimeError(RuntimeError):
+    """As cupy.cuda.runtime.CUDARuntimeError."""
+
+
+@dataclass(eq=False)
+class Record:
+    """One recording of an event."""
+
+    done: bool = False
+    at_ms: float = 0.0
+
+
+@dataclass(eq=False)
+class Work:
+    """A piece of a stream's queue: may run once `after` is done."""
+
+    run: Callable[[], None]
+    after: Record | None = None
+    cost_ms: float = 0.0
+
+
+@dataclass
+class World:
+    """Streams, memory and faults of one fake GPU."""
+
+    kernels: CpuKernels
+    seed: int = 0
+    devices: int = 1
+    capability: str = "90"
+    pinned_limit: int = 1 << 50
+    fault_at: int | None = None  # that piece of work fails, counted from 0
+    ran: int = 0
+    launches: list[str] = field(default_factory=list)
+    now_ms: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.random = random.Random(self.seed)
+        self.lock = threading.RLock()
+        self.queues: list[deque[Work]] = []
+        self.ranges: dict[int, int] = {}  # address -> bytes: device memory and registered host memory
+        self.registered: dict[int, int] = {}
+        self.graveyard: list[Any] = []  # freed device memory: touching it must not crash the process
+        self.fault: str | None = None
+        self.current = threading.local()
+
+    def check(self) -> None:
+        if self.fault is not None:
+            raise CUDARuntimeError(self.fault)
+
+    def covers(self, address: int, num_bytes: int) -> bool:
+        return any(start <= address and address + num_bytes <= start + size for start, size in self.ranges.items())
+
+    def ready(self) -> list[deque[Work]]:
+        return [queue for queue in self.queues if queue and (queue[0].after is None or queue[0].after.done)]
+
+    def step(self) -> bool:
+        """Runs one piece of some stream; False: none may run."""
+        ready = self.ready()
+        if not ready:
+            return False
+        work = self.random.choice(ready).popleft()
+        self.ran += 1
+        self.now_ms += work.cost_ms
+        if self.fault_at == self.ran - 1:
+            self.fault = "cudaErrorIllegalAddress: an illegal memory access was encountered"
+            self.check()
+        try:
+            work.run()
+        except CUDARuntimeError as error:
+            self.fault = str(error)
+            raise
+        return True
+
+    def run_until(self, condition: Callable[[], bool]) -> None:
+        with self.lock:
+            self.check()
+            while not condition():
+                assert self.step(), "streams wait for each other: nothing can run"
+
+    def give(self, stream: Stream, work: Work) -> None:
+        with self.lock:
+            self.check()
+            stream.queue.append(work)
+
+
+class Stream:
+    def __init__(self, world: World, null: bool = False, non_blocking: bool = False, ptds: bool = False) -> None:
+        assert non_blocking, "kvpool's streams must not wait for the default one"
+        self.world, self.queue = world, deque[Work]()
+        with world.lock:
+            world.queues.append(self.queue)
+            self.ptr = len(world.queues)
+            world.check()
+
+    def __enter__(self) -> Stream:
+        stack = self.world.current.__dict__.setdefault("stack", [])
+        stack.append(self)
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        self.world.current.stack.pop()
+
+    def wait_event(self, event: Event) -> None:
+        if event.latest is not None:
+            self.world.give(self, Work(lambda: None, after=event.latest))
+
+    def record(self, event: Event) -> Event:
+        event.record(self)
+        return event
+
+    def synchronize(self) -> None:
+        self.world.run_until(lambda: not self.queue)
+
+    @property
+    def done(self) -> bool:
+        self.world.check()
+        return not self.queue
+
+
+class Event:
+    def __init__(self, world: World, block: bool = False, disable_timing: bool = False) -> None:
+        world.check()
+        self.world, self.timed, self.latest = world, not disable_timing, None
+
+    latest: Record | None
+
+    def record(self, stream: Stream) -> None:
+        record = Record()
+
+        def reach() -> None:
+            record.done, record.at_ms = True, self.world.now_ms
+
+        self.world.give(stream, Work(reach))
+        self.latest = record
+
+    def synchronize(self) -> None:
+        record = self.latest
+        self.world.run_until(lambda: record is None or record.done)
+
+    @property
+    def done(self) -> bool:
+        """Asking lets time pass: some work runs first."""
+        with self.world.lock:
+            self.world.check()
+            for _ in range(self.world.random.randrange(3)):
+                self.world.step()
+            return self.latest is None or self.latest.done
+
+
+class Device:
+    def __init__(self, world: World, ordinal: int = 0) -> None:
+        self.world, self.id = world, ordinal
+
+    def use(self) -> None:
+        if not 0 <= self.id < self.world.devices:
+            raise CUDARuntimeError("cudaErrorInvalidDevice: invalid device ordinal")
+
+    def __enter__(self) -> Device:
+        self.use()
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        pass
+
+    @property
+    def compute_capability(self) -> str:
+        return self.world.capability
+
+    def synchronize(self) -> None:
+        self.world.run_until(lambda: not any(self.world.queues))
+
+
+class Allocation:
+    """Device memory, filled with rubbish when it comes and when it goes."""
+
+    def __init__(self, world: World, num_bytes: int) -> None:
+        self._world = world
+        self._whole = np.full(num_bytes + ALIGNMENT, 0xCD, np.uint8)
+        self.ptr = -(-self._whole.ctypes.data // ALIGNMENT) * ALIGNMENT
+        with world.lock:
+            world.check()
+            world.ranges[self.ptr] = num_bytes
+
+    def __del__(self) -> None:
+        with self._world.lock:
+            self._world.ranges.pop(self.ptr, None)
+            self._world.graveyard.append(self._whole)
+            self._whole[:] = 0xDD
+
+
+class Runtime:
+    memcpyDefault = 4
+    CUDARuntimeError = CUDARuntimeError
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+
+    def getDeviceCount(self) -> int:
+        return self._world.devices
+
+    def memcpyAsync(self, dst: int, src: int, size: int, kind: int, stream: int) -> None:
+        world = self._world
+        assert kind == self.memcpyDefault
+        if not (world.covers(dst, size) and world.covers(src, size)):
+            raise CUDARuntimeError("cudaErrorInvalidValue: a copy is not within one allocation or registration")
+        queue = world.queues[stream - 1]
+
+        def copy() -> None:
+            if not (world.covers(dst, size) and world.covers(src, size)):
+                raise CUDARuntimeError("cudaErrorIllegalAddress: memory of a copy was given back before it ran")
+            ctypes.memmove(dst, src, size)
+
+        with world.lock:
+            world.check()
+            queue.append(Work(copy, cost_ms=1e-3 + size / 50e6))
+
+    def memcpy(self, dst: int, src: int, size: int, kind: int) -> None:
+        self._world.check()
+        assert kind == self.memcpyDefault
+        assert self._world.covers(dst, size) or self._world.covers(src, size)
+        ctypes.memmove(dst, src, size)
+
+    def hostRegister(self, ptr: int, size: int, flags: int) -> None:
+        world = self._world
+        world.check()
+        assert flags == 3, "portable and mapped"
+        if any(ptr < start + length and start < ptr + size for start, length in world.ranges.items()):
+            raise CUDARuntimeError("cudaErrorHostMemoryAlreadyRegistered: part or all is already registered")
+        if sum(world.registered.values()) + size > world.pinned_limit:
+            raise CUDARuntimeError("cudaErrorMemoryAllocation: out of memory")
+        world.registered[ptr] = world.ranges[ptr] = size
+
+    def hostUnregister(self, ptr: int) -> None:
+        if ptr not in self._world.registered:
+            raise CUDARuntimeError("cudaErrorHostMemoryNotRegistered: pointer is not registered")
+        del self._world.registered[ptr], self._world.ranges[ptr]
+
+
+class RawModule:
+    def __init__(self, world: World, code: str, options: tuple[str, ...] = ()) -> None:
+        world.check()
+        assert all(option.startswith("-") for option in options)
+        self._world, self._signatures = world, signatures(code)
+
+    def get_function(self, name: str) -> Callable[..., None]:
+        types_of = self._signatures[name]
+
+        def launch(grid: tuple[int, ...], block: tuple[int, ...], args: Sequence[Any]) -> None:
+            world = self._world
+            assert len(grid) == len(block) == 1
+            assert len(args) == len(types_of)
+            # CuPy passes a Python integer as eight bytes, a NumPy scalar as it is.
+            given = [np.int64(each) if isinstance(each, int) else each for each in args]
+            for kind, each in zip(types_of, given, strict=True):
+                assert each.itemsize == {"int": 4}.get(kind, 8), f"{name}: {each!r} for {kind}"
+            values = [int(each) if kind.endswith("*") else each for kind, each in zip(types_of, given, strict=True)]
+            pointers = [value for kind, value in zip(types_of, values, strict=True) if kind.endswith("*")]
+            if not all(world.covers(pointer, 1) for pointer in pointers):
+                raise CUDARuntimeError(f"cudaErrorIllegalAddress: {name} got an address that the GPU does not know")
+            order = world.random.randrange(9)
+
+            def run() -> None:
+                if not all(world.covers(pointer, 1) for pointer in pointers):
+                    raise CUDARuntimeError(f"cudaErrorIllegalAddress: memory of {name} was given back before it ran")
+                world.kernels.launch(name, max(1, grid[0]), max(1, block[0]), values, order)
+
+            world.launches.append(name)
+            world.give(world.current.stack[-1], Work(run, cost_ms=0.01))
+
+        return launch
+
+
+def _matmul(world: World) -> Callable[..., None]:
+    def matmul(left: Any, right: Any, out: Any) -> None:
+        world.give(world.current.stack[-1], Work(lambda: np.matmul(left, right, out=out), cost_ms=1e-3))
+
+    return matmul
+
+
+def make(world: World) -> types.ModuleType:
+    """The module to stand in sys.modules["cupy"]."""
+
+    def elapsed(start: Event, end: Event) -> float:
+        assert start.timed
+        assert end.timed
+        assert start.latest is not None
+        assert end.latest is not None
+        if not (start.latest.done and end.latest.done):
+            raise CUDARuntimeError("cudaErrorNotReady: device not ready")
+        return end.latest.at_ms - start.latest.at_ms
+
+    def bound(kind: Any) -> Callable[..., Any]:
+        return lambda *args, **kwargs: kind(world, *args, **kwargs)
+
+    cupy = types.ModuleType("cupy")
+    cupy.__dict__.update(
+        __version__="fake",
+        RawModule=bound(RawModule),
+        ones=np.ones,
+        matmul=_matmul(world),
+        cuda=types.SimpleNamespace(
+            Device=bound(Device),
+            Stream=bound(Stream),
+            Event=bound(Event),
+            alloc=bound(Allocation),
+            get_elapsed_time=elapsed,
+            runtime=Runtime(world),
+        ),
+    )
+    return cupy

@@ -1,0 +1,41 @@
+"""On a GPU (`-m gpu`, part of bench/gpu_check): every case of the CPU's, and pinned memory as the GPU sees it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import kernel_cases
+from cpu_kernels import SIGNATURES
+from gpu_kernels import GpuKernels
+from kvpool import machine
+from kvpool.mover.cuda_runtime import CudaRuntime
+from kvpool.mover.launches import plan_launch
+from kvpool.mover.pinned import PinnedMemory
+
+PROBLEMS = machine.look_for_cuda().problems
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(PROBLEMS), reason=f"no GPU to use: {'; '.join(PROBLEMS)}")]
+
+
+@pytest.mark.parametrize("kernel", SIGNATURES)
+def test_every_case_holds(kernel: str) -> None:
+    kernels = GpuKernels(CudaRuntime())
+    for case in kernel_cases.cases(kernel, "plain"):
+        if not case.sparse:
+            kernel_cases.run(kernels, case)
+
+
+def test_slots_beyond_2_gib_of_pinned_memory() -> None:
+    page_bytes, runtime = 1 << 20, CudaRuntime()
+    with PinnedMemory(5 << 30, page_bytes, runtime) as host, PinnedMemory(4096, 4096, runtime) as lists:
+        slots = lists.array.view(np.int32)
+        slots[:3] = 2049, 4097, 5119
+        content = np.random.default_rng(0).integers(0, 256, (3, page_bytes), np.uint8)
+        host.array.reshape(-1, page_bytes)[slots[:3]] = content
+        device, stream = runtime.allocate(3 * page_bytes), runtime.stream()
+        launch = plan_launch("gather_pages", (host.address, device.ptr), page_bytes, 3, 16)
+        assert launch is not None
+        numbers = np.int64(page_bytes), np.int32(3)
+        runtime.launch(launch, (host.address, device.ptr, lists.address, *numbers), stream)
+        stream.synchronize()
+        assert np.array_equal(runtime.download(device.ptr, content.size), content.ravel())

@@ -1,0 +1,114 @@
+"""The scheduler over real pages: each position of a request has the word that its own tokens say, whatever moved, was
+suspended, freed, or failed on its way; and the tokens that come out do not depend on it."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvpool import CacheConfig, Engine, KVCacheManager, PoolConfig, PoolPlan, Request, Scheduler, SchedulerConfig, Step
+from kvpool.mover import CpuMover
+
+
+class Words:
+    """An executor whose page words and tokens are hashes of the tokens before them; it verifies all that it reads."""
+
+    def __init__(self, manager: KVCacheManager, seed: int) -> None:
+        self.manager, self.random = manager, random.Random(seed)
+        self.names = [pool.name for pool in manager.config.pools]
+        self.t = manager.config.tokens_per_block
+        self.words = 0
+
+    def execute(self, step: Step) -> dict[Any, list[int]]:
+        lost = set(self.manager.lost())
+        outputs = {}
+        for chunk in step.context:
+            if chunk.request.request_id not in lost:
+                self.compute(chunk.request, chunk.start, chunk.start + chunk.num_tokens)
+            if chunk.is_last:
+                outputs[chunk.request.request_id] = [word(chunk.request) % 50]
+        for request, count in zip(step.generation, step.generation_tokens, strict=True):
+            if request.request_id not in lost:
+                self.compute(request, request.num_computed, request.num_computed + 1)
+            outputs[request.request_id] = [word(request) % 50]
+            assert count >= 1
+        return outputs
+
+    def compute(self, request: Request, start: int, end: int) -> None:
+        cache = self.manager.cache(request.request_id)
+        for name in self.names:
+            pages = self.manager.pages(name).view(np.int64)
+            table = cache.block_table(name)
+            for position in range(end):
+                slot = table[position // self.t]
+                if position < start and slot:
+                    assert pages[slot, position % self.t] == word(request, position + 1), (request, name, position)
+                    self.words += 1
+                elif position >= start:
+                    assert slot, (request, name, position)
+                    pages[slot, position % self.t] = word(request, position + 1)
+
+
+def word(request: Request, length: int | None = None) -> int:
+    end = len(request.tokens) + len(request.output_tokens) if length is None else length
+    return hash(tuple(request.token_slice(0, end).tolist())) & 0x7FFFFFFFFFFF
+
+
+def world(seed: int, rate: float) -> tuple[Scheduler, Words, CpuMover, list[Request]]:
+    r = random.Random(seed)
+    t = r.choice([1, 2, 4])
+    windows = r.choice([[None], [None], [None, 3], [None, 4 * t], [2 * t]])
+    names = [f"p{i}" for i in range(len(windows))]
+    pools = [PoolConfig(name, 8 * t, window) for name, window in zip(names, windows, strict=True)]
+    host = r.choice([0, 3, 12, 30])
+    device = {name: r.randint(6, 14) for name in names}
+    plan = PoolPlan(dict.fromkeys(names, 1), device, dict.fromkeys(names, host), 1 << 20)
+    config = CacheConfig(t, pools, 1 << 20, hash_seed=1, decode_reservation=r.choice(["none", "sliding"]))
+    make = partial(CpuMover, check=True, faults=True)
+    manager = KVCacheManager(config, plan=plan, mover=make)
+    mover = manager._moves.mover
+    if rate:
+        mover.fail_at_random(rate, seed)
+    scheduler = Scheduler(manager, SchedulerConfig(8, 64, r.choice([None, t, 2])))
+    scheduler.outlook.expect(r.choice([0.0, 1.0]))
+    longest = min(device.values()) * t
+    requests = []
+    for number in range(10):
+        new = r.randint(1, max(1, longest // 2))
+        prompt = r.randint(1, longest - new)
+        common = [r.randint(0, 1)] * (prompt // 2)
+        requests.append(Request(number, common + [r.randint(0, 2) for _ in range(prompt - len(common))], new))
+    return scheduler, Words(manager, seed), mover, requests
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1], ids=["moves arrive", "moves fail"])
+def test_never_a_wrong_byte_whatever_moves(rate: float) -> None:
+    did: Counter[str] = Counter()
+    for seed in range(60):
+        scheduler, executor, mover, requests = world(seed, rate)
+        manager = scheduler.manager
+        with manager:
+            engine = Engine(scheduler, executor)
+            for request in requests:
+                engine.submit(request)
+            ended = engine.run()
+            assert len(ended) == len(requests)
+            for request in requests:
+                n = len(request.tokens)
+                for i, token in enumerate(request.output_tokens):
+                    assert token == word(request, n + i) % 50, (seed, request, i)
+                assert request.finish_reason == "length", (seed, request, request.error)
+            manager.check()
+            assert not mover.findings(), seed
+            stats = manager.stats()
+            did.update(words=executor.words, offloaded=stats.offloaded, onboarded=stats.onboarded)
+            did.update(suspended=scheduler.stats.suspended, recomputed=scheduler.stats.recomputed)
+            did.update(failed=stats.failed_moves)
+    print(dict(did))
+    assert all(did[name] > 20 for name in ("words", "offloaded", "onboarded", "suspended", "recomputed"))
+    assert (did["failed"] > 5) == bool(rate)
