@@ -24,14 +24,24 @@ from model import DEVICE, FOREVER, HOST, Model, ModelCache, Node, Retain
 IntArray = npt.NDArray[Any]
 
 
-class Telling:
-    """A core's record of offloads that tells of each when it is taken."""
+class Recorded(KVCacheManager):
+    """A manager that tells of each page that it copies."""
+
+    told: list[tuple[str, int, int, int]]
+
+    def _copy(self, copies: Sequence[tuple[int, bool, int, int]]) -> None:
+        super()._copy(copies)
+        self.told += [("up" if host else "copy", pool, src, dst) for pool, host, src, dst in copies]
+
+
+class Offloads:
+    """The recorder of a manager's moves, which tells of each page that goes down."""
 
     def __init__(self, recorder: Any, told: list[tuple[str, int, int, int]]) -> None:
         self.recorder, self.told = recorder, told
 
-    def take(self) -> list[tuple[int, int, int]]:
-        taken: list[tuple[int, int, int]] = self.recorder.take()
+    def take(self) -> Any:
+        taken = self.recorder.take()
         self.told += [("down", *move) for move in taken]
         return taken
 
@@ -39,18 +49,12 @@ class Telling:
         return getattr(self.recorder, name)
 
 
-class Recorded(KVCacheManager):
-    """A manager that tells of each page that it moves."""
-
-    def __init__(self, *args: Any, **keywords: Any) -> None:
-        super().__init__(*args, **keywords)
-        self.told: list[tuple[str, int, int, int]] = []
-        assert self._moves is not None
-        self._moves.recorder = Telling(self._moves.recorder, self.told)  # type: ignore[assignment]
-
-    def _copy(self, copies: Sequence[tuple[int, bool, int, int]]) -> None:
-        super()._copy(copies)
-        self.told += [("up" if host else "copy", pool, src, dst) for pool, host, src, dst in copies]
+def recorded(*args: Any, **keywords: Any) -> Recorded:
+    real = Recorded(*args, **keywords)
+    real.told = []
+    assert real._moves is not None
+    real._moves.recorder = Offloads(real._moves.recorder, real.told)  # type: ignore[assignment]
+    return real
 
 
 class Pair(Batches, Comparison):
@@ -91,7 +95,7 @@ class Pair(Batches, Comparison):
         )
         num_slots, host_slots = (dict(zip(self.names, n, strict=True)) for n in (counts, host_counts))
         plan = PoolPlan(dict.fromkeys(self.names, 1), num_slots, host_slots, 8 * t * (sum(counts) + len(counts)))
-        self.real = Recorded(config, "cpu", plan=plan)
+        self.real = recorded(config, "cpu", plan=plan)
         self.tiers = (DEVICE, HOST) if any(host_counts) else (DEVICE,)
         self.values = {tier: [self.real.pages(n, tier).view(np.int64) for n in self.names] for tier in self.tiers}
         specs = [(n, m, *rest) for n, m, rest in zip(counts, host_counts, pools, strict=True)]

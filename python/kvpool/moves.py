@@ -11,7 +11,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from kvpool._core import Core, Recorder
-from kvpool.mover import CpuMover, CpuStream, MoveBatch, Mover, SlotUse, Ticket
+from kvpool.mover import CpuStream, MoveBatch, Mover, SlotUse, Ticket
+from kvpool.mover.cuda import CudaMover
 
 # (pool, on the host, slot as the core counts it: from 1)
 BadPage = tuple[int, bool, int]
@@ -40,7 +41,7 @@ class Moves:
         self._timeout = timeout
         self._bad: list[BadPage] = []
         self._lock = threading.RLock()  # who takes the record submits it before anybody else submits anything
-        self._checked = isinstance(mover, CpuMover) and mover.checks
+        self._checked = bool(getattr(mover, "checks", False))
 
     # -- before and after the core's books change ----------------------------------------------
 
@@ -164,8 +165,12 @@ class Moves:
 
     def notes(self, stream: object) -> bool:
         """Whether what a step uses must be written down: not if it is over at `step_end` and no page ever failed."""
-        return self._checked or self.failed > 0 or isinstance(stream, CpuStream)
+        return self._checked or self.failed > 0 or self._knows(stream)
+
+    def _knows(self, stream: object) -> bool:
+        """Whether the stream is one of the mover's kind; else the caller waits in its place."""
+        return isinstance(stream, CpuStream) or (stream is not None and isinstance(self.mover, CudaMover))
 
     def used(self, uses: Sequence[SlotUse], stream: object) -> None:
         """A step, launched on this stream or over, used these slots."""
-        self.mover.step_end(uses, stream if isinstance(stream, CpuStream) else None)
+        self.mover.step_end(uses, stream if self._knows(stream) else None)

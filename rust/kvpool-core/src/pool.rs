@@ -155,29 +155,6 @@ impl SlotPool {
         self.free.push(slot - 1);
     }
 
-    /// Takes a free slot out of use for good, with its unit. `false`: it is not free now, or what is free is promised; or
-    /// another thread was faster. O(free slots).
-    pub fn retire(&self, slot: u32) -> bool {
-        if self.owner(slot) != Owner::Free || !self.reserve(1) {
-            return false;
-        }
-        let mut others = Vec::new();
-        let found = loop {
-            match self.take() {
-                None => break false,
-                Some(other) if other == slot => break true,
-                Some(other) => others.push(other),
-            }
-        };
-        others.into_iter().rev().for_each(|other| self.give(other));
-        if found {
-            self.set_owner(slot, Owner::Retired);
-        } else {
-            self.unreserve(1);
-        }
-        found
-    }
-
     /// A plan is going to read the slot, unless its page has left by now: the caller looks again behind this.
     pub fn lend(&self, slot: u32) {
         self.lent[slot as usize].fetch_add(1, Ordering::AcqRel); // AcqRel: partner the RMWs in `give_lent`: who leaves sees the reader, or the reader's second look sees the page gone
@@ -221,6 +198,29 @@ impl SlotPool {
     /// Whether the page has left a slot that is lent.
     pub fn is_left(&self, slot: u32) -> bool {
         self.lent[slot as usize].load(Ordering::Relaxed) & LEFT != 0 // Relaxed: `check` of a core at rest
+    }
+
+    /// Takes a free slot out of use for good, with its unit. `false`: it is not free now, or what is free is promised; or
+    /// another thread was faster. O(free slots).
+    pub fn retire(&self, slot: u32) -> bool {
+        if self.owner(slot) != Owner::Free || !self.reserve(1) {
+            return false;
+        }
+        let mut others = Vec::new();
+        let found = loop {
+            match self.take() {
+                None => break false,
+                Some(other) if other == slot => break true,
+                Some(other) => others.push(other),
+            }
+        };
+        others.into_iter().rev().for_each(|other| self.give(other));
+        if found {
+            self.set_owner(slot, Owner::Retired);
+        } else {
+            self.unreserve(1);
+        }
+        found
     }
 
     /// Most slots that were ever not free.
