@@ -11,10 +11,8 @@ import random
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
+from functools import cache, partial
 
-import pytest
 import torch
 
 from kvpool import (
@@ -31,7 +29,6 @@ from kvpool import (
     Step,
     peak_slots,
 )
-from kvpool import manager as manager_module
 from kvpool.integrations.torch import (
     Adapter,
     Decoder,
@@ -42,6 +39,7 @@ from kvpool.integrations.torch import (
     PagedModel,
 )
 from kvpool.integrations.torch.executor import Batch, Work
+from kvpool.mover import CpuMover
 
 VOCAB, HIDDEN = 61, 24
 LAYERS = {
@@ -55,11 +53,14 @@ ADAPTERS: dict[int | str, int] = {1: 101, "two": 102}  # lora_id: seed
 SALTS = ("a", b"b")
 DRAFTS = 3
 
+ORDERS = ("compute-last", "copies-eager", "copies-last", "random")
 WANTED = (
+    "moves in threads",
     "reused", "partial copies", "chunks", "mixed steps", "evicted", "dropped", "offloaded", "onboarded", "suspended",
     "resumed", "recomputed", "recomputed after output", "adapter 1", "adapter two", "adapters mixed", "salt a",
     "salt b", "drafts accepted", "drafts rejected", "drafts cut", "stale blocks", "turns", "stop", "length",
-    "cancelled", "drafts of a model", "epochs", "overlapped", "faults", "failed offloads", "failed copies",
+    "cancelled", "drafts of a model", "epochs", "overlapped", "faults", "failed moves", "lost",
+    *(f"moves {order}" for order in ORDERS),
     "cancelled in flight",
 )  # fmt: skip
 
@@ -119,7 +120,8 @@ class Watched(PagedExecutor):
         target, *draft = (self.paged(mix.variant, manager) for manager in managers)
         super().__init__(target, drafter=Oracle(mix), draft=draft[0] if draft else None)
         self.counts = mix.counts
-        self.logits: dict[int | str, list[torch.Tensor]] = {}
+        self.managers = managers
+        self.logits: dict[int | str, dict[int, torch.Tensor]] = {}  # by place in the output
         self.gone: dict[int | str, str] = {}  # gave way, and how
         self.begun: set[int | str] = set()
 
@@ -136,7 +138,10 @@ class Watched(PagedExecutor):
         return torch.stack([torch.zeros(HIDDEN, dtype=torch.float64) if part is None else part for part in parts])
 
     def accept(self, request: Request, logits: torch.Tensor, num_drafts: int) -> None:
-        self.logits.setdefault(request.request_id, []).extend(logits)
+        if any(request.request_id in manager.lost() for manager in self.managers):
+            self.counts["lost"] += 1
+            return  # update will not take these tokens
+        self.logits.setdefault(request.request_id, {}).update(enumerate(logits, len(request.output_tokens)))
         drafts = num_drafts
         accepted = len(logits) - 1
         if self.draft is not None:  # the target's own weights: a wrong byte in its pages is a draft that is refused
@@ -170,10 +175,6 @@ class Watched(PagedExecutor):
         return super().prepare(step)
 
 
-class Fault(Exception):
-    """A copy that failed."""
-
-
 class Mix:
     """Everything that a seed decides."""
 
@@ -196,6 +197,7 @@ class Mix:
         self.config = SchedulerConfig(
             r.choice([2, 3, 6]), r.choice([32, 48, max(chunk or 32, 8)]), chunk, max_started=r.choice([None, 6])
         )
+        self.movers: list[CpuMover] = []
         self.managers = [self.memory(chunk) for _ in range(2 if r.random() < 0.25 else 1)]  # the second a draft model's
         self.executor = Watched(self, self.managers)
         self.engine = Engine(Scheduler(self.managers[0], self.config, *self.managers[1:]), self.executor)
@@ -227,29 +229,15 @@ class Mix:
         return self.faulty(config, plan, r.choice([0.0, 0.0, 0.1]))
 
     def faulty(self, config: CacheConfig, plan: PoolPlan, share: float) -> KVCacheManager:
-        """A manager of which a share of the copies fail: what goes down is dropped, other calls are as not made."""
-        make = manager_module._offload
-
-        def fails(what: str) -> bool:
-            failed = self.random.random() < share
-            self.counts[what] += failed
-            return failed
-
-        def offload(*given: Any) -> Any:
-            whole = make(*given)
-            return lambda *one: not fails("failed offloads") and whole(*one)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(manager_module, "_offload", offload)
-            manager = KVCacheManager(config, plan=plan)
-        copy = manager._copy
-
-        def copy_or_not(copies: Any) -> None:
-            if copies and fails("failed copies"):
-                raise Fault
-            copy(copies)
-
-        manager._copy = copy_or_not  # type: ignore[method-assign]
+        """A manager whose moves are delayed or reordered, and of which a share fails; the checker of orders runs."""
+        order = self.random.choice([None, *ORDERS])
+        seed = self.random.randrange(1 << 30)
+        make = partial(CpuMover, check=True, faults=True, simulate=None if order is None else (order, seed))
+        movers: list[CpuMover] = []
+        manager = KVCacheManager(config, plan=plan, mover=lambda pools: movers.append(make(pools)) or movers[0])
+        movers[0].fail_at_random(share, seed)
+        self.movers += movers
+        self.counts[f"moves {order or 'in threads'}"] += 1
         return manager
 
     def go(self) -> None:
@@ -268,19 +256,17 @@ class Mix:
                 if self.engine.cancel(victim):
                     self.counts["cancelled"] += 1
                     self.counts["cancelled in flight"] += in_flight
-            try:
-                done = self.step()
-            except Fault:
-                done = []
-            self.take(done, ended)
+            self.take(self.step(), ended)
             for manager in self.managers:
                 manager.check()
             passes += 1
         self.take(self.engine.scheduler.update(Step(), {}), ended)
+        assert not any(mover.findings() for mover in self.movers)
         mine = self.engine.scheduler.stats
         self.counts.update(suspended=mine.suspended, recomputed=mine.recomputed)
         for manager in self.managers:
             stats = manager.stats()
+            self.counts["failed moves"] += stats.failed_moves
             for name in ("reused_tokens", "evicted", "dropped", "offloaded", "onboarded"):
                 self.counts[name.partition("_")[0]] += getattr(stats, name)
             for tiers in stats.pools.values():
@@ -363,7 +349,7 @@ class Mix:
             return
         right = self.right_logits(request, [*request.tokens, *output[:-1]])[n - 1 :]
         assert output == [int(token) for token in right.argmax(-1)], f"{request}: wrong tokens"
-        seen = torch.stack(self.executor.logits[request.request_id][: len(output)])
+        seen = torch.stack([self.executor.logits[request.request_id][i] for i in range(len(output))])
         assert bool(seen.isfinite().all()), f"{request}: read what nobody has written"
         worst = float((seen - right).abs().max())
         assert worst < 1e-9, f"{request}: logits differ by {worst}"

@@ -12,6 +12,7 @@ import torch
 
 from kvpool.batches import Batches
 from kvpool.integrations.torch import executor
+from kvpool.mover import CpuMover, MoveBatch
 from kvpool.scheduler import request
 
 
@@ -50,8 +51,15 @@ def test_a_copy_that_is_not_made_is_noticed(monkeypatch: pytest.MonkeyPatch, fro
     assert _noticed()
 
 
-def test_an_offload_that_is_not_made_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvpool.manager._offload", lambda *_: lambda *_: True)
+def test_an_offload_of_another_page_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = CpuMover.submit
+
+    def submit(self: CpuMover, batch: MoveBatch, after: Any = ()) -> Any:
+        if batch.direction == "offload":  # another page goes down instead
+            batch = MoveBatch(batch.pool, batch.direction, [1] * len(batch.src), batch.dst)
+        return whole(self, batch, after)
+
+    monkeypatch.setattr(CpuMover, "submit", submit)
     assert _noticed()
 
 
