@@ -11,6 +11,13 @@ from kvpool.replay.report import Report
 _PAGES = {"active": "#1f5fa8", "held": "#e08a1e", "cached": "#a9cbe8", "fenced": "#c0392b", "free": "#eeeeee"}
 _REQUESTS = {"active": "#1f5fa8", "suspended": "#e08a1e", "waiting": "#8a8a8a"}
 _MOVES = {"evicted": "#1f5fa8", "dropped": "#c0392b", "offloaded": "#e08a1e", "onboarded": "#2e9e5b"}
+_NAMES = [
+    "hit rate, tokens of prompts that started",
+    "pages evicted and moved per simulated second",
+    "requests",
+    "time to first token, simulated s, by arrival",
+    "scheduler time per step, CPU µs",
+]
 _HEIGHT = 260  # pixels per plot
 _MOST_POINTS = 5000
 _RECENT = 20  # points of a moving hit rate: prompts start in bursts
@@ -25,13 +32,7 @@ def html(report: Report, title: str) -> str:
 
     tiers = [(pool, tier) for pool, by_tier in report.pools.items() for tier in by_tier]
     names = [f"pages of pool {pool}, {tier}" for pool, tier in tiers]
-    names += [
-        "hit rate, tokens of prompts that started",
-        "pages evicted and moved per simulated second",
-        "requests",
-        "time to first token, simulated s, by arrival",
-        "scheduler time per step, CPU µs",
-    ]
+    names += _NAMES
     figure = make_subplots(rows=len(names), cols=1, shared_xaxes=True, subplot_titles=names, vertical_spacing=0.035)
 
     def add(row: int, trace: Any) -> None:
