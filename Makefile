@@ -49,7 +49,8 @@ lint: setup
 TRACE ?= $(wildcard ../shared/traces/mooncake_conversation.jsonl)
 bench: setup
 	cargo run --quiet --release --manifest-path bench/rivals/Cargo.toml -- $(TRACE)
-	$(BIN)/python -m pytest bench/bench_w1_w2.py --benchmark-only --benchmark-columns=min,median,ops
+	$(BIN)/python -m pytest bench/bench_w1_w2.py bench/bench_w4.py bench/bench_mover.py --benchmark-only --benchmark-columns=min,median
+	$(BIN)/python bench/memory_short.py
 
 # On a machine with a GPU: CuPy, the tests that need one, and the speed of every path. Exits 2 where there is none.
 gpu-check: setup

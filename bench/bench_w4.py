@@ -17,12 +17,12 @@ from w4 import Case, World, figures
 
 STEPS = 400
 
-PLAIN = [Case("A"), Case("B memory"), Case("B forecast"), Case("C")]
-WAITING = [Case(kind, waiting=n) for kind in ("A", "B memory", "B forecast") for n in (16, 1000, 4000)]
+PLAIN = [Case("A"), Case("B memory"), Case("B forecast"), Case("B asked"), Case("C")]
+WAITING = [Case(kind, waiting=n) for kind in ("A", "B memory", "B asked") for n in (16, 1000, 4000)]
 CACHED = [Case(kind, cached=n) for kind in ("A", "C") for n in (1000, 100_000)]
 OTHERS = [
     Case(kind, **more)
-    for kind in ("A", "B memory", "C")
+    for kind in ("A", "B asked", "C")
     for more in ({"host": True}, {"window": True}, {"drafts": 3})
 ]  # fmt: skip
 

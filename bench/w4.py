@@ -1,8 +1,9 @@
 """W4, a scheduler step: 256 running decodes and 16 waiting contexts, in a state that lasts.
 
     A  the batch is full: nobody can start
-    B  there is a place, and the head does not fit: "memory" (fewer free slots than its prompt needs), or "forecast"
-       (they are free, and the started requests will need them)
+    B  there is a place, and the head does not fit: "memory" (fewer free slots than its prompt needs), "forecast" (they
+       are free, and the started requests will need them), or "asked" (memory; the youngest of the waiting is cancelled
+       and another one arrives before each step, so that no refusal of the step before stands)
     C  16 contexts of 1,024 tokens start, 512 of them cached
 
 Every step is measured between preparations that are not: 16 of the 256 decodes cross a block edge, outputs are
@@ -27,7 +28,7 @@ SLOTS = 1 << 17
 
 @dataclass(frozen=True)
 class Case:
-    """One state. kind: "A", "B memory", "B forecast" or "C". cached: blocks in the tree that nobody uses."""
+    """One state. kind: "A", "B memory", "B forecast", "B asked" or "C". cached: blocks in the tree that nobody uses."""
 
     kind: str
     waiting: int = WAITING
@@ -66,9 +67,9 @@ class World:
         self._new: list[Request] = []
         if case.kind != "C":
             for _ in range(case.waiting):
-                self._add(self._tokens(CONTEXT), self._length())
+                self._last = self._add(self._tokens(CONTEXT), self._length())
         self.outputs: dict[int | str, list[int]] = {r.request_id: [1] * (1 + case.drafts) for r in self.decodes}
-        if case.kind == "B memory":
+        if case.kind in ("B memory", "B asked"):
             self._holder = self.manager.create("holder", np.empty(0, np.int32))
             self._holder.resume()
 
@@ -122,6 +123,9 @@ class World:
             request = self._add(np.concatenate([prefix, self._tokens(CONTEXT - CACHED)]), 64)
             self._new.append(request)
             self.outputs[request.request_id] = [1]
+        if self.case.kind == "B asked":
+            self.scheduler.cancel(self._last.request_id)
+            self._last = self._add(self._last.tokens, self._length())
         if self._holder is not None:  # takes all but what the decodes of this step and half a context need
             room = self.manager.available_tokens() // T - DECODES * (1 + self.case.drafts) // T - CONTEXT // T // 2
             self._holder.resize(self._holder.capacity + T * room)

@@ -42,6 +42,7 @@ class Batches:
     rules: Callable[..., Any]
     name: Callable[[], int]
     count: Callable[..., None]
+    settle: Callable[[], None]
 
     def add_batch(self, batch: tuple[Entry, ...], retention: Any, lasting: Any) -> None:
         rules, ranges, decode = self.rules(retention, lasting)
@@ -78,6 +79,7 @@ class Batches:
             given.append(Request(self.name(), tokens[:cut], tokens[cut:], asked, rules))
         self.tell(f"manager.claim_contexts({given}, {least})")
         reused = self.real.claim_contexts([(request, least) for request in given])
+        self.settle()  # what it moved down is submitted by the next call otherwise
         for request, (_, _, _, scope), found in zip(given, batch, reused, strict=True):
             root = (self.scope(scope, 0)[1], self.model.epoch)
             tokens = request.tokens + request.output_tokens

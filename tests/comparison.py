@@ -60,11 +60,16 @@ class Comparison:
     def write(self, real: KVCache, model: ModelCache, tokens: list[int]) -> None:
         """ "Compute" the pages of the next tokens."""
         done = len(model.committed)
+        self.settle()
         due = self.contents(model.root, model.committed + tokens)
         for pool, name in enumerate(self.names):
             at, slots, values = self.places(pool, real.block_table(name), due)
             new = at >= done
             self.values[DEVICE][pool][slots[new], at[new] % self.t] = values[new]
+
+    def settle(self) -> None:
+        """All moves so far are over: pages are read and written here without a step around it."""
+        self.real.pages(self.names[0])
 
     def places(self, pool: int, table: IntArray, contents: list[int]) -> tuple[IntArray, IntArray, IntArray]:
         """All positions of a sequence that have a page; the page's slot and the due contents of each."""
@@ -80,6 +85,7 @@ class Comparison:
     def compare(self) -> None:
         """Everything that can be seen is as the model has it, and no page holds a wrong byte."""
         model = self.model
+        self.settle()
         self.real.check()
         stats = self.real.stats()
         for pool, name in enumerate(self.names):
@@ -161,6 +167,7 @@ class Comparison:
                 due = self.contents(model.root, model.committed)
                 whole = range(len(model.nodes), len(model.committed) // self.t)
                 paths += [(i, due, [row[i] for row in model.table]) for i in whole]
+        self.real.pages(self.names[0])  # all moves are over
         for i, due, pages in paths:
             for pool, page in enumerate(pages):
                 if page is not None:

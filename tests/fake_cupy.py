@@ -59,6 +59,7 @@ class World:
     capability: str = "90"
     pinned_limit: int = 1 << 50
     fault_at: int | None = None  # that piece of work fails, counted from 0
+    lazy: bool = False  # work runs for those who wait only, not for those who ask
     ran: int = 0
     launches: list[str] = field(default_factory=list)
     now_ms: float = 0.0
@@ -67,6 +68,7 @@ class World:
         self.random = random.Random(self.seed)
         self.lock = threading.RLock()
         self.queues: list[deque[Work]] = []
+        self.streams: dict[int, Stream] = {}
         self.ranges: dict[int, int] = {}  # address -> bytes: device memory and registered host memory
         self.registered: dict[int, int] = {}
         self.graveyard: list[Any] = []  # freed device memory: touching it must not crash the process
@@ -118,9 +120,10 @@ class Stream:
         assert non_blocking, "kvpool's streams must not wait for the default one"
         self.world, self.queue = world, deque[Work]()
         with world.lock:
+            world.check()
             world.queues.append(self.queue)
             self.ptr = len(world.queues)
-            world.check()
+            world.streams[self.ptr] = self
 
     def __enter__(self) -> Stream:
         stack = self.world.current.__dict__.setdefault("stack", [])
@@ -169,10 +172,10 @@ class Event:
 
     @property
     def done(self) -> bool:
-        """Asking lets time pass: some work runs first."""
+        """Asking lets time pass: some work runs first, unless the world is lazy."""
         with self.world.lock:
             self.world.check()
-            for _ in range(self.world.random.randrange(3)):
+            for _ in range(0 if self.world.lazy else self.world.random.randrange(3)):
                 self.world.step()
             return self.latest is None or self.latest.done
 
@@ -204,7 +207,7 @@ class Allocation:
     """Device memory, filled with rubbish when it comes and when it goes."""
 
     def __init__(self, world: World, num_bytes: int) -> None:
-        self._world = world
+        self._world, self.ptr, self._whole = world, 0, np.empty(0, np.uint8)
         self._whole = np.full(num_bytes + ALIGNMENT, 0xCD, np.uint8)
         self.ptr = -(-self._whole.ctypes.data // ALIGNMENT) * ALIGNMENT
         with world.lock:
@@ -216,6 +219,26 @@ class Allocation:
             self._world.ranges.pop(self.ptr, None)
             self._world.graveyard.append(self._whole)
             self._whole[:] = 0xDD
+
+
+class DeviceArray(np.ndarray):  # type: ignore[type-arg]
+    """Device memory that the host can look at, which a real one's cannot."""
+
+    @property
+    def data(self) -> Any:  # type: ignore[override]
+        return types.SimpleNamespace(ptr=self.ctypes.data)
+
+
+def _zeros(world: World) -> Callable[..., DeviceArray]:
+    def zeros(shape: tuple[int, int], dtype: Any) -> DeviceArray:
+        memory = Allocation(world, int(np.prod(shape)))
+        part = (ctypes.c_uint8 * int(np.prod(shape))).from_address(memory.ptr)
+        part.memory = memory  # lives as long as a view of it
+        array = np.ctypeslib.as_array(part).reshape(shape).view(DeviceArray)
+        array[:] = 0
+        return array
+
+    return zeros
 
 
 class Runtime:
@@ -327,11 +350,13 @@ def make(world: World) -> types.ModuleType:
         __version__="fake",
         RawModule=bound(RawModule),
         ones=np.ones,
+        zeros=_zeros(world),
         matmul=_matmul(world),
         cuda=types.SimpleNamespace(
             Device=bound(Device),
             Stream=bound(Stream),
             Event=bound(Event),
+            ExternalStream=lambda ptr: world.streams[ptr],
             alloc=bound(Allocation),
             get_elapsed_time=elapsed,
             runtime=Runtime(world),

@@ -8,8 +8,12 @@ from typing import Any
 import numpy as np
 
 from cpu_kernels import KERNELS_OF
+from kvpool.mover import MoveBatch
+from kvpool.mover.cuda import CudaMover
 from kvpool.mover.cuda_runtime import CudaRuntime
+from kvpool.mover.descriptors import CudaPool
 from kvpool.mover.launches import Launch
+from kvpool.mover.pinned import PinnedMemory
 
 GUARD = 256  # bytes on each side of an array on the device, which must stay
 FAMILY_OF = {kernel: family for family, kernels in KERNELS_OF.items() for kernel in kernels}
@@ -47,3 +51,33 @@ class GpuKernels:
             assert (found[:before] == 0xA7).all(), f"{kernel} wrote before its memory"
             assert (found[after:] == 0xA7).all(), f"{kernel} wrote behind its memory"
             argument.view(np.uint8)[:] = found[before:after]
+
+
+def mover_round_trip(runtime: CudaRuntime, page_bytes: int, engine_bytes: int) -> None:
+    """Pages go down, across and up by way of `CudaMover`; every byte of both tiers as NumPy says."""
+    n, random = 40, np.random.default_rng(page_bytes)
+    block = runtime.allocate((n + 1) * page_bytes)
+    with PinnedMemory(n * page_bytes, page_bytes, runtime) as pinned:
+        mover = CudaMover(
+            {"kv": CudaPool(page_bytes, block.ptr, n + 1, pinned)}, runtime, engine_bytes=engine_bytes, check=True
+        )
+        device = random.integers(0, 256, (n + 1, page_bytes), np.uint8)
+        host = random.integers(0, 256, (n, page_bytes), np.uint8)
+        runtime.upload(device, block.ptr)
+        pinned.array.reshape(n, page_bytes)[:] = host
+        for _ in range(6):
+            for direction, source, target, low in (
+                ("offload", device, host, (1, 0)),
+                ("copy", device, device, (1, 1)),
+                ("onboard", host, device, (0, 1)),
+            ):
+                src = random.permutation(n)[: n // 2] if direction != "copy" else random.permutation(n)
+                dst = random.permutation(n)[: n // 2] if direction != "copy" else src[n // 2 :]
+                src, dst = src[: n // 2] + low[0], dst + low[1]
+                assert mover.submit(MoveBatch("kv", direction, src, dst)) is not None
+                target[dst] = source[src]
+        assert mover.synchronize(60)
+        assert np.array_equal(pinned.array.reshape(n, page_bytes), host)
+        assert np.array_equal(runtime.download(block.ptr, device.size), device.ravel())
+        assert mover.totals()["pages"] == 6 * 3 * n // 2
+        mover.close()

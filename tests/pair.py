@@ -19,7 +19,6 @@ from batches import Batches
 from comparison import Comparison, Step
 from domains import MIXES, MOST_OPEN, MOST_STEPS, SCOPES
 from kvpool import CacheConfig, KVCache, KVCacheManager, LogicError, PoolConfig, PoolPlan, Retention, Scope, TokenRange
-from kvpool import manager as manager_module
 from model import DEVICE, FOREVER, HOST, Model, ModelCache, Node, Retain
 
 IntArray = npt.NDArray[Any]
@@ -35,26 +34,27 @@ class Recorded(KVCacheManager):
         self.told += [("up" if host else "copy", pool, src, dst) for pool, host, src, dst in copies]
 
 
-def recorded(*args: Any, **keywords: Any) -> tuple[Recorded, list[tuple[str, int, int, int]]]:
-    told: list[tuple[str, int, int, int]] = []
+class Offloads:
+    """The recorder of a manager's moves, which tells of each page that goes down."""
 
-    def make(*given: Any) -> Callable[[int, int, int], bool]:
-        offload = OFFLOAD(*given)
+    def __init__(self, recorder: Any, told: list[tuple[str, int, int, int]]) -> None:
+        self.recorder, self.told = recorder, told
 
-        def tell(pool: int, source: int, destination: int) -> bool:
-            told.append(("down", pool, source, destination))
-            return offload(pool, source, destination)
+    def take(self) -> Any:
+        taken = self.recorder.take()
+        self.told += [("down", *move) for move in taken]
+        return taken
 
-        return tell
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(manager_module, "_offload", make)
-        real = Recorded(*args, **keywords)
-    real.told = told
-    return real, told
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.recorder, name)
 
 
-OFFLOAD = manager_module._offload
+def recorded(*args: Any, **keywords: Any) -> Recorded:
+    real = Recorded(*args, **keywords)
+    real.told = []
+    assert real._moves is not None
+    real._moves.recorder = Offloads(real._moves.recorder, real.told)  # type: ignore[assignment]
+    return real
 
 
 class Pair(Batches, Comparison):
@@ -95,12 +95,12 @@ class Pair(Batches, Comparison):
         )
         num_slots, host_slots = (dict(zip(self.names, n, strict=True)) for n in (counts, host_counts))
         plan = PoolPlan(dict.fromkeys(self.names, 1), num_slots, host_slots, 8 * t * (sum(counts) + len(counts)))
-        self.real, told = recorded(config, "cpu", plan=plan)
+        self.real = recorded(config, "cpu", plan=plan)
         self.tiers = (DEVICE, HOST) if any(host_counts) else (DEVICE,)
         self.values = {tier: [self.real.pages(n, tier).view(np.int64) for n in self.names] for tier in self.tiers}
         specs = [(n, m, *rest) for n, m, rest in zip(counts, host_counts, pools, strict=True)]
         self.model = Model(t, specs, max_blocks, least, partial, self.max_seq_len)
-        self.model.told = told
+        self.model.told = self.real.told
         tell(f"{max_blocks} blocks of {t} tokens, at most {self.max_seq_len}, offload_min_priority {least}")
         tell(f"pools (device slots, host slots, window, sinks): {specs}")
         self.open: list[tuple[KVCache, ModelCache]] = []

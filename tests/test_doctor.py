@@ -69,7 +69,10 @@ def test_with_gpus(bare: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     out = capsys.readouterr().out
     assert "CUDA 12.8" in out
     assert "Test GPU B, 128.0 GiB, compute capability 9.1" in out
-    assert "backend is not built yet" in out
+    assert "never tried on a GPU" in out
+    assert main(["doctor", "--json"]) == 0
+    uses = json.loads(capsys.readouterr().out)["uses"]
+    assert (uses["device"], uses["why_not_cuda"]) == ("cuda", [])
 
 
 def test_on_this_machine() -> None:

@@ -7,7 +7,7 @@ import pytest
 
 import kernel_cases
 from cpu_kernels import SIGNATURES
-from gpu_kernels import GpuKernels
+from gpu_kernels import GpuKernels, mover_round_trip
 from kvpool import machine
 from kvpool.mover.cuda_runtime import CudaRuntime
 from kvpool.mover.launches import plan_launch
@@ -39,3 +39,9 @@ def test_slots_beyond_2_gib_of_pinned_memory() -> None:
         runtime.launch(launch, (host.address, device.ptr, lists.address, *numbers), stream)
         stream.synchronize()
         assert np.array_equal(runtime.download(device.ptr, content.size), content.ravel())
+
+
+@pytest.mark.parametrize("engine_bytes", [1, 1 << 40])
+@pytest.mark.parametrize("page_bytes", [24, 4096, 1 << 20])
+def test_the_mover_keeps_every_byte(page_bytes: int, engine_bytes: int) -> None:
+    mover_round_trip(CudaRuntime(), page_bytes, engine_bytes)

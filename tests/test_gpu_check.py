@@ -17,7 +17,7 @@ import fake_cupy
 import kernel_cases
 from cpu_kernels import SIGNATURES, plain_kernels
 from fake_cupy import World
-from gpu_kernels import GpuKernels
+from gpu_kernels import GpuKernels, mover_round_trip
 from kvpool import machine
 from kvpool.mover.cuda_runtime import CudaRuntime
 
@@ -155,3 +155,10 @@ def test_gpu_tests_notice_bytes_around_the_memory(world: World) -> None:
         GpuKernels(CudaRuntime()).launch(
             "scatter_pages_u8", 1, 32, (np.ones(16, np.uint8), memory, slots, np.int64(16), np.int32(1))
         )
+
+
+@pytest.mark.parametrize("engine_bytes", [1, 1 << 40])
+@pytest.mark.parametrize("page_bytes", [24, 4096])
+def test_the_movers_gpu_test_holds_under_the_stand_in(world: World, page_bytes: int, engine_bytes: int) -> None:
+    mover_round_trip(CudaRuntime(), page_bytes, engine_bytes)
+    assert world.registered == {}

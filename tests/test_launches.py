@@ -9,7 +9,7 @@ import pytest
 
 import cpu_kernels
 from kvpool import _core
-from kvpool.mover.launches import FAMILY, ROWS, THREADS, VECTOR, Launch, plan_launch
+from kvpool.mover.launches import FAMILY, KERNELS, ROWS, THREADS, VECTOR, Launch, plan_launch
 from kvpool.mover.twins import TWINS
 
 
@@ -65,6 +65,8 @@ def test_every_planned_kernel_is_in_its_family() -> None:
     for family, kernel in planned:
         assert kernel in cpu_kernels.signatures(_core.kernel_source(family))
     assert {kernel for _, kernel in planned} == set(cpu_kernels.SIGNATURES)
+    for family, kernels in KERNELS.items():
+        assert sorted(kernels) == sorted(cpu_kernels.KERNELS_OF[family])
 
 
 def test_planned_launches_do_what_the_twin_does() -> None:

@@ -10,6 +10,8 @@ import random
 from collections import Counter
 from typing import Any
 
+import pytest
+
 from domains import EVENTS, LIVELY, OPERATIONS, SETUP, Domain
 from kvpool import CacheConfig, KVCacheManager, PoolConfig
 from pair import Pair
@@ -40,6 +42,7 @@ def drive(seed: int, make: type[Pair] = Pair, most: int = OPERATIONS_EACH, **giv
     return pair
 
 
+@pytest.mark.timeout(600)  # some 40 s on a machine of its own
 def test_manager_equals_model_over_random_operations() -> None:
     did: Counter[str] = Counter()
     operations = 0

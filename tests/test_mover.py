@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -366,6 +369,27 @@ def test_a_mover_that_is_forgotten_ends_its_threads(memory: Memory) -> None:
     del mover
     assert ticket.result() is None
     assert memory.host_is(1, 101)
+
+
+def test_a_forked_child_closes_what_it_inherited_without_waiting_for_the_parents_threads(memory: Memory) -> None:
+    mover = CpuMover(memory.pools)
+    assert submitted(mover, "offload", [1], [1]).result() is None
+    child = os.fork()
+    if child == 0:
+        mover.close()
+        os._exit(7)
+    for _ in range(600):
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            break
+        time.sleep(0.05)
+    else:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        pytest.fail("the child hangs")
+    assert os.waitstatus_to_exitcode(status) == 7
+    assert submitted(mover, "offload", [2], [2]).result() is None
+    mover.close()
 
 
 def test_the_simple_movers_have_the_same_interface(memory: Memory) -> None:

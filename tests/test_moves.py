@@ -231,9 +231,47 @@ def test_a_move_that_takes_too_long_counts_as_failed(make: Callable[..., KVCache
     manager.step_end([cache])
     assert manager.lost() == [3]
     assert manager.stats().stuck_slots == 2
-    mover_of(manager).stall("onboard", False)
     cache.close()
+    assert manager.lost() == []
     manager.check()
+    # The two slots are fenced for good, and the others go on serving.
+    books = manager.stats().pools["kv"]["device"]
+    assert (books["fenced"], books["slots"]) == (2, 4)
+    assert manager.available_tokens() == 8
+    again = compute(manager, 4, A)
+    assert words(manager, again) == [t + 1000 for t in A]
+    mover_of(manager).stall("onboard", False)
+    assert mover_of(manager).synchronize()
+    assert words(manager, again) == [t + 1000 for t in A]
+    again.close()
+    manager.clear()
+    manager.check()
+    assert manager.stats().pools["kv"]["device"]["fenced"] == 2
+    assert len({slot for pool, tier, slot in mover_of(manager).fenced() if tier == "device"}) == 2
+
+
+def test_an_offload_that_takes_too_long_fences_its_host_slots(make: Callable[..., KVCacheManager]) -> None:
+    manager = make(device=4, move_timeout_s=0.05)
+    compute(manager, 1, A).close()
+    mover_of(manager).stall("offload")
+    other = manager.create(2, [])
+    assert other.resume()
+    assert other.resize(16)  # its slots are the sources of offloads that stand still
+    manager.step_begin([other])
+    manager.step_end([other])
+    assert manager.stats().stuck_slots == 2
+    assert manager.probe([*A, 99]) == 0
+    assert manager.stats().pools["kv"]["host"]["fenced"] == 2
+    other.close()
+    mover_of(manager).stall("offload", False)
+    manager.check()
+    first = compute(manager, 3, A)
+    assert words(manager, first) == [t + 1000 for t in A]
+    first.close()
+    compute(manager, 4, [*range(40, 56)]).close()
+    again = compute(manager, 5, A)
+    assert again.num_reused_tokens > 0
+    assert words(manager, again) == [t + 1000 for t in A]
 
 
 def test_a_full_queue_is_waited_for(make: Callable[..., KVCacheManager]) -> None:

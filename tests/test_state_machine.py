@@ -76,4 +76,6 @@ def test_manager_equals_model_in_every_state() -> None:
     run_state_machine_as_test(Machine, settings=SETTINGS)
     print(f"{Machine.operations} operations: {dict(Machine.total)}")
     if not EXAMPLES:
-        assert not EVENTS - Machine.total.keys()
+        # Hypothesis takes constants from the source, so its examples change with every edit; what is rare among them is
+        # demanded of the seeded runs in test_model_random.py only.
+        assert not EVENTS - {"expired"} - Machine.total.keys()

@@ -231,6 +231,25 @@ def test_resume_without_room_for_the_partial_block_alone_shortens_the_match(make
     other.close()
 
 
+def test_resume_that_gives_its_partial_block_up_may_move_that_block_down(make: Make) -> None:
+    """Its source is claimed by another SUSPENDED cache too, and makes the room for what must come up."""
+    manager = make((8, 8, None), (3, 8, 3), t=2)
+    store(manager, [1, 2, 3, 4, 5, 6], Retention([TokenRange(0, 4, 30), TokenRange(4, None, 40)]))
+    holder = manager.create("holder", [1, 2, 3, 4, 5, 6, 7])
+    cache = manager.create("partial", [1, 2, 3, 4, 5, 9])
+    assert (holder.num_reused_tokens, cache.num_reused_tokens) == (6, 5)
+    other = manager.create("other", [])
+    assert other.resume()
+    assert other.resize(4)  # takes the windows of the first block, which is stale, and of the second
+    assert manager.stats().pools["p1"]["host"]["held"] == 1
+    assert cache.resume()
+    assert cache.num_reused_tokens == 4
+    assert manager.stats().onboarded == 1
+    assert not holder.resume()
+    other.close()
+    assert holder.resume()
+
+
 def test_commit_in_flight_onto_several_blocks_needs_one_unit_for_each(make: Make) -> None:
     manager = make((4, 4, None))
     stored = run(manager, "stored", [1, 2])

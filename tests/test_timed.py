@@ -215,6 +215,7 @@ def test_memory_running_out_suspends_the_newest_and_everything_ends() -> None:
     assert report.suspended > 0
     assert report.offloaded > 0
     assert report.onboarded > 0
+    assert (report.recomputed, report.recomputed_tokens) == (0, 0)
     # What ended was verified whole once, and what came back once more.
     whole = 8 * Contents(16, 0).of(np.zeros(229, np.int32)).count(229)
     assert report.bytes_checked > 12 * whole

@@ -1,4 +1,4 @@
-"""W4 of kvpool, vLLM and SGLang in one run, in turns; and short memory with vLLM's scheduler.
+"""W4, W1 and W2 of kvpool, vLLM and SGLang in one run, in turns; and short memory with vLLM's scheduler.
 
     bench/rivals_py/run [--json PATH] [--rounds N]      makes the environment, then calls this
 
@@ -16,6 +16,9 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+import memory_short  # noqa: E402
+
 RIVALS = HERE / ".venv" / "bin" / "python"
 SYSTEMS = {
     "kvpool": [sys.executable, str(HERE / "kvpool_worker.py")],
@@ -24,10 +27,11 @@ SYSTEMS = {
 }
 CASES: dict[str, dict[str, Any]] = {
     "A": {"kind": "A"},
-    "B, too little memory": {"kind": "B memory"},
+    "B": {"kind": "B memory"},
+    "B, somebody comes and goes in each step": {"kind": "B asked"},
     "C": {"kind": "C"},
     "A, 4,000 waiting": {"kind": "A", "waiting": 4000},
-    "B, 4,000 waiting": {"kind": "B memory", "waiting": 4000},
+    "the same, 4,000 waiting": {"kind": "B asked", "waiting": 4000},
 }
 STEPS, WARM = 100, 10
 
@@ -93,17 +97,31 @@ def w4(workers: list[Worker], rounds: int) -> dict[str, dict[str, Any]]:
     return table
 
 
+def blocks(workers: list[Worker], rounds: int) -> dict[str, dict[str, list[int]]]:
+    """{"W1" | "W2": {system: [min, median]}}, ns per block."""
+    table: dict[str, dict[str, list[int]]] = {"W1": {}, "W2": {}}
+    for _ in range(rounds):
+        for worker in workers:
+            for name, times in (worker.ask(do="blocks", number=500) or {}).items():
+                table[name].setdefault(worker.name, []).extend(times)
+    return {
+        name: {system: [round(ns * 1000 / 64) for ns in low(times)] for system, times in systems.items()}
+        for name, systems in table.items()
+    }
+
+
 def short(workers: list[Worker]) -> dict[str, dict[str, Any]]:
-    """{pool / need: {system: {"steps": ..., "extra_percent": ..., "mean_end": ...}}}"""
+    """{"lengths, pool / need": {system: {"steps": ..., "extra_percent": ..., "mean_end": ...}}}"""
     table: dict[str, dict[str, Any]] = {}
-    for ratio in (1.0, 0.8, 0.7, 0.5):
-        answers = {worker.name: worker.ask(do="short", ratio=ratio) for worker in workers}
-        table[str(ratio)] = {name: answer for name, answer in answers.items() if answer}
+    for name, lengths in (("equal", memory_short.EQUAL), ("mixed", memory_short.mixed())):
+        for ratio in (1.0, 0.8, 0.7, 0.5):
+            answers = {worker.name: worker.ask(do="short", ratio=ratio, lengths=lengths) for worker in workers}
+            table[f"{name}, {ratio}"] = {system: answer for system, answer in answers.items() if answer}
     return table
 
 
 def markdown(results: dict[str, Any], names: list[str]) -> str:
-    """Two tables; the least of a row is bold."""
+    """Three tables; the least of a row is bold in the first two."""
     lines = ["| schedule + update, µs, min / median | " + " | ".join(names) + " |", "| --- " * (1 + len(names)) + "|"]
     for case, systems in results["w4"].items():
         best = min((figures["together"][1] for figures in systems.values()), default=0)
@@ -116,14 +134,21 @@ def markdown(results: dict[str, Any], names: list[str]) -> str:
             cell = f"{f['schedule'][0]:,} + {f['update'][0]:,} / {f['schedule'][1]:,} + {f['update'][1]:,}"
             cells.append(f"**{cell}**" if f["together"][1] == best else cell)
         lines.append(f"| {case} | " + " | ".join(cells) + " |")
-    lines += ["", "| pool / need: steps, extra tokens, mean step of an end | " + " | ".join(names) + " |"]
+    lines += ["", "| ns per block, min / median | " + " | ".join(names) + " |", "| --- " * (1 + len(names)) + "|"]
+    for name, per_system in results["blocks"].items():
+        best = min((figures[1] for figures in per_system.values()), default=0)
+        row = [per_system.get(system, [0, 0]) for system in names]
+        lines.append(
+            f"| {name} | " + " | ".join(f"**{a:,} / {b:,}**" if b == best else f"{a:,} / {b:,}" for a, b in row) + " |"
+        )
+    lines += ["", "| lengths, pool / need: steps, extra tokens, mean step of an end | " + " | ".join(names) + " |"]
     lines.append("| --- " * (1 + len(names)) + "|")
-    for ratio, systems in results["short"].items():
+    for world, systems in results["short"].items():
         cells = [
             f"{s['steps']:,}, {s['extra_percent']} %, {s['mean_end']}" if (s := systems.get(name)) else ""
             for name in names
         ]
-        lines.append(f"| {ratio} | " + " | ".join(cells) + " |")
+        lines.append(f"| {world} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -133,7 +158,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     given = parser.parse_args()
     workers = [Worker(name, command) for name, command in SYSTEMS.items()]
-    results: dict[str, Any] = {"w4": w4(workers, given.rounds), "short": short(workers)}
+    results: dict[str, Any] = {
+        "w4": w4(workers, given.rounds),
+        "blocks": blocks(workers, given.rounds),
+        "short": short(workers),
+    }
     results["failed"] = {worker.name: worker.error for worker in workers if worker.error}
     for worker in workers:
         worker.close()

@@ -27,10 +27,13 @@ from sglang.srt.managers.schedule_policy import PrefillAdder, SchedulePolicy
 from sglang.srt.managers.scheduler_components.batch_result_processor import SchedulerBatchResultProcessor
 from sglang.srt.managers.utils import GenerationBatchResult
 from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
+from sglang.srt.mem_cache.base_prefix_cache import EvictParams, InsertParams, MatchPrefixParams
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.common import release_kv_cache
 from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
-from sglang.srt.mem_cache.radix_cache import RadixCache
+from sglang.srt.mem_cache.radix_cache import RadixKey
+from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
+from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
@@ -44,25 +47,34 @@ MODEL = {
 }  # fmt: skip
 
 
+def configure() -> ModelConfig:
+    """What its parts read from the process."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(MODEL))
+        args = ServerArgs(
+            model_path=folder, skip_tokenizer_init=True, device="cpu", page_size=T, disable_overlap_schedule=True
+        )
+        runtime_context.publish(args, role="scheduler")
+        return ModelConfig.from_server_args(args)
+
+
+def pools(slots: int) -> tuple[ReqToTokenPool, PagedTokenToKVPoolAllocator, UnifiedRadixCache]:
+    """Rows of requests, pages, and the tree over them, with the core in Rust. Keys and values: nobody touches them."""
+    rows = ReqToTokenPool(DECODES + WAITING + 1, 4096, "cpu", False)
+    pages = PagedTokenToKVPoolAllocator(slots * T, T, torch.float16, "cpu", SimpleNamespace(), need_sort=False)
+    params = CacheInitParams(
+        disable=False, req_to_token_pool=rows, token_to_kv_pool_allocator=pages, page_size=T,
+        tree_components=(ComponentType.FULL,), tree_core_backend="rust",
+    )  # fmt: skip
+    return rows, pages, UnifiedRadixCache(params)
+
+
 class World:
     """256 running decodes, and in C the contexts that start."""
 
     def __init__(self, kind: str) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / "config.json").write_text(json.dumps(MODEL))
-            args = ServerArgs(
-                model_path=folder, skip_tokenizer_init=True, device="cpu", page_size=T, disable_overlap_schedule=True
-            )
-            runtime_context.publish(args, role="scheduler")
-            self._model = ModelConfig.from_server_args(args)
-        self._rows = ReqToTokenPool(DECODES + WAITING + 1, 4096, "cpu", False)
-        buffers = SimpleNamespace()  # keys and values: nobody touches them
-        self._slots = PagedTokenToKVPoolAllocator(SLOTS * T, T, torch.float16, "cpu", buffers, need_sort=False)
-        self._tree = RadixCache(
-            CacheInitParams(
-                disable=False, req_to_token_pool=self._rows, token_to_kv_pool_allocator=self._slots, page_size=T
-            )
-        )
+        self._model = configure()
+        self._rows, self._slots, self._tree = pools(SLOTS)
         self._processor = SchedulerBatchResultProcessor(
             is_generation=True, disaggregation_mode=DisaggregationMode.NULL, enable_overlap=False,
             enable_overlap_mlx=False, model_config=self._model, token_to_kv_pool_allocator=self._slots,
@@ -150,10 +162,48 @@ def w4(number: int, warm: int, kind: str, **more: Any) -> list[tuple[int, int]]:
     return steps(World(kind), number, warm)
 
 
-def short(ratio: float) -> None:
-    raise NotImplementedError(f"its scheduler is not driven (pool / need = {ratio})")
+def blocks(number: int) -> dict[str, list[int]]:
+    """W1 and W2, ns per call of 64 blocks: the tree's calls and the allocator's."""
+    configure()
+    _, pages, tree = pools(65_536)
+    rng = np.random.default_rng(0)
+    clock = time.thread_time_ns
+
+    def key(tokens: int) -> RadixKey:
+        return RadixKey(array("q", rng.integers(0, 2**31 - 1, tokens).tolist()))
+
+    def hold(one: RadixKey) -> tuple[Any, Any]:
+        match = tree.match_prefix(MatchPrefixParams(key=one))
+        assert match.device_prefix_len == 1024
+        return match.last_device_node, tree.inc_lock_ref(match.last_device_node)
+
+    keys = [key(1024) for _ in range(1000)]
+    for one in keys:
+        tree.insert(InsertParams(key=one, value=pages.alloc(1024)))
+    w1 = []
+    for at in rng.integers(0, 1000, number).tolist():
+        start = clock()
+        node, held = hold(keys[at])
+        tree.dec_lock_ref(node, held.to_dec_params())
+        w1.append(clock() - start)
+    while pages.available_size() >= 1024:
+        tree.insert(InsertParams(key=key(1024), value=pages.alloc(1024)))
+    w2 = []
+    for _ in range(number):
+        one = key(1024)
+        start = clock()
+        tree.evict(EvictParams(num_tokens=1024))
+        tree.insert(InsertParams(key=one, value=pages.alloc(1024)))
+        node, held = hold(one)
+        tree.dec_lock_ref(node, held.to_dec_params())
+        w2.append(clock() - start)
+    return {"W1": w1, "W2": w2}
+
+
+def short(ratio: float, lengths: list[tuple[int, int]]) -> None:
+    raise NotImplementedError(f"its scheduler is not driven ({len(lengths)} requests, pool / need = {ratio})")
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    serve({"w4": w4, "short": short})
+    serve({"w4": w4, "short": short, "blocks": blocks})

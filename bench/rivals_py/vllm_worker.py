@@ -17,11 +17,12 @@ import torch
 from vllm.config import CacheConfig, DeviceConfig, ModelConfig, SchedulerConfig, VllmConfig
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256_cbor
+from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.outputs import ModelRunnerOutput
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 from worker import serve, steps
 
@@ -89,7 +90,7 @@ class World:
         self._held: list[Any] = []
         if kind != "C":
             for _ in range(waiting):
-                self._add(self._tokens(CONTEXT), LIFE)
+                self._last = self._add(self._tokens(CONTEXT), LIFE)
 
     def _tokens(self, length: int) -> np.ndarray:
         return self._random.integers(0, 32000, length, np.int32)
@@ -106,14 +107,15 @@ class World:
             self.scheduler.update_from_output(scheduled, runner_output(scheduled, self.scheduler))
 
     def prepare(self) -> None:
-        from vllm.v1.request import RequestStatus
-
         if self._new:
             self.scheduler.finish_requests([one.request_id for one in self._new], RequestStatus.FINISHED_ABORTED)
         self._new = [
             self._add(np.concatenate([prefix, self._tokens(CONTEXT - CACHED)]), 64) for prefix in self._prefixes
         ]
-        if self._kind == "B memory":  # as ../w4.py: half of what the head needs stays free
+        if self._kind == "B asked":
+            self.scheduler.finish_requests([self._last.request_id], RequestStatus.FINISHED_ABORTED)
+            self._last = self._add(np.array(self._last.prompt_token_ids), LIFE)
+        if self._kind in ("B memory", "B asked"):  # as ../w4.py: half of what the head needs stays free
             pool = self.scheduler.kv_cache_manager.block_pool
             more = pool.get_num_free_blocks() - DECODES // T - CONTEXT // T // 2
             if more > 0:
@@ -135,13 +137,14 @@ class World:
         return middle - start, end - again
 
 
-def short(ratio: float) -> dict[str, Any]:
-    """See ../memory_short.py."""
-    need = 256 * 96
+def short(ratio: float, lengths: list[tuple[int, int]]) -> dict[str, Any]:
+    """See ../memory_short.py. A request ends by its max_tokens: vLLM admits without a look at it."""
+    need = sum(-(-(prompt + outputs) // T) for prompt, outputs in lengths)
+    tokens = sum(prompt + outputs for prompt, outputs in lengths)
     scheduler = build(int(need * ratio), 256, 8192)
     rng = np.random.default_rng(0)
-    for number in range(256):
-        scheduler.add_request(request(number, rng.integers(0, 32000, 1024, np.int32), 512))
+    for at, (prompt, outputs) in enumerate(lengths):
+        scheduler.add_request(request(at, rng.integers(0, 32000, prompt, np.int32), outputs))
     number = executed = ends = 0
     while scheduler.requests:
         before = len(scheduler.requests)
@@ -150,8 +153,50 @@ def short(ratio: float) -> dict[str, Any]:
         executed += scheduled.total_num_scheduled_tokens
         scheduler.update_from_output(scheduled, runner_output(scheduled, scheduler))
         ends += number * (before - len(scheduler.requests))
-    extra = executed - 256 * 1535
-    return {"steps": number, "extra_percent": round(100 * extra / (256 * 1536), 2), "mean_end": round(ends / 256, 1)}
+    extra = executed - (tokens - len(lengths))
+    return {
+        "steps": number, "extra_percent": round(100 * extra / tokens, 2), "mean_end": round(ends / len(lengths), 1)
+    }  # fmt: skip
+
+
+def blocks(number: int) -> dict[str, list[int]]:
+    """W1 and W2, ns per call of 64 blocks: BlockPool's calls, its hashes made before."""
+    pool = BlockPool(65_536 + 1, enable_caching=True, hash_block_size=T)
+    rng = np.random.default_rng(0)
+    clock = time.thread_time_ns
+
+    def fill(one: Request) -> None:
+        new = pool.get_new_blocks(64)
+        pool.cache_full_blocks(one, new, 0, 64, T, 0)
+        pool.free_blocks(reversed(new))
+
+    def fresh(at: int) -> Request:
+        return request(at, rng.integers(0, 2**31 - 1, 64 * T), 1)
+
+    cached = [fresh(at) for at in range(1000)]
+    for one in cached:
+        fill(one)
+    w1 = []
+    for at in rng.integers(0, 1000, number).tolist():
+        hashes = cached[at].block_hashes
+        start = clock()
+        found = []
+        for one in hashes:
+            hit = pool.get_cached_block(one, [0])
+            assert hit
+            found.append(hit[0])
+        pool.touch(found)
+        pool.free_blocks(reversed(found))
+        w1.append(clock() - start)
+    for at in range(65_536 // 64):
+        fill(fresh(at))
+    w2 = []
+    for at in range(number):
+        one = fresh(at)
+        start = clock()
+        fill(one)
+        w2.append(clock() - start)
+    return {"W1": w1, "W2": w2}
 
 
 def w4(number: int, warm: int, **case: Any) -> list[tuple[int, int]]:
@@ -159,4 +204,4 @@ def w4(number: int, warm: int, **case: Any) -> list[tuple[int, int]]:
 
 
 if __name__ == "__main__":
-    serve({"w4": w4, "short": short})
+    serve({"w4": w4, "short": short, "blocks": blocks})

@@ -70,6 +70,7 @@ class Batches:
 
     def _enter(self, request_ids: Sequence[int | str], handles: Sequence[Cache | None]) -> list[KVCache | None]:
         """Caches for the handles, under their ids."""
+        self._after()
         manager = cast("KVCacheManager", self)
         caches = [
             None if handle is None else KVCache(manager, request_id, handle)
@@ -107,6 +108,7 @@ class Batches:
         """What only LOST caches claimed goes with them."""
         if self._moves is not None and any(cache._lost for cache in caches):
             self._moves.recorder.drop_lost()
+            self._moves.retire()
 
     def _cache_of(self, request: Any) -> KVCache:
         request_id = _id_of(request)
@@ -142,6 +144,7 @@ class Batches:
         if self._moves is not None and (self._moves.flying or self._moves.failed):
             self._moves.before()
             self._note_losses()
+            self._moves.retire()
 
     def _after(self) -> None:
         """After the books have changed: what the core decided to move down is submitted."""
@@ -186,6 +189,7 @@ class Batches:
         caches = [cache for cache in list(self._caches.values()) if cache._state is None]
         for cache, hit in zip(caches, moves.recorder.lose([cache._handle for cache in caches], bad), strict=True):
             cache._lost |= hit
+        moves.retire()
 
     def _check_lost(self, caches: Iterable[KVCache]) -> None:
         """New caches may have matched blocks that another thread was just losing."""

@@ -27,9 +27,9 @@ def size(num_bytes: int | None) -> str:
 
 def uses(found: Machine) -> dict[str, Any]:
     """What kvpool makes of it: bytes, counts, and reasons."""
-    problems = found.cuda.problems or ["kvpool's CUDA backend is not built yet"]
+    problems = found.cuda.problems
     return {
-        "device": "cpu",
+        "device": "cpu" if problems else "cuda",
         "why_not_cuda": problems,
         "kernels": _core.kernel_names(),
         "pinned_chunk_bytes": CHUNK_BYTES,
@@ -61,8 +61,11 @@ def _offers(found: Machine) -> Table:
 
 def _used(used: dict[str, Any]) -> Table:
     table = Table("used", "")
-    table.add_row("device", f"{used['device']} (pages in host memory)")
-    table.add_row("not CUDA, because", escape("\n".join(used["why_not_cuda"])))
+    if used["why_not_cuda"]:
+        table.add_row("device", "cpu (pages in host memory)")
+        table.add_row("not CUDA, because", escape("\n".join(used["why_not_cuda"])))
+    else:
+        table.add_row("device", "cuda where it is asked for; never tried on a GPU by kvpool's own tests")
     table.add_row("kernels", ", ".join(used["kernels"]))
     table.add_row("pinned memory, per registration", size(used["pinned_chunk_bytes"]))
     table.add_row("threads that touch it first", str(used["prefault_threads"]))

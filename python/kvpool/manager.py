@@ -29,8 +29,9 @@ from kvpool.batches import Batches, taken
 from kvpool.cache import CacheState, Closing, KVCache
 from kvpool.config import CacheConfig, Retention, Scope
 from kvpool.errors import ConfigError, InvariantError, LogicError
-from kvpool.machine import check_cuda, parse_device
+from kvpool.machine import parse_device
 from kvpool.mover import CpuMover, Mover, SlotUse
+from kvpool.mover.cuda_memory import CudaMemory
 from kvpool.moves import Moves
 from kvpool.sizing import PoolPlan, plan_pools
 
@@ -96,8 +97,8 @@ class Event:
 class KVCacheManager(Batches, Closing):
     """Pools, tree and caches of one device.
 
-    device: "cpu" (pages in host memory) or None (books only). plan: slots per pool instead of
-    `plan_pools(config)`. buffers: the engine's own memory per pool, (num_slots + 1) * page_bytes bytes,
+    device: "cpu" (pages in host memory), "cuda" or "cuda:N" (CuPy arrays), None (books only). plan: slots per pool
+    instead of `plan_pools(config)`. buffers: the engine's own memory per pool, (num_slots + 1) * page_bytes bytes,
     C-contiguous. policy: "lru", or "slru" (request-level segmented LRU with ghosts). move_timeout_s: a move that takes
     longer has failed. mover: makes it from {pool: (device pages, host pages or None)}.
     Raises ConfigError for what cannot be provided. A context manager that closes.
@@ -116,9 +117,7 @@ class KVCacheManager(Batches, Closing):
     ) -> None:
         if not isinstance(config, CacheConfig):
             raise ConfigError(f"config: {config!r} is not a kvpool.CacheConfig")
-        if device is not None and parse_device(device) is not None:
-            check_cuda(device)
-            raise ConfigError(f"device: {device!r} - the CUDA backend is not built yet; use device='cpu'")
+        self._cuda = CudaMemory(device) if device is not None and parse_device(device) is not None else None
         if policy not in ("lru", "slru"):
             raise ConfigError(f"policy: {policy!r} is none of 'lru', 'slru'")
         self.config = config
@@ -127,8 +126,13 @@ class KVCacheManager(Batches, Closing):
         slots = [self.plan.num_slots[pool.name] for pool in config.pools]
         host = [self.plan.host_slots.get(pool.name, 0) for pool in config.pools]
         self._tiers = ("device", "host") if any(host) else ("device",)
-        self._pages = self._make_pages(device, buffers)
-        self._host_pages = self._make_host_pages(device) if any(host) else {}
+        self._pages: dict[str, ByteArray] = {}
+        self._host_pages: dict[str, ByteArray] = {}
+        if self._cuda is not None:
+            self._make_cuda_pages(self._cuda, buffers)
+        else:
+            self._pages = self._make_pages(device, buffers)
+            self._host_pages = self._make_host_pages(device) if any(host) else {}
         max_blocks = config.max_blocks
         if max_blocks is None:
             longest = -(-(config.max_seq_len or 0) // config.tokens_per_block)
@@ -148,7 +152,8 @@ class KVCacheManager(Batches, Closing):
         self._moves: Moves | None = None
         if self._pages:
             pages = {name: (device, self._host_pages.get(name)) for name, device in self._pages.items()}
-            self._moves = Moves(self._core, mover(pages), list(pages), move_timeout_s)
+            made = mover(pages) if self._cuda is None else self._cuda.mover()
+            self._moves = Moves(self._core, made, list(pages), move_timeout_s)
         self._uses: dict[KVCache, list[list[SlotUse]]] = {}
         self._caches: dict[int | str, KVCache] = {}
         self._closed = False
@@ -193,6 +198,15 @@ class KVCacheManager(Batches, Closing):
                     ) from error
             pages[pool.name][0] = 0
         return pages
+
+    def _make_cuda_pages(self, cuda: CudaMemory, buffers: Mapping[str, Any] | None) -> None:
+        if buffers:
+            raise ConfigError("buffers: not possible with device='cuda' yet; the manager's own are CuPy arrays")
+        for pool in self.config.pools:
+            slots, host_slots = self.plan.num_slots[pool.name] + 1, self.plan.host_slots.get(pool.name, 0)
+            self._pages[pool.name], host = cuda.add(pool.name, pool.page_bytes, slots, host_slots)
+            if host is not None:
+                self._host_pages[pool.name] = host
 
     def _make_host_pages(self, device: str | None) -> dict[str, ByteArray]:
         if device is None:
@@ -416,3 +430,5 @@ class KVCacheManager(Batches, Closing):
         self._closed = True
         if self._moves is not None:
             self._moves.mover.close()
+        if self._cuda is not None:
+            self._cuda.close()

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from kvpool._core import Core, Recorder
-from kvpool.mover import CpuMover, CpuStream, MoveBatch, Mover, SlotUse, Ticket
+from kvpool.mover import CpuStream, MoveBatch, Mover, SlotUse, Ticket
+from kvpool.mover.cuda import CudaMover
 
 # (pool, on the host, slot as the core counts it: from 1)
 BadPage = tuple[int, bool, int]
@@ -34,12 +35,13 @@ class Moves:
         self.recorder = Recorder(core)
         self.flying: list[_Flight] = []
         self.failed = 0
-        self.stuck: set[BadPage] = set()
+        self.stuck: set[BadPage] = set()  # a move that was given up may still write them
+        self.loose: list[BadPage] = []  # those of them that are not out of use yet
         self._names = list(pools)
         self._timeout = timeout
         self._bad: list[BadPage] = []
         self._lock = threading.RLock()  # who takes the record submits it before anybody else submits anything
-        self._checked = isinstance(mover, CpuMover) and mover.checks
+        self._checked = bool(getattr(mover, "checks", False))
 
     # -- before and after the core's books change ----------------------------------------------
 
@@ -105,7 +107,9 @@ class Moves:
     def _give_up(self, flights: Iterable[_Flight]) -> None:
         for flight in flights:
             if flight.ticket.give_up():
-                self.stuck.update((flight.pool, flight.host, slot) for slot in flight.slots)
+                pages = [(flight.pool, flight.host, slot) for slot in flight.slots]
+                self.stuck.update(pages)
+                self.loose += pages
 
     def _fail(self, pages: Sequence[BadPage]) -> None:
         self._bad += pages
@@ -119,6 +123,12 @@ class Moves:
             self.flying = [flight for flight in self.flying if flight not in over]
         for flight in over:
             self._fail([(flight.pool, flight.host, flight.slots[error.index]) for error in flight.ticket.errors()])
+
+    def retire(self) -> None:
+        """Slots that may still be written by a move that was given up are out of use for good once nobody has them."""
+        if self.loose:
+            with self._lock:
+                self.loose = self.recorder.retire(self.loose)
 
     def take_bad(self) -> list[BadPage]:
         """Pages that turned out not to have arrived since the last call."""
@@ -138,6 +148,7 @@ class Moves:
             uses = [SlotUse(self._names[pool], "device", of) for pool, of in slots]
             if not self.mover.step_begin(uses, None, self._timeout):
                 self._give_up(flights)
+                self.mover.step_begin(uses, None, self._timeout)  # for what was behind them
         if self.stuck:
             stuck = [(pool, False, slot) for pool, of in slots for slot in of if (pool, False, slot) in self.stuck]
             with self._lock:
@@ -154,8 +165,12 @@ class Moves:
 
     def notes(self, stream: object) -> bool:
         """Whether what a step uses must be written down: not if it is over at `step_end` and no page ever failed."""
-        return self._checked or self.failed > 0 or isinstance(stream, CpuStream)
+        return self._checked or self.failed > 0 or self._knows(stream)
+
+    def _knows(self, stream: object) -> bool:
+        """Whether the stream is one of the mover's kind; else the caller waits in its place."""
+        return isinstance(stream, CpuStream) or (stream is not None and isinstance(self.mover, CudaMover))
 
     def used(self, uses: Sequence[SlotUse], stream: object) -> None:
         """A step, launched on this stream or over, used these slots."""
-        self.mover.step_end(uses, stream if isinstance(stream, CpuStream) else None)
+        self.mover.step_end(uses, stream if self._knows(stream) else None)

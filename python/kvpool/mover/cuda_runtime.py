@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from kvpool import _core
-from kvpool.mover.launches import Launch
+from kvpool.mover.launches import KERNELS, Launch
 
 OPTIONS = ("--std=c++17",)
 _DEFAULT = 4  # cudaMemcpyDefault: the direction follows from the addresses
@@ -27,7 +27,6 @@ class CudaRuntime:
 
         self._cupy: Any = cupy
         self._device = cupy.cuda.Device(ordinal)
-        self._modules: dict[str, Any] = {}
         self._functions: dict[str, Any] = {}
         self._device.use()
 
@@ -35,6 +34,10 @@ class CudaRuntime:
         """A new stream that does not wait for the default one."""
         with self._device:
             return self._cupy.cuda.Stream(non_blocking=True)
+
+    def external_stream(self, address: int) -> Any:
+        """Somebody else's stream, by its address."""
+        return self._cupy.cuda.ExternalStream(address)
 
     def event(self, timing: bool = False) -> Any:
         """A new event, not recorded yet."""
@@ -61,27 +64,31 @@ class CudaRuntime:
         """By the copy engine, from and to device memory or registered host memory."""
         self._cupy.cuda.runtime.memcpyAsync(target, source, num_bytes, _DEFAULT, stream.ptr)
 
+    def compile(self, family: str) -> None:
+        """Makes the kernels of a family ready; the first launch does it else."""
+        with self._device:
+            module = self._cupy.RawModule(code=_core.kernel_source(family), options=OPTIONS)
+            for kernel in KERNELS[family]:
+                self._functions[kernel] = module.get_function(kernel)
+
     def launch(self, launch: Launch, arguments: Sequence[Any], stream: Any) -> None:
         """A kernel of kernels/: addresses as int, numbers as NumPy scalars of the kernel's own types."""
-        function = self._functions.get(launch.kernel)
-        if function is None:
-            function = self._load(launch)
+        if launch.kernel not in self._functions:
+            self.compile(launch.family)
         with self._device, stream:
-            function((launch.grid,), (launch.threads,), tuple(arguments))
-
-    def _load(self, launch: Launch) -> Any:
-        with self._device:
-            module = self._modules.get(launch.family)
-            if module is None:
-                module = self._cupy.RawModule(code=_core.kernel_source(launch.family), options=OPTIONS)
-                self._modules[launch.family] = module
-            self._functions[launch.kernel] = module.get_function(launch.kernel)
-        return self._functions[launch.kernel]
+            self._functions[launch.kernel]((launch.grid,), (launch.threads,), tuple(arguments))
 
     def allocate(self, num_bytes: int) -> Any:
         """Device memory; `.ptr` is its address. It is free when the object is gone."""
         with self._device:
             return self._cupy.cuda.alloc(num_bytes)
+
+    def zeros(self, shape: tuple[int, int]) -> tuple[Any, int]:
+        """Zeroed device memory as CuPy's array of uint8, and its address; returns when it is zero."""
+        with self._device:
+            array = self._cupy.zeros(shape, dtype=np.uint8)
+        self.synchronize()
+        return array, int(array.data.ptr)
 
     def upload(self, array: np.ndarray[Any, Any], target: int) -> None:
         """Any host array to device memory; returns when it is there."""

@@ -13,6 +13,11 @@ FAMILY = {
     "gather_pages": "gather_pages",
     "scatter_pages": "gather_pages",
 }
+KERNELS = {  # of each family
+    "copy_pages": ("copy_pages_u128", "copy_pages_u8"),
+    "copy_ring": ("copy_ring_u128",),
+    "gather_pages": ("gather_pages_u128", "gather_pages_u8", "scatter_pages_u128", "scatter_pages_u8"),
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,9 +3,9 @@
 The loop submits what has arrived, runs one step of the engine, and counts what ended; the executor lets the simulated
 time pass that the step takes by the model. A request that could never run is refused with the numbers.
 
-What is measured is the scheduler: the processor time of everything that a step of the engine does besides `execute`,
-that is `schedule` and `update` with all calls of the manager and its copies. Nothing of it waits: on a machine of its
-own this is the real time, and on a shared one others do not blur it.
+What is measured is the scheduler: the processor time that everything in a step of the engine besides `execute` takes on
+this thread, that is `schedule` and `update` with all calls of the manager. What the thread waits for is not in it: the
+machine, or a page on its way.
 """
 
 from __future__ import annotations

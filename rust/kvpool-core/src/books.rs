@@ -72,7 +72,7 @@ fn pool_books(core: &Core, tier: Tier, pool: usize, uses: &[Use]) -> PoolBooks {
             }
             Owner::Active => Use::Active,
             Owner::Held => Use::Held,
-            Owner::Fenced => Use::Fenced,
+            Owner::Fenced | Owner::Retired => Use::Fenced,
             Owner::Node(index) if core.tree.windowed[pool] => {
                 strongest(core.tree.pages[pool].holders[index as usize].get())
             }

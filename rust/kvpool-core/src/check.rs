@@ -281,6 +281,11 @@ fn check_slots(core: &Core, caches: &[&Cache], tier: Tier, pool: usize) -> Resul
             }
         }
     }
+    for slot in 1..=slots.num_slots() {
+        if slots.owner(slot) == Owner::Retired {
+            owners[slot as usize].push(Owner::Retired);
+        }
+    }
     for (slot, owners) in owners.iter().enumerate().skip(1) {
         let count = owners.len();
         ensure!(

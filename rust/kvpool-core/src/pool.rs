@@ -19,6 +19,8 @@ pub enum Owner {
     Held,
     /// Nobody yet: a launched step may still touch it.
     Fenced,
+    /// Nobody for good: a move that was given up may still write it.
+    Retired,
     /// A node of the tree.
     Node(u32),
 }
@@ -30,7 +32,8 @@ impl Owner {
             Self::Active => 1,
             Self::Held => 2,
             Self::Fenced => 3,
-            Self::Node(index) => u64::from(index) + 4,
+            Self::Retired => 4,
+            Self::Node(index) => u64::from(index) + 5,
         }
     }
     fn from_u64(raw: u64) -> Self {
@@ -39,7 +42,8 @@ impl Owner {
             1 => Self::Active,
             2 => Self::Held,
             3 => Self::Fenced,
-            index => Self::Node((index - 4) as u32),
+            4 => Self::Retired,
+            index => Self::Node((index - 5) as u32),
         }
     }
 }
@@ -194,6 +198,29 @@ impl SlotPool {
     /// Whether the page has left a slot that is lent.
     pub fn is_left(&self, slot: u32) -> bool {
         self.lent[slot as usize].load(Ordering::Relaxed) & LEFT != 0 // Relaxed: `check` of a core at rest
+    }
+
+    /// Takes a free slot out of use for good, with its unit. `false`: it is not free now, or what is free is promised; or
+    /// another thread was faster. O(free slots).
+    pub fn retire(&self, slot: u32) -> bool {
+        if self.owner(slot) != Owner::Free || !self.reserve(1) {
+            return false;
+        }
+        let mut others = Vec::new();
+        let found = loop {
+            match self.take() {
+                None => break false,
+                Some(other) if other == slot => break true,
+                Some(other) => others.push(other),
+            }
+        };
+        others.into_iter().rev().for_each(|other| self.give(other));
+        if found {
+            self.set_owner(slot, Owner::Retired);
+        } else {
+            self.unreserve(1);
+        }
+        found
     }
 
     /// Most slots that were ever not free.

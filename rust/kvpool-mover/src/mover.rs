@@ -89,13 +89,18 @@ impl Shared {
         task.run(&self.pools);
         state = lock(&self.state);
         state.finish(task);
-        for (other, wake) in self.wake.iter().enumerate() {
-            if state.closed || !state.is_idle(other) {
+        self.changed(&state);
+        state
+    }
+
+    /// Wakes whoever may go on now.
+    pub fn changed(&self, state: &State) {
+        for (stream, wake) in self.wake.iter().enumerate() {
+            if state.closed || !state.is_idle(stream) {
                 wake.notify_one(); // closed: a thread whose last work was done by a waiter has to end
             }
         }
         self.news.notify_all();
-        state
     }
 
     /// A stream's thread: until the mover is closed and nothing is left.
@@ -193,6 +198,8 @@ pub struct Mover {
     threads: Mutex<Vec<JoinHandle<()>>>,
     /// The engine's streams that were handed out.
     streams: Mutex<usize>,
+    /// The process that has the threads: a child of it has none.
+    process: u32,
 }
 
 impl Mover {
@@ -217,6 +224,7 @@ impl Mover {
             shared,
             threads: Mutex::new(Vec::new()),
             streams: Mutex::new(CALLER + 1),
+            process: std::process::id(),
         })
     }
 
@@ -425,6 +433,10 @@ impl Mover {
         self.end();
         let threads = std::mem::take(&mut *lock(&self.threads));
         let me = std::thread::current().id();
+        if self.process != std::process::id() {
+            std::mem::forget(threads); // of the parent; there is nobody here to wait for
+            return;
+        }
         if threads.iter().any(|thread| thread.thread().id() == me) {
             return; // a stream's own thread cannot wait for itself
         }

@@ -117,7 +117,6 @@ pub(crate) struct Stream {
 /// The head of a stream, to be run without the lock.
 pub(crate) struct Task {
     pub stream: usize,
-    place: u64,
     work: Option<Work>,
     /// Pages that are not copied, by number.
     skip: Vec<(u32, Code)>,
@@ -310,7 +309,6 @@ impl State {
         self.streams[stream].running = true;
         let mut task = Task {
             stream,
-            place: entry.place,
             work: None,
             skip: Vec::new(),
             calls: 0,
@@ -340,10 +338,39 @@ impl State {
         task
     }
 
+    /// All work before the head of a stream that does not run is done, or was taken out.
+    fn advance(&mut self, stream: usize) {
+        let s = &self.streams[stream];
+        if !s.running {
+            self.done[stream] = s.queue.front().map_or(s.placed, |head| head.place - 1);
+        }
+    }
+
+    /// Takes the pieces of a ticket out that do not run yet: they never will, and nobody needs to wait for them.
+    pub fn withdraw(&mut self, ticket: &Arc<Mutex<Progress>>) {
+        for stream in 0..STREAMS {
+            let queue = std::mem::take(&mut self.streams[stream].queue);
+            for entry in queue {
+                match entry.work {
+                    Work::Move(m) if Arc::ptr_eq(&m.ticket, ticket) => {
+                        let pages = lock(&m.runs)
+                            .iter()
+                            .flat_map(|run| run.pages())
+                            .collect::<Vec<_>>();
+                        let skip: Vec<_> = pages.iter().map(|page| (page.index, Code::Timeout)).collect();
+                        self.finish_move(m, &skip, 0);
+                    }
+                    work => self.streams[stream].queue.push_back(Entry { work, ..entry }),
+                }
+            }
+            self.advance(stream);
+        }
+    }
+
     /// The head of a stream was run.
     pub fn finish(&mut self, task: Task) {
         self.streams[task.stream].running = false;
-        self.done[task.stream] = task.place;
+        self.advance(task.stream);
         match task.work {
             Some(Work::Move(m)) => self.finish_move(m, &task.skip, task.calls),
             Some(Work::Mark(written)) => self.heal(&written),

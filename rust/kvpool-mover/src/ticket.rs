@@ -89,7 +89,8 @@ impl Ticket {
         progress.errors.iter().map(error).collect()
     }
 
-    /// Counts as failed from here on, if it is not done: pages that are not copied yet never will be. Its slots are fenced.
+    /// Counts as failed from here on, if it is not done: pages that are not being copied yet never will be, and nobody
+    /// waits for them. Its slots are reported as fenced.
     pub fn give_up(&self) -> bool {
         let mut state = lock(&self.shared.state);
         let mut progress = lock(&self.progress);
@@ -105,7 +106,9 @@ impl Ticket {
         let slots = slots.chain(progress.dst.iter().map(|&slot| (to, slot)));
         let slots = slots.map(|(tier, slot)| (progress.pool, tier, slot as u32));
         state.fenced.extend(slots);
-        self.shared.news.notify_all();
+        drop(progress);
+        state.withdraw(&self.progress);
+        self.shared.changed(&state);
         true
     }
 }

@@ -68,6 +68,15 @@ impl Recorder {
         cache.get().enter().is_ok_and(|cache| core.is_lost(&cache))
     }
 
+    /// Takes slots out of use for good: (pool, on the host, slot from 1) -> those that are not free yet
+    fn retire(&self, slots: Vec<(usize, bool, u32)>) -> Vec<(usize, bool, u32)> {
+        let core = &self.core.get().core;
+        let tier = |host| if host { Tier::Host } else { Tier::Device };
+        let mut slots = slots;
+        slots.retain(|&(pool, host, slot)| !core.retire(pool, tier(host), slot));
+        slots
+    }
+
     /// Drops lost blocks that nobody claims any more.
     fn drop_lost(&self) {
         self.core.get().core.drop_lost();

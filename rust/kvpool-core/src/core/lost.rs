@@ -59,6 +59,12 @@ impl Core {
         path.any(|node| self.tree.nodes[node.index()].lost.get() == 1)
     }
 
+    /// Takes a slot out of use for good, counted as fenced: a move that was given up may still write it. `false`: it is not
+    /// free, or what is free is promised; try again later.
+    pub fn retire(&self, pool: usize, tier: Tier, slot: u32) -> bool {
+        self.slots(tier)[pool].retire(slot)
+    }
+
     /// Drops lost blocks that nobody claims any more, with all that is below them. O(nodes).
     pub fn drop_lost(&self) {
         for index in 0..self.tree.nodes.len() {

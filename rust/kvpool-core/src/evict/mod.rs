@@ -174,7 +174,7 @@ impl Core {
         let (index, parent) = (dead.index(), self.tree.parent(dead.index()));
         let gone = self.strip(&dead, keep);
         self.tree.recycle(dead);
-        if !self.tree.is_block(index) {
+        if !self.tree.is_block(index) && !parent.is_nil() && !self.tree.is_block(parent.index()) {
             self.bury_parked(parent); // its cache's thread found it still with a child
         }
         gone
@@ -247,11 +247,11 @@ impl Core {
         }
     }
 
-    /// A private block whose cache is closed, and those above it that have no other below. One that is on the move is
-    /// buried by the mover.
+    /// A node that nobody claims any more, and the private blocks above it that have no other below: those of a closed cache.
+    /// One that is on the move is buried by the mover.
     pub(crate) fn bury_parked(&self, node: Link) {
         let mut at = node;
-        while !at.is_nil() && !self.tree.is_block(at.index()) && self.tree.is_live(at) {
+        while self.tree.is_live(at) {
             let parent = self.tree.parent(at.index());
             self.tree.see_children(at.index());
             let Some(dead) = self.tree.kill(at.index()) else {
@@ -259,6 +259,9 @@ impl Core {
             };
             self.strip(&dead, None);
             self.tree.recycle(dead);
+            if parent.is_nil() || self.tree.is_block(parent.index()) {
+                return;
+            }
             at = parent;
         }
     }

@@ -72,6 +72,11 @@ impl Order {
         self.queued.fill(Link::NIL);
     }
 
+    /// Indices of the nodes in it, some of them twice, some gone.
+    pub fn indices(&self) -> impl Iterator<Item = usize> + '_ {
+        self.heap.iter().map(|Reverse((_, node))| node.index())
+    }
+
     /// Adds a lower bound.
     pub fn push(&mut self, key: Key, node: Link) {
         self.queued[node.index()] = node;

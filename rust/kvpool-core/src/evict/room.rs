@@ -5,10 +5,13 @@
 //! Victims leave in their one order, claimed or not, until every pool has enough available: the move of a claimed page adds
 //! to it, that of an unclaimed one is part of the need anyway.
 
+use super::order::Key;
+use super::Orders;
 use crate::core::Core;
+use crate::pool::SlotPool;
 use crate::words::Tier;
 use std::cmp::Reverse;
-use std::collections::BinaryHeap;
+use std::collections::{BinaryHeap, HashMap, HashSet};
 
 impl Core {
     /// Pages of a pool that only SUSPENDED caches claim. A hint while others are at work.
@@ -33,36 +36,69 @@ impl Core {
     /// Whether each pool could have so many slots available. One comparison by pool, unless pages of SUSPENDED caches have
     /// to move and a windowed pool's part of the host is too small for all of its own: then the moves are tried on paper.
     pub(crate) fn can_have(&self, need: impl Fn(usize) -> u32) -> bool {
+        match self.is_within_bounds(&need) {
+            Some(answer) => answer,
+            // Another thread inside: a moment's answer, by the bound alone.
+            None => self.on_paper().is_none_or(|mut paper| paper.can_have(&need)),
+        }
+    }
+
+    /// `None`: it is not above the bound, which may not be reached.
+    fn is_within_bounds(&self, need: &impl Fn(usize) -> u32) -> Option<bool> {
         let mut pools = 0..self.pools.len();
         let short = |pool: usize| need(pool) > self.pools[pool].available();
         if !pools.clone().any(short) {
-            return true;
+            return Some(true);
         }
-        if !self.tiered
-            || pools
-                .clone()
-                .any(|pool| short(pool) && need(pool) > self.reachable(pool))
-        {
-            return false;
+        let beyond = |pool: usize| short(pool) && need(pool) > self.reachable(pool);
+        if !self.tiered || pools.clone().any(beyond) {
+            return Some(false);
         }
+        let windowed = &self.tree.windowed;
         let crowded =
-            |pool| self.tree.windowed[pool] && self.suspended_pages(pool) > self.hosts[pool].available();
-        !pools.any(crowded) || OnPaper::new(self).can_have(&need)
+            |pool: usize| windowed[pool] && self.suspended_pages(pool) > self.hosts[pool].available();
+        (!pools.any(crowded)).then_some(true)
+    }
+
+    fn on_paper(&self) -> Option<OnPaper<'_>> {
+        let mut orders = self.keeper.orders.enter()?;
+        Some(OnPaper::new(self, &mut orders))
     }
 
     /// The most slots that each pool could have available at once.
     pub(crate) fn most_for_all(&self) -> u32 {
-        let mut most = self.pools.iter().map(|pool| pool.available()).min().unwrap_or(0);
-        let mut too_much = self.pools.iter().map(|pool| pool.num_slots()).min().unwrap_or(0) + 1;
+        let pools = || 0..self.pools.len();
+        let most = pools().map(|pool| self.pools[pool].available()).min();
+        let most_at_all = pools().map(|pool| self.reachable(pool)).min();
+        let (mut most, mut too_much) = (most.unwrap_or(0), most_at_all.unwrap_or(0) + 1);
+        let mut paper = None;
         while self.tiered && too_much - most > 1 {
             let middle = most + (too_much - most) / 2;
-            if self.can_have(|_| middle) {
+            let fits = self.is_within_bounds(&|_| middle).unwrap_or_else(|| {
+                let paper = paper.get_or_insert_with(|| self.on_paper());
+                paper.clone().is_none_or(|mut paper| paper.can_have(&|_| middle))
+            });
+            if fits {
                 most = middle;
             } else {
                 too_much = middle;
             }
         }
         most
+    }
+
+    /// Whether a victim has to leave before a block that only SUSPENDED caches claim can, or is one.
+    fn is_in_the_way(&self, mut index: usize) -> bool {
+        loop {
+            if self.tree.state(index).refs() > 0 {
+                return self.tree.pins(index) == 0;
+            }
+            let parent = self.tree.parent(index);
+            if parent.is_nil() {
+                return false;
+            }
+            index = parent.index();
+        }
     }
 
     /// Moves pages down until every pool has so many available. `false`: it cannot be, and nothing has changed (or another
@@ -94,109 +130,125 @@ impl Core {
     }
 }
 
-/// What would come of `make_room`.
+/// What would come of `make_room`. Victims that are no block of a SUSPENDED cache and stand below none change nothing: it
+/// costs a walk up from each leaf, and then as much as what could move and what stands below it.
+#[derive(Clone)]
 struct OnPaper<'a> {
     core: &'a Core,
     /// By pool, available.
     device: Vec<u32>,
     host: Vec<u32>,
-    /// By node, children on the device.
-    near: Vec<u32>,
+    /// Blocks that may leave next.
+    leaves: BinaryHeap<Reverse<(Key, usize)>>,
+    /// By windowed pool, pages that only SUSPENDED caches claim, in order.
+    pages: Vec<Vec<usize>>,
+    /// By node, children on the device, where one of them left.
+    near: HashMap<usize, u32>,
     /// By pool and node, pages that left.
-    gone: Vec<Vec<bool>>,
+    gone: HashSet<(usize, usize)>,
 }
 
 impl<'a> OnPaper<'a> {
-    fn new(core: &'a Core) -> Self {
-        let nodes = core.tree.nodes.len();
-        Self {
+    fn new(core: &'a Core, orders: &mut Orders) -> Self {
+        core.catch_up(orders);
+        let mut seen = HashSet::new();
+        let first = |&index: &usize| {
+            core.is_victim(Tier::Device, index) && core.is_in_the_way(index) && seen.insert(index)
+        };
+        let leaves = orders.leaves[0].indices().filter(first);
+        let mut paper = Self {
             core,
-            device: core.pools.iter().map(|pool| pool.available()).collect(),
-            host: core.hosts.iter().map(|pool| pool.available()).collect(),
-            near: (0..nodes).map(|index| core.tree.near(index)).collect(),
-            gone: vec![vec![false; nodes]; core.pools.len()],
+            device: core.pools.iter().map(SlotPool::available).collect(),
+            host: core.hosts.iter().map(SlotPool::available).collect(),
+            leaves: leaves
+                .map(|index| Reverse((core.leaf_key(index), index)))
+                .collect(),
+            pages: vec![Vec::new(); core.pools.len()],
+            near: HashMap::new(),
+            gone: HashSet::new(),
+        };
+        for pool in (0..core.pools.len()).filter(|&pool| core.tree.windowed[pool]) {
+            core.catch_up_pages(orders, pool);
+            let pages = &mut paper.pages[pool];
+            pages.extend(orders.pages[0][pool].indices());
+            pages.retain(|&index| {
+                core.is_idle(Tier::Device, pool, index) && core.tree.page(pool, index).is_held()
+            });
+            pages.sort_by_key(|&index| core.page_key(pool, index));
+            pages.dedup();
         }
+        paper
     }
 
     fn can_have(&mut self, need: &impl Fn(usize) -> u32) -> bool {
         (0..self.device.len()).all(|pool| {
             if self.core.tree.windowed[pool] {
-                self.pages(pool, need(pool));
+                self.leave_pages(pool, need(pool));
             } else {
-                self.blocks(pool, need(pool));
+                self.leave_blocks(pool, need(pool));
             }
             self.device[pool] >= need(pool)
         })
     }
 
-    /// Pages of a windowed pool leave until it has `need`.
-    fn pages(&mut self, pool: usize, need: u32) {
-        let core = self.core;
-        let idle = |&index: &usize| core.is_idle(Tier::Device, pool, index) && !self.gone[pool][index];
-        let mut order: Vec<_> = (0..self.near.len()).filter(idle).collect();
-        order.sort_by_key(|&index| core.page_key(pool, index));
-        for index in order {
-            if self.device[pool] >= need {
-                return;
+    /// Pages of a windowed pool move down until it has `need`; unclaimed ones between them change nothing.
+    fn leave_pages(&mut self, pool: usize, need: u32) {
+        for index in std::mem::take(&mut self.pages[pool]) {
+            if self.device[pool] < need && self.goes_down(pool, index) {
+                self.gone.insert((pool, index));
             }
-            self.gone[pool][index] = self.leaves(pool, index) || core.tree.page(pool, index).claims() == 0;
         }
     }
 
     /// A page that only SUSPENDED caches claim moves down. `false`: it is none, or finds no room.
-    fn leaves(&mut self, pool: usize, index: usize) -> bool {
-        let moves = self.is_held(pool, index) && self.host[pool] > 0;
-        if moves {
+    fn goes_down(&mut self, pool: usize, index: usize) -> bool {
+        let goes = self.is_held(pool, index) && self.host[pool] > 0;
+        if goes {
             self.host[pool] -= 1;
             self.device[pool] += 1;
         }
-        moves
+        goes
     }
 
     fn is_held(&self, pool: usize, index: usize) -> bool {
-        let core = self.core;
-        !self.gone[pool][index]
-            && if core.tree.windowed[pool] {
-                core.tree.page(pool, index).is_held()
+        let tree = &self.core.tree;
+        !self.gone.contains(&(pool, index))
+            && if tree.windowed[pool] {
+                tree.page(pool, index).is_held()
             } else {
-                core.tree.state(index).refs() > 0
+                tree.state(index).refs() > 0
             }
     }
 
-    /// Blocks leave until a full-attention pool has `need`.
-    fn blocks(&mut self, pool: usize, need: u32) {
-        let core = self.core;
-        let first = |&index: &usize| {
-            let state = core.tree.state(index);
-            let here = state.is_live() && state.tier() == Tier::Device && !self.gone[pool][index];
-            here && self.near[index] == 0 && core.tree.pins(index) == 0
-        };
-        let leaves = (0..self.near.len()).filter(first);
-        let mut order: BinaryHeap<_> = leaves
-            .map(|index| Reverse((core.leaf_key(index), index)))
-            .collect();
+    /// Blocks leave until a full-attention pool has `need`. One that finds no room stays for good, and what is above it.
+    fn leave_blocks(&mut self, pool: usize, need: u32) {
+        let tree = &self.core.tree;
         while self.device[pool] < need {
-            let Some(Reverse((_, index))) = order.pop() else {
+            let Some(Reverse((_, index))) = self.leaves.pop() else {
                 return;
             };
             let pools = 0..self.device.len();
-            if core.tree.state(index).refs() > 0 {
-                let stays = |pool| self.is_held(pool, index) && self.host[pool] == 0;
-                if pools.clone().any(stays) {
+            if tree.state(index).refs() > 0 {
+                if pools
+                    .clone()
+                    .any(|pool| self.is_held(pool, index) && self.host[pool] == 0)
+                {
                     continue;
                 }
                 pools.clone().for_each(|pool| {
-                    self.leaves(pool, index);
+                    self.goes_down(pool, index);
                 });
             }
-            pools.for_each(|pool| self.gone[pool][index] = true);
-            let parent = core.tree.parent(index);
+            self.gone.extend(pools.map(|pool| (pool, index)));
+            let parent = tree.parent(index);
             if parent.is_nil() {
                 continue;
             }
-            self.near[parent.index()] -= 1;
-            if self.near[parent.index()] == 0 && core.tree.pins(parent.index()) == 0 {
-                order.push(Reverse((core.leaf_key(parent.index()), parent.index())));
+            let above = parent.index();
+            let near = self.near.entry(above).or_insert_with(|| tree.near(above));
+            *near = near.saturating_sub(1);
+            if *near == 0 && tree.pins(above) == 0 {
+                self.leaves.push(Reverse((self.core.leaf_key(above), above)));
             }
         }
     }

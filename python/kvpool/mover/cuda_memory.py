@@ -1,0 +1,49 @@
+"""Memory of a manager on a GPU: pages of the device and pinned ones of the host, and the mover between them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kvpool.machine import check_cuda, parse_device
+from kvpool.mover.cuda import CudaMover
+from kvpool.mover.cuda_runtime import CudaRuntime
+from kvpool.mover.descriptors import CudaPool
+from kvpool.mover.pinned import PinnedMemory, StderrProgress
+
+
+class CudaMemory:
+    """Of one GPU ("cuda", "cuda:1"). ConfigError: this machine cannot use it; says why."""
+
+    def __init__(self, device: str) -> None:
+        check_cuda(device)
+        self._runtime = CudaRuntime(parse_device(device) or 0)
+        self._pools: dict[str, CudaPool] = {}
+        self._pinned: list[PinnedMemory] = []
+
+    def add(self, name: str, page_bytes: int, device_slots: int, host_slots: int) -> tuple[Any, Any | None]:
+        """Zeroed pages of a pool: CuPy's array (device_slots, page_bytes), NumPy's (host_slots, page_bytes) or None.
+
+        MemoryError: they cannot be had.
+        """
+        try:
+            pages, address = self._runtime.zeros((device_slots, page_bytes))
+        except MemoryError as error:  # CuPy's OutOfMemoryError is one
+            needed = device_slots * page_bytes
+            raise MemoryError(
+                f"device_bytes: pool {name!r} needs {needed} bytes of GPU memory ({error}); lower device_bytes"
+            ) from error
+        host = None
+        if host_slots:
+            host = PinnedMemory(host_slots * page_bytes, page_bytes, self._runtime, progress=StderrProgress())
+            self._pinned.append(host)
+        self._pools[name] = CudaPool(page_bytes, address, device_slots, host, pages)
+        return pages, None if host is None else host.array.reshape(host_slots, page_bytes)
+
+    def mover(self) -> CudaMover:
+        """Between the pages of all pools."""
+        return CudaMover(self._pools, self._runtime)
+
+    def close(self) -> None:
+        """Takes the registrations back; no move may be on its way."""
+        for memory in self._pinned:
+            memory.close()
