@@ -559,3 +559,48 @@ def test_a_pass_does_not_touch_every_waiting_request() -> None:
         scheduler.schedule()
         looked.append(sum(entry.why != "it has not been looked at yet" for entry in scheduler.waiting()))
     assert looked[0] == looked[1] <= 32
+
+
+class Broken(Exception):
+    pass
+
+
+@pytest.mark.parametrize("draft", [False, True], ids=["target", "target and draft"])
+def test_a_pass_that_is_broken_off_in_the_kth_copy_leaves_the_next_one_whole(draft: bool) -> None:
+    resumed = 0
+    for k in range(60):
+        managers = [manager_of(6, host=12) for _ in range(1 + draft)]
+        scheduler = Scheduler(managers[0], SchedulerConfig(8, 64, 4), managers[1] if draft else None)
+        scheduler.outlook.expect(0.0)
+        left = k
+
+        def copy(copies: Any, managers: list[KVCacheManager] = managers) -> None:
+            nonlocal left
+            left -= len(copies)
+            if left < 0 <= left + len(copies):
+                raise Broken
+
+        for manager in managers:
+            manager._copy = copy  # type: ignore[method-assign]
+        for number in range(4):
+            scheduler.add(Request(number, [1, 2, 3, 4, 5, number], 12))
+        ended: list[Request] = []
+        broken = 0
+        while scheduler.has_work:
+            try:
+                step = scheduler.schedule()
+            except Broken:
+                broken += 1
+                continue
+            for manager in managers:
+                manager.check()
+            resumed += any(request.state == "SUSPENDED" for request in step.suspended)
+            ended += scheduler.update(step, outputs_of(step))
+        assert [request.finish_reason for request in ended] == ["length"] * 4
+        for manager in managers:
+            manager.check()
+            assert not manager._caches
+        if not broken:
+            break
+    assert k > 5
+    assert resumed

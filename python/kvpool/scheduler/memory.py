@@ -266,9 +266,15 @@ class Memory:
     ) -> Allocation:
         """Room for the next tokens of those that generate, the oldest first; see `_core.Roster.allocate`."""
         found = self.roster.allocate(step, tokens, places, gone, busy or None, first)
-        for side, (handles, copies) in zip(self.sides, found.copies, strict=True):
-            if handles:
-                side.manager._make(handles, copies)
+        work = [(side.manager, *made) for side, made in zip(self.sides, found.copies, strict=True) if made[0]]
+        while work:
+            manager, handles, copies = work.pop(0)
+            try:
+                manager._make(handles, copies)
+            except BaseException:
+                for other, handles, _ in work:
+                    other._core.copies_failed(handles)
+                raise
         return found
 
     def enter(self, entry: Entry, shared: Sequence[int]) -> None:

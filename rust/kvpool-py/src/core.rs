@@ -96,6 +96,16 @@ impl Core {
         Ok(&self.core)
     }
 
+    pub fn copies_failed(&self, py: Python<'_>, caches: &[Py<Cache>]) -> PyResult<()> {
+        for cache in caches.iter().rev() {
+            with(py, cache.bind(py), |cache| {
+                self.core.copies_failed(cache);
+                Ok(())
+            })?;
+        }
+        Ok(())
+    }
+
     pub fn read_clock(&self, py: Python<'_>) -> PyResult<()> {
         let Some(clock) = &self.clock else {
             return Ok(());
@@ -348,14 +358,9 @@ impl Core {
     }
 
     /// The copies of the last `resume` or `provide` could not be made: the caches are as they were before it.
-    fn copies_failed(&self, py: Python<'_>, caches: Vec<Py<Cache>>) -> PyResult<()> {
-        for cache in caches.iter().rev() {
-            with(py, cache.bind(py), |cache| {
-                self.core.copies_failed(cache);
-                Ok(())
-            })?;
-        }
-        Ok(())
+    #[pyo3(name = "copies_failed")]
+    fn py_copies_failed(&self, py: Python<'_>, caches: Vec<Py<Cache>>) -> PyResult<()> {
+        self.copies_failed(py, &caches)
     }
 
     fn suspend(&self, py: Python<'_>, caches: Vec<Py<Cache>>) -> PyResult<()> {

@@ -334,13 +334,20 @@ impl Roster {
                 found.full = true;
                 break;
             }
-            match self.room(py, item, &mut copies)? {
-                None => {
+            match self.room(py, item, &mut copies) {
+                Ok(Some(true)) => found.resumed.push(item.age),
+                Ok(Some(false)) => {}
+                Ok(None) => {
                     found.refused = Some(item.age);
                     break;
                 }
-                Some(true) => found.resumed.push(item.age),
-                Some(false) => {}
+                Err(error) => {
+                    // Nobody will make the copies that were planned so far.
+                    for (core, (caches, _)) in self.cores.iter().zip(&copies) {
+                        core.get().copies_failed(py, caches)?;
+                    }
+                    return Err(error);
+                }
             }
             item.step = step;
             found.count += 1;

@@ -1,8 +1,8 @@
 //! The `Started` class: what the scheduler asks of a core, one call per phase.
 
 use crate::cache::{enter_all, Cache};
-use crate::core::{int32s, outcome, plan, retention, Copies, Core, Ranges};
-use kvpool_core::types::RetentionSpec;
+use crate::core::{int32s, outcome, plan, raise, retention, Copies, Core, Ranges};
+use kvpool_core::types::{PageCopy, RetentionSpec};
 use kvpool_core::{Claim, Refusal};
 use pyo3::buffer::PyBuffer;
 use pyo3::prelude::*;
@@ -16,6 +16,26 @@ type First = (
     Option<Ranges>,
     Option<u64>,
 );
+
+/// As many tokens behind the history as there is room for; see `Started::provide`.
+fn chunk(
+    core: &kvpool_core::Core,
+    cache: &mut kvpool_core::Cache,
+    tokens: u64,
+    unit: u64,
+    leave: &[u32],
+    copies: &mut Vec<PageCopy>,
+) -> kvpool_core::Result<u64> {
+    let mut room = core.fitting(cache, tokens, unit, leave)?;
+    let history = core.info(cache)?.history;
+    if room > 0 && !core.provide(cache, history + room, copies)? {
+        room = 0;
+    }
+    if room == 0 && core.is_in_work(cache) {
+        core.close(cache)?;
+    }
+    Ok(room)
+}
 
 /// (why, cache, reused tokens, slots taken per pool, pages shared per pool)
 type Claimed = (&'static str, Option<Cache>, u64, Vec<u32>, Vec<u32>);
@@ -115,16 +135,17 @@ impl Started {
         let handles: Vec<Py<Cache>> = caches.iter().map(|(cache, ..)| cache.clone_ref(py)).collect();
         let mut entered = enter_all(py, &handles)?;
         let (mut provided, mut copies) = (Vec::with_capacity(caches.len()), Vec::new());
-        for ((cache, _), (_, tokens, unit)) in entered.iter_mut().zip(&caches) {
-            let mut room = outcome(py, core.fitting(cache, *tokens, *unit, &leave))?;
-            let history = outcome(py, core.info(cache))?.history;
-            if room > 0 && !outcome(py, core.provide(cache, history + room, &mut copies))? {
-                room = 0;
+        for (at, (_, tokens, unit)) in caches.iter().enumerate() {
+            match chunk(core, &mut entered[at].0, *tokens, *unit, &leave, &mut copies) {
+                Ok(room) => provided.push(room),
+                Err(error) => {
+                    // Nobody will make the copies that were planned so far.
+                    for (cache, _) in entered[..at].iter_mut().rev() {
+                        core.copies_failed(cache);
+                    }
+                    return Err(raise(py, error));
+                }
             }
-            if room == 0 && core.is_in_work(cache) {
-                outcome(py, core.close(cache))?;
-            }
-            provided.push(room);
         }
         Ok((provided, plan(&copies)))
     }
