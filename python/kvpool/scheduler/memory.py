@@ -93,6 +93,9 @@ class Memory:
         self.decode_slots = [slots for side in self.sides for slots in side.decode_slots]
         self.reserves = any(self.decode_slots)
         self.nothing = [0] * len(self.slots)
+        pools = [(side, pool) for side in self.sides for pool in side.pools]
+        self._tokens_per_block = [side.config.tokens_per_block for side, _ in pools]
+        self._windowed = [(at, side, pool) for at, (side, pool) in enumerate(pools) if pool.window is not None]
         self.roster = Roster([side.manager._core for side in self.sides])
         # A victim can be suspended to some use only if there is something below every pool.
         self.tiered = all(side.tiered for side in self.sides)
@@ -293,15 +296,11 @@ class Memory:
 
     def most(self, entry: Entry, chunk: int | None) -> list[int]:
         """Per pool: slots that a request can come to hold with chunks of so many tokens (None: not chunked)."""
-        most = []
-        for side in self.sides:
-            whole = -(-entry.limit // side.config.tokens_per_block)
-            for pool in side.pools:
-                slots = whole
-                if pool.window is not None and chunk is not None:
-                    k = max(chunk, 1 + entry.request.draft_tokens)
-                    slots = min(whole, window_slots(pool, side.config, k))
-                most.append(slots)
+        most = [-(-entry.limit // t) for t in self._tokens_per_block]
+        if self._windowed and chunk is not None:
+            k = max(chunk, 1 + entry.request.draft_tokens)
+            for at, side, pool in self._windowed:
+                most[at] = min(most[at], window_slots(pool, side.config, k))
         return most
 
     def commit(self, entry: Entry, tokens: Any) -> None:

@@ -138,6 +138,8 @@ class _Starts:
 
     def _is_blocked(self, entry: Entry | None) -> bool:
         """Whether an older one (None: any) was refused that must not be overtaken any more."""
+        if not self._refused:
+            return False
         most = self._config.max_bypass
         return any(r.bypassed >= most and (entry is None or r.age < entry.age) for r in self._refused)
 

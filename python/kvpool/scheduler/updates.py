@@ -62,13 +62,15 @@ def _take_chunk(scheduler: Scheduler, entry: Entry, chunk: Context, given: Any) 
     if not 1 <= len(tokens) <= most:
         _fail(scheduler, entry, f"{len(tokens)} tokens where 1 to {most} are due" if tokens else "no tokens")
         return
-    if not all(0 <= token < 2**31 for token in tokens):
+    if min(tokens) < 0 or max(tokens) >= 2**31:
         _fail(scheduler, entry, f"{tokens!r}, which are not all in 0..2**31-1")
         return
     if not _commit(scheduler, entry, chunk.num_tokens):
         return
     tokens = tokens[: request.max_new_tokens - len(request.output_tokens)]
-    stop = next((at for at, token in enumerate(tokens) if token in request._stops), None)
+    stop = None
+    if request._stops:
+        stop = next((at for at, token in enumerate(tokens) if token in request._stops), None)
     request.output_tokens += tokens if stop is None else tokens[: stop + 1]
     if stop is not None or len(request.output_tokens) >= request.max_new_tokens:
         scheduler.outlook.ended(request)
