@@ -4,6 +4,7 @@ suspended, freed, or failed on its way; and the tokens that come out do not depe
 from __future__ import annotations
 
 import random
+import time
 from collections import Counter
 from functools import partial
 from typing import Any
@@ -112,3 +113,66 @@ def test_never_a_wrong_byte_whatever_moves(rate: float) -> None:
     print(dict(did))
     assert all(did[name] > 20 for name in ("words", "offloaded", "onboarded", "suspended", "recomputed"))
     assert (did["failed"] > 5) == bool(rate)
+
+
+class Streamed(Words):
+    """Computes in a thread of its own, behind the engine by any number of steps: ordered by slot events alone.
+
+    The tokens that come out are known beforehand, so the engine never waits for the stream.
+    """
+
+    def __init__(self, manager: KVCacheManager, seed: int, delay: float) -> None:
+        super().__init__(manager, seed)
+        moves = manager._moves
+        assert moves is not None
+        assert isinstance(moves.mover, CpuMover)
+        self.stream = moves.mover.stream()
+        self.pages = {name: manager.pages(name).view(np.int64) for name in self.names}
+        self.delay = delay
+        self.wrong: list[Any] = []
+        self.behind = self.launched = self.done = 0
+
+    def compute(self, request: Request, start: int, end: int) -> None:
+        cache = self.manager.cache(request.request_id)
+        tables = {name: cache.block_table(name).copy() for name in self.names}
+        due = [word(request, position + 1) for position in range(end)]
+        request_id = request.request_id
+
+        def later() -> None:
+            if self.random.random() < 0.3:
+                time.sleep(self.delay)
+            for name, table in tables.items():
+                for position in range(end):
+                    slot, offset = table[position // self.t], position % self.t
+                    if position >= start:
+                        self.pages[name][slot, offset] = due[position]
+                    elif slot and self.pages[name][slot, offset] != due[position]:
+                        self.wrong.append((request_id, name, position, int(slot)))
+                    else:
+                        self.words += bool(slot)
+            self.done += 1
+
+        self.behind = max(self.behind, self.launched - self.done)
+        self.launched += 1
+        self.stream.launch(later)
+
+
+def test_never_a_wrong_byte_when_steps_are_computed_in_a_thread_of_their_own() -> None:
+    did: Counter[str] = Counter()
+    for seed in range(40):
+        scheduler, _, mover, requests = world(seed, 0.0)
+        with scheduler.manager as manager:
+            executor = Streamed(manager, seed, 0.0005)
+            engine = Engine(scheduler, executor)
+            for request in requests:
+                engine.submit(request)
+            assert {request.finish_reason for request in engine.run().values()} == {"length"}
+            executor.stream.synchronize()
+            assert not executor.wrong, (seed, executor.wrong[:3])
+            assert not mover.findings(), seed
+            manager.check()
+            stats = manager.stats()
+            did.update(words=executor.words, offloaded=stats.offloaded, onboarded=stats.onboarded)
+            did.update(behind=executor.behind > 2, suspended=scheduler.stats.suspended)
+    print(dict(did))
+    assert all(did[name] > 10 for name in ("words", "offloaded", "onboarded", "suspended", "behind"))
