@@ -33,7 +33,6 @@ class Pass:
         self.gone: list[int] = []  # ages of those that gave way in this pass
         self.waiting: set[Entry] = set()  # started ones that wait for what is in flight
         self.started_refused = False
-        self.full = False  # generations used up the tokens or places
         self.waits = False  # whether a waiting request was looked at and not started
 
     def gave_way(self, entry: Entry) -> None:
@@ -67,7 +66,6 @@ def _generations(scheduler: Scheduler, run: Pass) -> None:
     first = 0
     while True:
         found = _allocate(scheduler, run, run.places, first)
-        run.full |= found.full
         if found.refused is None:
             return
         entry = scheduler.of_age(found.refused)

@@ -121,7 +121,7 @@ impl Core {
     }
 }
 
-pub fn retention((ranges, priority, duration): Ranges) -> RetentionSpec {
+fn retention((ranges, priority, duration): Ranges) -> RetentionSpec {
     RetentionSpec {
         ranges: ranges
             .into_iter()
@@ -139,6 +139,23 @@ fn retain(priority: u8, duration: Option<f64>) -> Retain {
     Retain {
         priority,
         duration: duration.unwrap_or(f64::INFINITY),
+    }
+}
+
+/// A claim of a batch: (epoch, retention), (fewest new tokens, most reused ones).
+pub fn claim<'a>(
+    tokens: &'a [i32],
+    scope: &'a [u8],
+    (epoch, ranges): (Option<u64>, &Option<Ranges>),
+    (least, most): (Option<u64>, Option<u64>),
+) -> Claim<'a> {
+    Claim {
+        tokens,
+        scope,
+        epoch,
+        retention: ranges.clone().map(retention),
+        least,
+        most,
     }
 }
 
@@ -290,16 +307,9 @@ impl Core {
         }
         let mut claims = Vec::with_capacity(requests.len());
         for ((_, scope, epoch, ranges, least), tokens) in requests.iter().zip(&tokens) {
-            let retention = ranges.clone().map(retention);
-            timed |= retention.as_ref().is_some_and(RetentionSpec::is_timed);
-            claims.push(Claim {
-                tokens,
-                scope,
-                epoch: *epoch,
-                retention,
-                least: *least,
-                most: None,
-            });
+            let claim = claim(tokens, scope, (*epoch, ranges), (*least, None));
+            timed |= claim.retention.as_ref().is_some_and(RetentionSpec::is_timed);
+            claims.push(claim);
         }
         if timed {
             self.read_clock(py)?;

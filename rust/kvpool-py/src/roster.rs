@@ -58,8 +58,6 @@ pub struct Allocation {
     count: usize,
     /// Age of the one that has none, where the search stopped.
     refused: Option<u64>,
-    /// Whether the tokens or places were used up.
-    full: bool,
     /// Ages of those that were suspended and are not any more.
     resumed: Vec<u64>,
     /// Per manager: caches with copies to make; the copies.
@@ -312,7 +310,6 @@ impl Roster {
             tokens: 0,
             count: 0,
             refused: None,
-            full: false,
             resumed: Vec::new(),
             copies: Vec::new(),
         };
@@ -331,7 +328,6 @@ impl Roster {
             }
             let wanted = item.tokens(py);
             if found.count >= places || found.tokens + wanted > tokens {
-                found.full = true;
                 break;
             }
             match self.room(py, item, &mut copies) {

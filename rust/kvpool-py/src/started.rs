@@ -1,9 +1,9 @@
 //! The `Started` class: what the scheduler asks of a core, one call per phase.
 
 use crate::cache::{enter_all, Cache};
-use crate::core::{int32s, outcome, plan, raise, retention, Copies, Core, Ranges};
+use crate::core::{claim, int32s, outcome, plan, raise, Copies, Core, Ranges};
 use kvpool_core::types::{PageCopy, RetentionSpec};
-use kvpool_core::{Claim, Refusal};
+use kvpool_core::Refusal;
 use pyo3::buffer::PyBuffer;
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedBytes;
@@ -80,16 +80,9 @@ impl Started {
         let mut timed = core.core.is_timed();
         let mut claims = Vec::with_capacity(requests.len());
         for ((_, scope, epoch, ranges, most), tokens) in requests.iter().zip(&tokens) {
-            let retention = ranges.clone().map(retention);
-            timed |= retention.as_ref().is_some_and(RetentionSpec::is_timed);
-            claims.push(Claim {
-                tokens,
-                scope,
-                epoch: *epoch,
-                retention,
-                least: None,
-                most: *most,
-            });
+            let claim = claim(tokens, scope, (*epoch, ranges), (None, *most));
+            timed |= claim.retention.as_ref().is_some_and(RetentionSpec::is_timed);
+            claims.push(claim);
         }
         if timed {
             core.read_clock(py)?;
