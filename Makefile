@@ -37,6 +37,7 @@ models:
 lint: setup
 	cargo fmt --all --check
 	cargo fmt --check --manifest-path bench/rivals/Cargo.toml
+	cargo check --quiet --manifest-path bench/rivals/Cargo.toml
 	cargo clippy --workspace --all-targets -- -D warnings
 	RUSTFLAGS="--cfg kvpool_loom" cargo clippy --target-dir target/loom -p kvpool-core --all-targets -- -D warnings
 	RUSTFLAGS="--cfg kvpool_shuttle" cargo clippy --target-dir target/shuttle -p kvpool-core --all-targets -- -D warnings

@@ -210,7 +210,7 @@ fn main() {
         report(name, ours, theirs);
     }
 
-    while core.books()[0].free > 0 {
+    while core.books(kvpool_core::words::Tier::Device)[0].free > 0 {
         let p = prompt(&mut rng);
         serve(&core, &p);
         serve_rival(&manager, &hashes(&p));
