@@ -47,7 +47,6 @@ def test_pages_are_the_devices_and_buffers_are_refused(monkeypatch: pytest.Monke
     world = fake_cupy.World(cpu_kernels.plain_kernels())
     monkeypatch.setitem(sys.modules, "cupy", fake_cupy.make(world))
     monkeypatch.setattr(machine, "check_cuda", lambda device: None)
-    monkeypatch.setattr("kvpool.mover.cuda_memory.check_cuda", lambda device: None)
     config = CacheConfig(4, [PoolConfig("kv", 64)], device_bytes=64 * 9, host_bytes=64 * 8)
     with KVCacheManager(config, device="cuda") as manager:
         assert isinstance(manager.pages("kv"), fake_cupy.DeviceArray)

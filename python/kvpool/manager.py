@@ -10,7 +10,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -29,11 +29,12 @@ from kvpool.batches import Batches, taken
 from kvpool.cache import CacheState, Closing, KVCache
 from kvpool.config import CacheConfig, Retention, Scope
 from kvpool.errors import ConfigError, InvariantError, LogicError
-from kvpool.machine import parse_device
 from kvpool.mover import CpuMover, Mover, SlotUse
-from kvpool.mover.cuda_memory import CudaMemory
 from kvpool.moves import Moves
 from kvpool.sizing import PoolPlan, plan_pools
+
+if TYPE_CHECKING:
+    from kvpool.mover.cuda_memory import CudaMemory
 
 _BOOKS = ("slots", "free", "active", "held", "cached", "fenced", "peak")
 
@@ -94,6 +95,15 @@ class Event:
     tier: str
 
 
+def _cuda_memory(device: str) -> CudaMemory:
+    """What stands behind "cuda". Imported here: it is half of what `import kvpool` would cost."""
+    from kvpool.machine import parse_device
+    from kvpool.mover.cuda_memory import CudaMemory
+
+    parse_device(device)
+    return CudaMemory(device)
+
+
 class KVCacheManager(Batches, Closing):
     """Pools, tree and caches of one device.
 
@@ -117,7 +127,7 @@ class KVCacheManager(Batches, Closing):
     ) -> None:
         if not isinstance(config, CacheConfig):
             raise ConfigError(f"config: {config!r} is not a kvpool.CacheConfig")
-        self._cuda = CudaMemory(device) if device is not None and parse_device(device) is not None else None
+        self._cuda = None if device is None or device == "cpu" else _cuda_memory(device)
         if policy not in ("lru", "slru"):
             raise ConfigError(f"policy: {policy!r} is none of 'lru', 'slru'")
         self.config = config

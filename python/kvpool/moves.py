@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 from kvpool._core import Core, Recorder
 from kvpool.mover import CpuStream, MoveBatch, Mover, SlotUse, Ticket
-from kvpool.mover.cuda import CudaMover
 
 # (pool, on the host, slot as the core counts it: from 1)
 BadPage = tuple[int, bool, int]
@@ -169,7 +168,9 @@ class Moves:
 
     def _knows(self, stream: object) -> bool:
         """Whether the stream is one of the mover's kind; else the caller waits in its place."""
-        return isinstance(stream, CpuStream) or (stream is not None and isinstance(self.mover, CudaMover))
+        return isinstance(stream, CpuStream) or (
+            stream is not None and getattr(self.mover, "knows_cuda_streams", False)
+        )
 
     def used(self, uses: Sequence[SlotUse], stream: object) -> None:
         """A step, launched on this stream or over, used these slots."""

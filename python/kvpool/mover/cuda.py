@@ -63,6 +63,8 @@ class CudaMover:
     out, by the name of what the checker will find. Every method may be called by any thread.
     """
 
+    knows_cuda_streams = True
+
     def __init__(
         self,
         pools: Mapping[str, CudaPool],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvpool.machine import check_cuda, parse_device
+from kvpool import machine
 from kvpool.mover.cuda import CudaMover
 from kvpool.mover.cuda_runtime import CudaRuntime
 from kvpool.mover.descriptors import CudaPool
@@ -15,8 +15,8 @@ class CudaMemory:
     """Of one GPU ("cuda", "cuda:1"). ConfigError: this machine cannot use it; says why."""
 
     def __init__(self, device: str) -> None:
-        check_cuda(device)
-        self._runtime = CudaRuntime(parse_device(device) or 0)
+        machine.check_cuda(device)
+        self._runtime = CudaRuntime(machine.parse_device(device) or 0)
         self._pools: dict[str, CudaPool] = {}
         self._pinned: list[PinnedMemory] = []
 
