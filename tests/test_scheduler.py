@@ -518,7 +518,7 @@ def test_what_is_not_a_mapping_fails_the_step() -> None:
     engine = Engine(Scheduler(manager_of(20), SchedulerConfig(4, 64)), Wrong())
     engine.submit(request_of(0, 4, 3))
     (request,) = engine.step()
-    assert isinstance(request.error, TypeError)
+    assert isinstance(request.error, ValueError)
 
 
 def test_submit_and_cancel_from_any_thread() -> None:

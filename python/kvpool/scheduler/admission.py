@@ -7,6 +7,7 @@ assumed to grow to its expected output.
 
 from __future__ import annotations
 
+from kvpool.batches import scope_of
 from kvpool.errors import ConfigError, RequestTooLargeError
 from kvpool.scheduler.config import SchedulerConfig
 from kvpool.scheduler.memory import Claimed, Memory
@@ -18,10 +19,12 @@ def check_request(request: Request, config: SchedulerConfig, memory: Memory) -> 
     """RequestTooLargeError, with the numbers, unless the request runs when it has everything to itself.
 
     ConfigError: more drafts than CacheConfig allows for, or an adapter that has no pages in the AdapterBudget.
+    ValueError: the epoch of its scope is above a manager's.
     """
     n, m, draft = len(request._prompt), request.max_new_tokens, request.draft_tokens
     who = f"request {request.request_id!r}"
     for side in memory.sides:
+        side.manager.probe([], scope_of(request))  # the epoch of the scope may not be above the manager's
         if draft > side.config.draft_tokens:
             raise ConfigError(
                 f"draft_tokens: {draft} of {who} is above CacheConfig.draft_tokens = {side.config.draft_tokens}; "

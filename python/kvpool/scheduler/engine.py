@@ -6,13 +6,15 @@ An executor that cannot overlap steps needs nothing else; one that can calls the
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Protocol
 
 from kvpool.errors import StalledError
 from kvpool.scheduler.request import Request
 from kvpool.scheduler.scheduler import Scheduler
 from kvpool.scheduler.step import Step
+from kvpool.scheduler.updates import as_outputs
 
 
 class Executor(Protocol):
@@ -50,31 +52,27 @@ class Engine:
         step = scheduler.schedule()
         if not step:
             return scheduler.update(step, {})
-        caches = scheduler.memory.caches(list(step.requests))
-        stream = getattr(self.executor, "stream", None)
         error: Exception | None = None
         outputs: Mapping[int | str, Sequence[int]] = {}
-        begun = []
         try:
-            for manager, own in caches:
-                manager.step_begin(own, stream)
-                begun.append((manager, own))
-            outputs = self.executor.execute(step)
-            if not isinstance(outputs, Mapping):
-                raise TypeError(f"execute returned {outputs!r}, which is not a mapping of request_id to tokens")
+            with self._launched(step):
+                outputs = as_outputs(self.executor.execute(step))
         except Exception as caught:
             error = caught
         except BaseException:
-            self._end(begun, stream)
             scheduler.abandon(step)
             raise
-        self._end(begun, stream)
         return scheduler.update(step, outputs) if error is None else scheduler.fail(step, error)
 
-    @staticmethod
-    def _end(begun: Sequence[tuple[Any, Any]], stream: object) -> None:
-        for manager, own in begun:
-            manager.step_end(own, stream)
+    @contextmanager
+    def _launched(self, step: Step) -> Iterator[None]:
+        """Between `step_begin` and `step_end` of all managers; each that was begun is ended, whatever is raised."""
+        stream = getattr(self.executor, "stream", None)
+        with ExitStack() as ends:
+            for manager, caches in self.scheduler.memory.caches(list(step.requests)):
+                manager.step_begin(caches, stream)
+                ends.callback(manager.step_end, caches, stream)
+            yield
 
     def run(self) -> dict[int | str, Request]:
         """Steps until no request is left; {request_id: request} of all that ended meanwhile.

@@ -190,6 +190,11 @@ class Memory:
         moving = any(side.manager._moves is not None and side.manager._moves.flying for side in self.sides)
         return moving or any(returning for _, returning in self.pressure())
 
+    def has(self, entry: Entry) -> bool:
+        """Whether a started request has an open cache in every manager."""
+        caches = [side.manager._caches.get(entry.request.request_id) for side in self.sides]
+        return all(cache is not None and cache.state is not CacheState.CLOSED for cache in caches)
+
     def is_closing(self, entry: Entry) -> bool:
         """Whether an earlier cache of this id is closed and still in flight."""
         return any(entry.request.request_id in side.manager._caches for side in self.sides)

@@ -23,7 +23,12 @@ class Pass:
     """What one pass has decided so far."""
 
     def __init__(
-        self, config: SchedulerConfig, number: int, busy: frozenset[int | str], world: list[Entry] | None
+        self,
+        config: SchedulerConfig,
+        number: int,
+        busy: frozenset[int | str],
+        world: list[Entry] | None,
+        patient: bool = False,
     ) -> None:
         self.step = Step(number)
         self.busy = busy  # ids in flight elsewhere
@@ -33,6 +38,8 @@ class Pass:
         self.gone: list[int] = []  # ages of those that gave way in this pass
         self.waiting: set[Entry] = set()  # started ones that wait for what is in flight
         self.started_refused = False
+        self.patient = patient  # all that wait are looked at, not only some
+        self.gave_up = False  # some that wait were not looked at because enough were refused
         self.waits = False  # whether a waiting request was looked at and not started
 
     def gave_way(self, entry: Entry) -> None:
@@ -66,6 +73,8 @@ def _generations(scheduler: Scheduler, run: Pass) -> None:
     first = 0
     while True:
         found = _allocate(scheduler, run, run.places, first)
+        if found.short_of_tokens:
+            run.started_refused = True
         if found.refused is None:
             return
         entry = scheduler.of_age(found.refused)

@@ -72,11 +72,15 @@ class Request:
         self.lora_id = lora_id
         self.scope = scope
         self.retention = retention
+        if scope is not None and not isinstance(scope, Scope):
+            raise ValueError(f"scope: {scope!r} is not a kvpool.Scope")
         given = scope_of(self)
         if lora_id is None and given is not None:
             self.lora_id = given.lora_id
         retention_spec(retention)
         self.draft_tokens = count(draft_tokens, "draft_tokens")
+        if isinstance(stop_token_ids, str) or not isinstance(stop_token_ids, Iterable):
+            raise ValueError(f"stop_token_ids: {stop_token_ids!r} is not a list of ints")
         self.stop_token_ids = tuple(stop_token_ids)
         self._stops = frozenset(count(token, "stop_token_ids") for token in self.stop_token_ids)
         self.arrival = arrival

@@ -21,11 +21,12 @@ from kvpool.errors import ConfigError, KVPoolError, LogicError, StalledError
 from kvpool.manager import KVCacheManager
 from kvpool.scheduler.admission import Outlook, check_request
 from kvpool.scheduler.config import SchedulerConfig
+from kvpool.scheduler.guard import alone
 from kvpool.scheduler.memory import Memory
 from kvpool.scheduler.passes import Pass, run_pass
 from kvpool.scheduler.request import Entry, Refusal, Request, RequestState
 from kvpool.scheduler.step import Context, Step
-from kvpool.scheduler.updates import apply_outputs
+from kvpool.scheduler.updates import apply_outputs, as_outputs
 
 __all__ = ["Pass", "Scheduler", "SchedulerStats"]
 
@@ -73,13 +74,14 @@ class Scheduler:
         self.all_refused: tuple[Refusal | None, int] = (None, 0)  # see `starts`
         self._fresh: OrderedDict[int, Entry] = OrderedDict()  # by age, never started
         self._returned: list[Entry] = []  # freed to be computed again, by age
-        self._incoming: deque[Request] = deque()  # added by any thread, not yet seen
-        self._cancelled: deque[Request] = deque()  # by another thread
+        self._incoming: deque[Entry] = deque()  # added by any thread, not yet seen
+        self._cancelled: deque[Entry] = deque()  # by another thread
         self._steps: set[int] = set()  # handed out and not yet updated
         self._passes = 0
         self.changes = 0  # requests that started, ended or gave way
         self._last: Step | None = None
         self._thread = threading.get_ident()
+        self._lock = threading.Lock()  # held by what changes the lists; `cancel` never waits for it
 
     # -- requests -------------------------------------------------------------------------------
 
@@ -102,7 +104,7 @@ class Scheduler:
         if self._known.setdefault(request.request_id, entry) is not entry:
             raise _duplicate(request)
         request._entry = entry
-        self._incoming.append(request)
+        self._incoming.append(entry)
 
     def cancel(self, request_id: int | str) -> bool:
         """End a request, whatever it does. False: it is unknown or has ended. From any thread.
@@ -113,11 +115,16 @@ class Scheduler:
         entry = self._known.get(request_id)
         if entry is None or entry.request.state is RequestState.FINISHED:
             return False
-        if threading.get_ident() == self._thread:
-            self._see_incoming()
-            self.end(entry, "cancelled")
-        else:
-            self._cancelled.append(entry.request)
+        # At once only where no pass runs, and no step of another thread is being launched.
+        if threading.get_ident() == self._thread and self._lock.acquire(blocking=False):
+            try:
+                if threading.get_ident() == self._thread:
+                    self._see_incoming()
+                    self.end(entry, "cancelled")
+                    return True
+            finally:
+                self._lock.release()
+        self._cancelled.append(entry)
         return True
 
     def explain(self, request_id: int | str) -> str:
@@ -136,8 +143,8 @@ class Scheduler:
 
     def _see_incoming(self) -> None:
         while self._incoming:
-            entry = self._known.get(self._incoming.popleft().request_id)
-            if entry is not None and entry.age < 0:
+            entry = self._incoming.popleft()
+            if entry.age < 0 and entry.request.state is not RequestState.FINISHED:
                 self._see(entry)
 
     def _see(self, entry: Entry) -> None:
@@ -149,9 +156,7 @@ class Scheduler:
         self._thread = threading.get_ident()
         self._see_incoming()
         while self._cancelled:
-            entry = self._cancelled.popleft()._entry
-            if entry is not None:
-                self.end(entry, "cancelled")
+            self.end(self._cancelled.popleft(), "cancelled")
         self.memory.before()
         self._take_lost()
 
@@ -165,6 +170,7 @@ class Scheduler:
 
     # -- the pass -------------------------------------------------------------------------------
 
+    @alone
     def schedule(self, requests: Iterable[Request] | None = None, *, in_flight: Iterable[int | str] = ()) -> Step:
         """One pass: the work of the next step. `update` takes the step back once it was executed.
 
@@ -189,17 +195,33 @@ class Scheduler:
 
     def _passes_until_work(self, busy: frozenset[int | str], world: list[Entry] | None, before: list[Step]) -> Pass:
         """Where somebody gave way and nobody runs, what is free now may be enough for another one."""
+        patient = False
         while True:
             self._passes += 1
-            run = Pass(self.config, self._passes, busy, world)
+            run = Pass(self.config, self._passes, busy, world, patient)
             try:
                 run_pass(self, run)
-            except BaseException:
+            except BaseException as error:
                 self.memory.roster.release(run.step.number)
+                if isinstance(error, KeyError | LogicError) and self._end_closed():
+                    continue
                 raise
-            if run.step or not (run.step.suspended or run.step.recompute):
+            if run.step:
                 return run
+            if not (run.step.suspended or run.step.recompute):
+                if patient or not run.gave_up:
+                    return run
+                patient = True  # nothing runs: now all that wait are looked at
             before.append(run.step)
+
+    def _end_closed(self) -> int:
+        """Ends started requests whose caches somebody else has closed; how many."""
+        closed = [entry for entry in self.started if not self.memory.has(entry)]
+        for entry in closed:
+            self.end(
+                entry, "error", LogicError(f"request {entry.request.request_id!r}: its cache was closed by others")
+            )
+        return len(closed)
 
     def _hand_out(self, run: Pass, refused: list[tuple[Request, Exception]], in_flight: bool) -> Step:
         step = run.step
@@ -262,13 +284,15 @@ class Scheduler:
     def _refuse(request: Request, error: Exception) -> None:
         request.state, request.finish_reason, request.error = RequestState.FINISHED, "error", error
 
+    @alone
     def update(self, step: Step, outputs: Mapping[int | str, Sequence[int]]) -> list[Request]:
         """What the executor returned: {request_id: tokens}, 1 .. 1 + draft_tokens of each generation and last chunk.
 
         Commits the inputs whose pages the step wrote, appends the outputs, closes and returns all that ended since the
         last update: finished, cancelled and failed ones. A missing, surplus or unknown result fails that request alone.
-        LogicError: the step is not outstanding.
+        LogicError: the step is not outstanding. ValueError: outputs is not a mapping; the step stays outstanding.
         """
+        given = as_outputs(outputs)
         self._enter()
         self._take_back(step)
         self.memory.arrive(step.requests)
@@ -277,10 +301,11 @@ class Scheduler:
             if entry is not None and entry.started and any(entry.request is request for request in step.requests):
                 self.memory.roster.set_step(entry.age, 0)  # nothing of it leaves the engine
         self._take_lost()
-        apply_outputs(self, step, outputs)
+        apply_outputs(self, step, given)
         self.memory.after()
         return self._take_ended()
 
+    @alone
     def fail(self, step: Step, error: Exception) -> list[Request]:
         """The executor failed: all requests of the step end with `error`. Returns what `update` does."""
         self._enter()
@@ -292,12 +317,14 @@ class Scheduler:
                 self.end(entry, "error", error)
         return self._take_ended()
 
+    @alone
     def abandon(self, step: Step) -> None:
         """The step was not executed, or its results are not wanted: its requests are as before it."""
         self._enter()
         self._take_back(step)
         self.memory.roster.release(step.number)
 
+    @alone
     def fail_oldest(self, error: Exception) -> Request | None:
         """End the oldest waiting request, else the oldest started one, with `error`; None: there is neither."""
         self._enter()

@@ -48,6 +48,7 @@ class _Starts:
         self._now: Refusal | None = None
         self._same: tuple[Refusal | None, bool] = (None, False)
         self._started = 0
+        self._in_vain = 0.0  # refused, those for their adapter counted as a quarter
 
     def _is_refused_still(self, entry: Entry) -> bool:
         """Whether its last refusal stands unasked. Never while nobody is started: then somebody has to be."""
@@ -57,17 +58,17 @@ class _Starts:
             if self._now is None:
                 self._now = self._refusal_now()
             self._same = (entry.refusal, entry.refusal.holds(self._now))
-        return self._same[1]
+        return self._same[1] and not self._run.patient
 
     def all_wait_still(self) -> bool:
         """Whether the last pass looked at all that it may look at, in vain, and nothing has changed since."""
         scheduler, run = self._scheduler, self._run
-        if run.world is not None or not scheduler.started or run.places <= 0:
+        if run.world is not None or not scheduler.started or run.places <= 0 or run.patient:
             return False
         refusal, ages = scheduler.all_refused
         if refusal is None or ages != scheduler.ages or not refusal.holds(self._refusal_now()):
             return False
-        run.waits = True
+        run.waits = run.gave_up = True
         return True
 
     def remember(self) -> None:
@@ -87,7 +88,13 @@ class _Starts:
         """Whether another first chunk is possible."""
         run = self._run
         room = run.places > 0 and run.tokens > 0 and len(self._scheduler.started) < self._config.most_started
-        return room and not self._is_blocked(None) and len(self._refused) < MOST_REFUSED
+        return room and not self._is_blocked(None) and not self._gives_up()
+
+    def _gives_up(self) -> bool:
+        """Whether enough were refused in this pass."""
+        gives_up = not self._run.patient and self._in_vain >= MOST_REFUSED
+        self._run.gave_up |= gives_up
+        return gives_up
 
     def _waiting(self) -> Iterable[Entry]:
         world = self._run.world
@@ -106,13 +113,18 @@ class _Starts:
             if self._memory.is_closing(entry):
                 entry.why = "its former pages are still in flight"
                 continue
-            if len(batch) >= most or self._is_blocked(None) or len(self._refused) >= MOST_REFUSED:
+            if len(batch) >= most or self._is_blocked(None) or self._gives_up():
                 break
+            fits = self._adapter_fits(entry, adapters)
+            if not fits and self._adapter_fits(entry, set(self._scheduler.adapters)):
+                break  # it depends on whether those of the batch start
             self._seen = entry.age
             if self._is_refused_still(entry):
                 self._refused.append(entry)
-                continue
-            if self._adapter_fits(entry, adapters):
+                self._in_vain += 1
+            elif not fits:
+                self._refuse_adapter(entry)
+            else:
                 batch.append(entry)
         return batch
 
@@ -121,12 +133,19 @@ class _Starts:
         if budget is None or entry.adapter is None or entry.adapter in adapters:
             return True
         used = sum(budget.pages.get(adapter, 0) for adapter in adapters)
-        pages = budget.pages[entry.adapter]
-        if used + pages > budget.budget:
-            self._refuse(entry, f"adapter {entry.adapter!r} needs {pages} pages, {budget.budget - used} are left", True)
+        if used + budget.pages[entry.adapter] > budget.budget:
             return False
         adapters.add(entry.adapter)
         return True
+
+    def _refuse_adapter(self, entry: Entry) -> None:
+        budget = self._config.adapters
+        assert budget is not None
+        assert entry.adapter is not None
+        left = budget.budget - sum(budget.pages.get(adapter, 0) for adapter in self._scheduler.adapters)
+        pages = budget.pages[entry.adapter]
+        self._refuse(entry, f"adapter {entry.adapter!r} needs {pages} pages, {left} are left", again=True)
+        self._in_vain -= 0.75  # it costs next to nothing to ask
 
     def _refuse(self, entry: Entry, why: str, again: bool = False) -> None:
         """again: it is asked again in the next pass, whatever has changed."""
@@ -135,6 +154,7 @@ class _Starts:
             self._now = self._refusal_now()
         entry.refusal = None if again else self._now
         self._refused.append(entry)
+        self._in_vain += 1
 
     def _is_blocked(self, entry: Entry | None) -> bool:
         """Whether an older one (None: any) was refused that must not be overtaken any more."""

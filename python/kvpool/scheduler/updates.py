@@ -5,6 +5,7 @@ Generations are the roster's, all in one call; here are last chunks, and whateve
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +17,15 @@ if TYPE_CHECKING:
     from kvpool.scheduler.scheduler import Scheduler
 
 
-def apply_outputs(scheduler: Scheduler, step: Step, outputs: Mapping[int | str, Sequence[int]]) -> None:
+def as_outputs(outputs: Mapping[int | str, Sequence[int]]) -> dict[Any, Any]:
+    """The executor's answer as a dict; ValueError if it is no mapping."""
+    if not isinstance(outputs, Mapping):
+        raise ValueError(f"outputs: {outputs!r} is not a mapping of request_id to tokens")
+    return outputs if type(outputs) is dict else dict(outputs)
+
+
+def apply_outputs(scheduler: Scheduler, step: Step, given: dict[Any, Any]) -> None:
     """See `Scheduler.update`."""
-    given: dict[Any, Any] = outputs if type(outputs) is dict else dict(outputs)
     roster = scheduler.memory.roster
     found, ended, failed = roster.collect(step.number, given)
     roster.release(step.number)
@@ -55,9 +62,9 @@ def _take_chunk(scheduler: Scheduler, entry: Entry, chunk: Context, given: Any) 
     request = entry.request
     most = 1 + request.draft_tokens
     try:
-        tokens = [int(token) for token in given]
-    except (TypeError, ValueError):
-        _fail(scheduler, entry, f"{given!r}, which is not a list of tokens")
+        tokens = [operator.index(token) for token in given]
+    except Exception:  # whatever an executor's object raises: it fails that request alone
+        _fail(scheduler, entry, f"a {type(given).__name__}, which is not a list of tokens")
         return
     if not 1 <= len(tokens) <= most:
         _fail(scheduler, entry, f"{len(tokens)} tokens where 1 to {most} are due" if tokens else "no tokens")
@@ -92,7 +99,8 @@ def _commit(scheduler: Scheduler, entry: Entry, num_tokens: int) -> bool:
     start = request.num_computed
     try:
         scheduler.memory.commit(entry, entry.request.token_slice(start, start + num_tokens))
-    except LogicError as error:
+    except (KeyError, LogicError) as caught:
+        error = caught if isinstance(caught, LogicError) else LogicError("its cache was closed by others")
         scheduler.end(entry, "error", error)
         return False
     request._computed = start + num_tokens

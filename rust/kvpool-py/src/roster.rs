@@ -58,6 +58,8 @@ pub struct Allocation {
     count: usize,
     /// Age of the one that has none, where the search stopped.
     refused: Option<u64>,
+    /// Whether one was passed over for want of tokens.
+    short_of_tokens: bool,
     /// Ages of those that were suspended and are not any more.
     resumed: Vec<u64>,
     /// Per manager: caches with copies to make; the copies.
@@ -310,6 +312,7 @@ impl Roster {
             tokens: 0,
             count: 0,
             refused: None,
+            short_of_tokens: false,
             resumed: Vec::new(),
             copies: Vec::new(),
         };
@@ -327,7 +330,11 @@ impl Roster {
                 }
             }
             let wanted = item.tokens(py);
-            if found.count >= places || found.tokens + wanted > tokens {
+            if found.count >= places {
+                break;
+            }
+            if found.tokens + wanted > tokens {
+                found.short_of_tokens = true;
                 break;
             }
             match self.room(py, item, &mut copies) {
