@@ -91,13 +91,15 @@ class Batches:
             del self._caches[cache.request_id]
 
     def _close(self, caches: Sequence[KVCache]) -> None:
+        marked: list[KVCache] = []
         try:
             for cache in caches:
                 cache._mark_closed()
+                marked.append(cache)
             released = self._core.close([cache._handle for cache in caches])
         except BaseException:
-            for cache in caches:
-                cache._state = None
+            for cache in marked:
+                cache._unmark_closed()
             raise
         for cache, free in zip(caches, released, strict=True):
             if free:
@@ -151,14 +153,18 @@ class Batches:
         if self._moves is not None and self._host_pages:
             self._moves.flush()
 
-    def _ready(self, handles: Sequence[Cache]) -> None:
-        """No move touches the slots of these ACTIVE caches any more."""
+    def _ready(self, handles: Sequence[Cache], stream: object = None, *, launch: bool = False) -> None:
+        """No move touches the slots of these ACTIVE caches any more.
+
+        launch: they are about to be computed on; steps that were launched before, on whatever stream, come first.
+        """
         moves = self._moves
-        if moves is None or not (self._host_pages or moves.flying or moves.failed):
+        behind = launch and moves is not None and moves.launched
+        if moves is None or not (self._host_pages or moves.flying or moves.failed or behind):
             return
         self._after()
-        if moves.flying or moves.stuck:
-            moves.wait([(pool, self._slots(handles, pool)) for pool in range(len(self.config.pools))])
+        if moves.flying or moves.stuck or behind:
+            moves.wait([(pool, self._slots(handles, pool)) for pool in range(len(self.config.pools))], stream)
         self._note_losses()
 
     def _slots(self, handles: Sequence[Cache], pool: int) -> list[int]:

@@ -17,6 +17,7 @@ from kvpool.errors import LogicError
 
 if TYPE_CHECKING:
     from kvpool.manager import KVCacheManager
+    from kvpool.mover import SlotUse
 
 
 class Closing:
@@ -53,7 +54,7 @@ class KVCache(Closing):
     forbids a call, ValueError for arguments out of range; both leave everything as it was.
     """
 
-    __slots__ = ("__weakref__", "_handle", "_last", "_lost", "_manager", "_state", "request_id")
+    __slots__ = ("__weakref__", "_handle", "_last", "_lost", "_manager", "_state", "_uses", "request_id")
 
     request_id: int | str
 
@@ -63,6 +64,7 @@ class KVCache(Closing):
         self._state: CacheState | None = None
         self._last = (0, 0, 0, 0)
         self._lost = False
+        self._uses: list[list[SlotUse]] = []  # of steps that were begun
         self.request_id = request_id
 
     def _info(self) -> tuple[int, int, int, int]:
@@ -159,17 +161,30 @@ class KVCache(Closing):
         try:
             (free,) = self._manager._core.close([self._handle])  # not `_close`: its lists cost a tenth of a hot request
         except BaseException:
-            self._state = None
+            self._unmark_closed()
             raise
         if free:
             self._manager._forget(self)
         if self._lost:
             self._manager._bury([self])
 
+    def _unmark_closed(self) -> None:
+        """It could not be closed: open as before, unless another thread has closed it."""
+        try:
+            self._manager._core.info(self._handle)
+        except LogicError as error:
+            if "CLOSED" in str(error):
+                return
+        self._state = None
+
     def _mark_closed(self) -> None:
         """Keep the last lengths: the core forgets them."""
         self._last = self._info()
         self._state = CacheState.CLOSED
+
+    def _take_uses(self) -> list[SlotUse]:
+        """What the step that was begun first uses."""
+        return self._uses.pop(0) if self._uses else []
 
     def __repr__(self) -> str:
         return f"<kvpool cache of request {self.request_id!r}: {self.state.value}>"

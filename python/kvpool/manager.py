@@ -29,7 +29,7 @@ from kvpool.batches import Batches, taken
 from kvpool.cache import CacheState, Closing, KVCache
 from kvpool.config import CacheConfig, Retention, Scope
 from kvpool.errors import ConfigError, InvariantError, LogicError
-from kvpool.mover import CpuMover, Mover, SlotUse
+from kvpool.mover import CpuMover, Mover
 from kvpool.moves import Moves
 from kvpool.sizing import PoolPlan, plan_pools
 
@@ -93,6 +93,12 @@ class Event:
     parent: int | None
     pool: str
     tier: str
+
+
+def _listed(caches: Iterable[KVCache]) -> list[KVCache]:
+    if not isinstance(caches, Iterable):
+        raise ValueError(f"caches: {caches!r} is not a list of caches")
+    return list(caches)
 
 
 def _cuda_memory(device: str) -> CudaMemory:
@@ -164,7 +170,6 @@ class KVCacheManager(Batches, Closing):
             pages = {name: (device, self._host_pages.get(name)) for name, device in self._pages.items()}
             made = mover(pages) if self._cuda is None else self._cuda.mover()
             self._moves = Moves(self._core, made, list(pages), move_timeout_s)
-        self._uses: dict[KVCache, list[list[SlotUse]]] = {}
         self._caches: dict[int | str, KVCache] = {}
         self._closed = False
 
@@ -322,9 +327,7 @@ class KVCacheManager(Batches, Closing):
 
     def _handles(self, caches: Iterable[KVCache]) -> list[_core.Cache]:
         handles = []
-        if not isinstance(caches, Iterable):
-            raise ValueError(f"caches: {caches!r} is not a list of caches")
-        for cache in caches:
+        for cache in _listed(caches):
             if not isinstance(cache, KVCache) or cache._manager is not self:
                 raise ValueError(f"caches: {cache!r} is not a cache of this manager")
             handles.append(cache._handle)
@@ -370,25 +373,27 @@ class KVCacheManager(Batches, Closing):
 
         Returns when every move that touches their slots is over. A cache whose pages did not arrive is LOST then.
         """
+        caches = _listed(caches)
         handles = self._handles(caches)
-        self._ready(handles)
+        self._ready(handles, stream, launch=True)
         self._core.step_begin(handles)
         if self._moves is not None and self._moves.notes(stream):
             for cache in caches:
-                self._uses.setdefault(cache, []).append(self._used_by(cache))
+                cache._uses.append(self._used_by(cache))
 
     def step_end(self, caches: Sequence[KVCache], stream: object = None) -> None:
         """After the step: what was freed or closed meanwhile is given back. LogicError without `step_begin`."""
+        caches = _listed(caches)
         handles = self._handles(caches)
-        if self._moves is not None and self._uses:
-            begun = [self._uses[cache].pop(0) for cache in caches if self._uses.get(cache)]
-            self._uses = {cache: uses for cache, uses in self._uses.items() if uses}
-            self._moves.used([use for uses in begun for use in uses], stream)
-        released = self._core.step_end(handles)
+        try:
+            if self._moves is not None and (uses := [use for cache in caches for use in cache._take_uses()]):
+                self._moves.used(uses, stream)
+        finally:
+            released = self._core.step_end(handles)
+            for cache, gone in zip(caches, released, strict=True):
+                if gone:
+                    self._forget(cache)
         self._after()
-        for cache, gone in zip(caches, released, strict=True):
-            if gone:
-                self._forget(cache)
 
     def drain_events(self, most: int = 2**31) -> list[Event]:
         """What happened to the tree since the last call, oldest first, at most `most` events.
@@ -436,8 +441,12 @@ class KVCacheManager(Batches, Closing):
         """Close all caches. Twice is a no-op. Calls that claim, change or match raise `LogicError` afterwards."""
         if self._closed:
             return
-        self._close([cache for cache in self._caches.values() if cache._state is not CacheState.CLOSED])
-        self._closed = True
+        self._closed = True  # nobody makes another cache meanwhile
+        try:
+            self._close([cache for cache in list(self._caches.values()) if cache._state is not CacheState.CLOSED])
+        except BaseException:
+            self._closed = False
+            raise
         if self._moves is not None:
             self._moves.mover.close()
         if self._cuda is not None:

@@ -34,6 +34,7 @@ class Moves:
         self.recorder = Recorder(core)
         self.flying: list[_Flight] = []
         self.failed = 0
+        self.launched = False  # whether steps may be computed behind their `step_end`
         self.stuck: set[BadPage] = set()  # a move that was given up may still write them
         self.loose: list[BadPage] = []  # those of them that are not out of use yet
         self._names = list(pools)
@@ -138,16 +139,20 @@ class Moves:
             bad, self._bad = self._bad, []
         return bad
 
-    def wait(self, slots: Sequence[tuple[int, list[int]]]) -> None:
-        """Everything that touches these device slots, by pool, is over; what is not in time has failed."""
+    def wait(self, slots: Sequence[tuple[int, list[int]]], stream: object = None) -> None:
+        """Everything that touches these device slots, by pool, is over; what is not in time has failed.
+
+        If no move is on its way the stream alone waits for the steps that were launched before.
+        """
         with self._lock:
             self.flush()
             flights = self.flying
-        if flights:
-            uses = [SlotUse(self._names[pool], "device", of) for pool, of in slots]
-            if not self.mover.step_begin(uses, None, self._timeout):
-                self._give_up(flights)
-                self.mover.step_begin(uses, None, self._timeout)  # for what was behind them
+        uses = [SlotUse(self._names[pool], "device", of) for pool, of in slots]
+        if self.launched and not flights:
+            self.mover.step_begin(uses, stream if self._knows(stream) else None, self._timeout)
+        if flights and not self.mover.step_begin(uses, None, self._timeout):
+            self._give_up(flights)
+            self.mover.step_begin(uses, None, self._timeout)  # for what was behind them
         if self.stuck:
             stuck = [(pool, False, slot) for pool, of in slots for slot in of if (pool, False, slot) in self.stuck]
             with self._lock:
@@ -174,4 +179,5 @@ class Moves:
 
     def used(self, uses: Sequence[SlotUse], stream: object) -> None:
         """A step, launched on this stream or over, used these slots."""
+        self.launched |= self._knows(stream)
         self.mover.step_end(uses, stream if self._knows(stream) else None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import sys
@@ -33,7 +34,8 @@ def run(argv: list[str], *, corrupt_after: int | None = None) -> int:
     """Run the command line and return the exit code (see `kvpool.cli.main`)."""
     try:
         code = group.main(args=argv, prog_name="kvpool", standalone_mode=False, obj=corrupt_after)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
         return int(code or 0)
     except click.ClickException as error:
         error.show()
@@ -41,12 +43,20 @@ def run(argv: list[str], *, corrupt_after: int | None = None) -> int:
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted", err=True)
         return 130
+    except SystemExit:  # click's own answer to a reader of stdout that has left
+        _leave_stdout()
+        return 2
     except OSError as error:
         if error.errno != errno.EPIPE:
-            raise
-        # The reader of stdout left. Python's own flush at exit must not fail on it once more.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            print(f"kvpool: cannot write: {error.strerror}", file=sys.stderr)
+        _leave_stdout()
         return 2
+
+
+def _leave_stdout() -> None:
+    """Nobody reads it any more: Python's own flush at exit must not fail on it once more."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})

@@ -125,3 +125,4 @@ class _Sequential:
         stats = self._manager.stats()
         report = self._report
         report.evicted, report.dropped, report.pools = stats.evicted, stats.dropped, stats.pools
+        report.offloaded, report.onboarded = stats.offloaded, stats.onboarded

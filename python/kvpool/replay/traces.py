@@ -135,6 +135,8 @@ def _moment(path: str, line: int, value: str) -> float:
 def _whole(path: str, line: int, name: str, value: str) -> int:
     if not value.strip().isascii() or not value.strip().isdigit():
         raise TraceError(path, line, name, f"expected an integer >= 0, got {value!r}")
+    if len(value.strip()) > 18:
+        raise TraceError(path, line, name, f"expected an integer below 10**18, got one of {len(value.strip())} digits")
     return int(value)
 
 
