@@ -236,7 +236,7 @@ class World:
         for request in self.alive.values():
             entry = request._entry
             if entry is not None and entry.started:
-                tokens = entry.generation_tokens if entry.generates else min(unit, entry.rest)
+                tokens = request.generation_tokens if entry.generates else min(unit, entry.rest)
                 end = request.num_computed + tokens
                 lacks.append(-(-end // t) if request.state == "SUSPENDED" else tokens // t + 1)
         if self.scenario.reservation != "none" or not self.flying:

@@ -57,7 +57,8 @@ def _check_pools(request: Request, config: SchedulerConfig, memory: Memory) -> N
     names = memory.names()
     at = 0
     for side in memory.sides:
-        for pool, needed in zip(side.pools, peaks(request, config, side.config), strict=True):
+        peaks = peak_slots(side.config, request, config.chunk_tokens)
+        for pool, needed in zip(side.pools, peaks.values(), strict=True):
             if needed > memory.slots[at]:
                 raise RequestTooLargeError(
                     f"request {request.request_id!r} needs {needed} slots of {names[at]} at its peak, there are "
@@ -72,11 +73,6 @@ def too_large(who: str, pool: str, needed: int, available: int, what: str) -> Re
     return RequestTooLargeError(
         f"{who} needs {needed} {what}, {pool} has {available}", pool=pool, needed=needed, available=available
     )
-
-
-def peaks(request: Request, config: SchedulerConfig, cache_config: object) -> list[int]:
-    """Per pool of one manager: slots that the request alone can come to hold."""
-    return list(peak_slots(cache_config, request, config.chunk_tokens).values())  # type: ignore[arg-type]
 
 
 class Outlook:

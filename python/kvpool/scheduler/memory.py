@@ -216,7 +216,7 @@ class Memory:
             claims.append(self._claim_both(entry, unit, budget))
             if claims[-1].why == "kept":
                 new = entry.length - claims[-1].reused
-                budget -= min(new, budget) if unit is None else first_chunk(new, budget, unit)
+                budget -= first_chunk(new, budget, unit)
         return claims
 
     def _claim_both(self, entry: Entry, unit: int | None, budget: int) -> Claimed:

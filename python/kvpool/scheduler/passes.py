@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvpool._core import Allocation
 from kvpool.scheduler.config import SchedulerConfig
+from kvpool.scheduler.memory import first_chunk
 from kvpool.scheduler.request import Entry, RequestState
 from kvpool.scheduler.starts import start_waiting
 from kvpool.scheduler.step import Step
@@ -97,7 +98,7 @@ def _make_room_for(scheduler: Scheduler, run: Pass, entry: Entry) -> int:
         scheduler,
         run,
         entry,
-        lambda: memory.lacking(entry, entry.generation_tokens, memory.nothing),
+        lambda: memory.lacking(entry, entry.request.generation_tokens, memory.nothing),
         lambda: _allocate(scheduler, run, 1, entry.age).count,
     )
 
@@ -117,7 +118,7 @@ def _contexts(scheduler: Scheduler, run: Pass) -> None:
             run.started_refused = True
             entry.why = f"the step has {run.tokens} tokens left for its chunk of {unit}"
             continue
-        want = rest if rest <= run.tokens else run.tokens // unit * unit
+        want = first_chunk(rest, run.tokens, unit)
         if tokens := _provide_chunk(scheduler, run, entry, want, unit):
             scheduler.serve_context(run, entry, tokens)
 

@@ -99,6 +99,12 @@ class Request:
             return len(self._prompt) + len(self.output_tokens) - 1
         return self._computed
 
+    @property
+    def generation_tokens(self) -> int:
+        """Tokens of its next generation: the last token and drafts, clipped at the end."""
+        last = len(self._prompt) + self.max_new_tokens - 1
+        return min(1 + self.draft_tokens, last - self.num_computed)
+
     def token_slice(self, start: int, end: int) -> Int32Array:
         """Tokens [start, end) of prompt and output: int32, what a chunk of a context covers."""
         n = len(self._prompt)
@@ -168,9 +174,3 @@ class Entry:
     def generates(self) -> bool:
         """Whether only the token that came out last is to be computed."""
         return self.request._generates
-
-    @property
-    def generation_tokens(self) -> int:
-        """Tokens of its next generation: the last token and drafts, clipped at the end."""
-        request = self.request
-        return min(1 + request.draft_tokens, self.limit - request.num_computed)

@@ -46,9 +46,7 @@ class Step:
     @property
     def generation_tokens(self) -> list[int]:
         """Of each generation, before the update: tokens to compute, the last token and drafts, clipped at the end."""
-        return [
-            min(1 + r.draft_tokens, len(r._prompt) + r.max_new_tokens - 1 - r.num_computed) for r in self.generation
-        ]
+        return [request.generation_tokens for request in self.generation]
 
     def inherit(self, before: Step) -> None:
         """An earlier pass of the same call, in which nobody ran: those who gave way in it, unless they run now."""

@@ -33,12 +33,6 @@ pub struct Claim<'a> {
     pub most: Option<u64>,
 }
 
-impl Claim<'_> {
-    fn most(&self) -> usize {
-        self.most.map_or(usize::MAX, |most| most as usize)
-    }
-}
-
 /// Why a first chunk cannot be had.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Refusal {
@@ -60,18 +54,10 @@ impl Core {
     pub fn claim_all(&self, claims: Vec<Claim<'_>>, promised: bool) -> Result<Vec<Option<Cache>>> {
         let mut caches: Vec<Option<Cache>> = Vec::with_capacity(claims.len());
         for claim in claims {
-            let most = claim.most();
-            let cache = self.claim(
-                claim.tokens,
-                most,
-                claim.scope,
-                claim.epoch,
-                claim.retention,
-                true,
-            );
-            match cache {
+            let least = claim.least;
+            match self.claim_in_work(claim) {
                 Ok(mut cache) => {
-                    let fits = self.fit(&mut cache, claim.least, promised) || !promised;
+                    let fits = self.fit(&mut cache, least, promised) || !promised;
                     if !fits {
                         self.close(&mut cache)?;
                     }
@@ -118,18 +104,22 @@ impl Core {
         Ok(starts)
     }
 
-    fn claim_start(&self, claim: Claim<'_>, unit: Option<u64>, budget: u64) -> Result<(Start, u64)> {
-        let before: Vec<u32> = self.pools.iter().map(SlotPool::available).collect();
-        let all = claim.tokens.len() as u64;
-        let most = claim.most();
-        let mut cache = self.claim(
+    fn claim_in_work(&self, claim: Claim<'_>) -> Result<Cache> {
+        let most = claim.most.map_or(usize::MAX, |most| most as usize);
+        self.claim(
             claim.tokens,
             most,
             claim.scope,
             claim.epoch,
             claim.retention,
             true,
-        )?;
+        )
+    }
+
+    fn claim_start(&self, claim: Claim<'_>, unit: Option<u64>, budget: u64) -> Result<(Start, u64)> {
+        let before: Vec<u32> = self.pools.iter().map(SlotPool::available).collect();
+        let all = claim.tokens.len() as u64;
+        let mut cache = self.claim_in_work(claim)?;
         for (pool, before) in before.into_iter().enumerate() {
             cache.paid[pool] = before.saturating_sub(self.pools[pool].available());
         }
