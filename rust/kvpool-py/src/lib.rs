@@ -14,7 +14,7 @@ mod started;
 use pyo3::prelude::*;
 
 /// Bookkeeping core of kvpool.
-#[pymodule(gil_used = true)]
+#[pymodule(gil_used = false)]
 mod _core {
     #[pymodule_export]
     use crate::cache::Cache;
