@@ -25,7 +25,7 @@ from kvpool.arguments import (
     scope_key,
     token_array,
 )
-from kvpool.batches import Batches, taken
+from kvpool.batches import Batches
 from kvpool.cache import CacheState, Closing, KVCache
 from kvpool.config import CacheConfig, Retention, Scope
 from kvpool.errors import ConfigError, InvariantError, LogicError
@@ -261,9 +261,8 @@ class KVCacheManager(Batches, Closing):
         key, epoch = scope_key(scope)
         handle = self._core.create(token_array(tokens), key, epoch, retention_spec(retention))
         cache = KVCache(self, request_id, handle)
-        if self._caches.setdefault(request_id, cache) is not cache:  # another thread was faster
-            self._core.close([handle])
-            raise taken(request_id)
+        if self._caches.setdefault(request_id, cache) is not cache or self._closed:
+            self._register([cache])  # raises: another thread was faster, or has closed the manager
         self._check_lost([cache])
         return cache
 

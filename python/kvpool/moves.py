@@ -7,7 +7,7 @@ changed its books by then, so a move that fails is reported later (`take_bad`), 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from kvpool._core import Core, Recorder
@@ -105,24 +105,24 @@ class Moves:
         self._look()
 
     def _give_up(self, flights: Iterable[_Flight]) -> None:
-        for flight in flights:
-            if flight.ticket.give_up():
-                pages = [(flight.pool, flight.host, slot) for slot in flight.slots]
-                self.stuck.update(pages)
-                self.loose += pages
+        with self._lock:
+            for flight in flights:
+                if flight.ticket.give_up():
+                    pages = [(flight.pool, flight.host, slot) for slot in flight.slots]
+                    self.stuck.update(pages)
+                    self.loose += pages
 
     def _fail(self, pages: Sequence[BadPage]) -> None:
         self._bad += pages
         self.failed += len(pages)
 
     def _look(self) -> None:
-        if not self.flying:
-            return
+        """By who holds the lock. What failed is bad before it has landed: who sees nothing flying sees what failed."""
         over = [flight for flight in self.flying if flight.ticket.done()]
-        if over:
-            self.flying = [flight for flight in self.flying if flight not in over]
         for flight in over:
             self._fail([(flight.pool, flight.host, flight.slots[error.index]) for error in flight.ticket.errors()])
+        if over:
+            self.flying = [flight for flight in self.flying if flight not in over]
 
     def retire(self) -> None:
         """Slots that may still be written by a move that was given up are out of use for good once nobody has them."""
@@ -130,14 +130,20 @@ class Moves:
             with self._lock:
                 self.loose = self.recorder.retire(self.loose)
 
-    def take_bad(self) -> list[BadPage]:
-        """Pages that turned out not to have arrived since the last call."""
-        if not self.flying and not self._bad:
-            return []
+    def has_bad(self) -> bool:
+        """Whether pages may not have arrived that nobody has reported yet."""
+        return bool(self.flying or self._bad)
+
+    def report(self, lose: Callable[[Moves, list[BadPage]], None]) -> None:
+        """`lose` is told the pages that turned out not to have arrived, if there are any.
+
+        Nobody else gets past this before it has returned: a page counts as good only once all that hold it know better.
+        """
         with self._lock:
             self._look()
-            bad, self._bad = self._bad, []
-        return bad
+            if self._bad:
+                lose(self, self._bad)
+                self._bad = []
 
     def wait(self, slots: Sequence[tuple[int, list[int]]], stream: object = None) -> None:
         """Everything that touches these device slots, by pool, is over; what is not in time has failed.
@@ -154,9 +160,9 @@ class Moves:
             self._give_up(flights)
             self.mover.step_begin(uses, None, self._timeout)  # for what was behind them
         if self.stuck:
-            stuck = [(pool, False, slot) for pool, of in slots for slot in of if (pool, False, slot) in self.stuck]
             with self._lock:
-                self._fail(stuck)
+                pages = [(pool, False, slot) for pool, of in slots for slot in of]
+                self._fail([page for page in pages if page in self.stuck])
 
     def settle(self) -> None:
         """All moves so far are over."""
@@ -179,5 +185,6 @@ class Moves:
 
     def used(self, uses: Sequence[SlotUse], stream: object) -> None:
         """A step, launched on this stream or over, used these slots."""
-        self.launched |= self._knows(stream)
+        if self._knows(stream):  # never set back: another thread may have set it meanwhile
+            self.launched = True
         self.mover.step_end(uses, stream if self._knows(stream) else None)

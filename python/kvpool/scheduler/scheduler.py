@@ -14,7 +14,6 @@ import threading
 from bisect import bisect_left, insort
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from operator import attrgetter
 
 from kvpool.errors import ConfigError, KVPoolError, LogicError, StalledError
@@ -25,22 +24,12 @@ from kvpool.scheduler.guard import alone
 from kvpool.scheduler.memory import Memory
 from kvpool.scheduler.passes import Pass, run_pass
 from kvpool.scheduler.request import Entry, Refusal, Request, RequestState
-from kvpool.scheduler.step import Context, Step
+from kvpool.scheduler.step import Context, SchedulerStats, Step
 from kvpool.scheduler.updates import apply_outputs, as_outputs
 
 __all__ = ["Pass", "Scheduler", "SchedulerStats"]
 
 _AGE = attrgetter("age")
-
-
-@dataclass(slots=True)
-class SchedulerStats:
-    """Counted since construction: passes with work, preemptions, tokens computed again."""
-
-    steps: int = 0
-    suspended: int = 0
-    recomputed: int = 0
-    recomputed_tokens: int = 0
 
 
 class Scheduler:
@@ -128,18 +117,27 @@ class Scheduler:
         return True
 
     def explain(self, request_id: int | str) -> str:
-        """Why a request did not run in the last step, or that it did."""
+        """Why a request did not run in the last step, or that it did. From any thread."""
         entry = self._known.get(request_id)
         if entry is None:
             return f"request {request_id!r} is unknown, or it has ended"
         request = entry.request
         if self._last is not None and any(other is request for other in self._last.requests):
             return f"request {request_id!r} is in the last step"
-        if entry.started and self.memory.roster.in_step(entry.age):
+        if self._in_step(entry):
             return f"request {request_id!r} is in a step in flight"
         if entry.started and entry.generates and request.state is RequestState.RUNNING:
             return f"request {request_id!r} is RUNNING: older requests used up the tokens or places of the step"
         return f"request {request_id!r} is {request.state.value}: {entry.why}"
+
+    def _in_step(self, entry: Entry) -> bool:
+        """Whether it is in a step in flight. False where a pass runs just now: the roster is that one's."""
+        if not self._lock.acquire(blocking=False):
+            return False
+        try:
+            return entry.started and self.memory.roster.in_step(entry.age)
+        finally:
+            self._lock.release()
 
     def _see_incoming(self) -> None:
         while self._incoming:
@@ -270,11 +268,14 @@ class Scheduler:
             if entry.age < 0:
                 try:
                     self.check(entry.request)
+                    known = self._known.setdefault(request_id, entry)
+                    if known.request is not entry.request:  # another thread has added it meanwhile
+                        raise _duplicate(entry.request)
+                    entry = known
                 except (KVPoolError, ValueError) as error:
                     self._refuse(entry.request, error)
                     refused.append((entry.request, error))
                     continue
-                self._known[request_id] = entry
                 entry.request._entry = entry
                 self._see(entry)
             world.append(entry)

@@ -11,13 +11,13 @@ use kvpool_core::types::{
     CoreConfig, Mover, NoMover, PageCopy, PolicyKind, PoolSpec, RangeSpec, Retain, RetentionSpec,
 };
 use kvpool_core::words::Tier;
-use kvpool_core::{Claim, CoreError};
+use kvpool_core::{CacheInfo, Claim, CoreError};
 use pyo3::buffer::PyBuffer;
 use pyo3::exceptions::{PyMemoryError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedBytes;
 use pyo3::types::{PyByteArray, PyDict};
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 pub fn raise(py: Python<'_>, error: CoreError) -> PyErr {
     let (class, message) = match error {
@@ -157,6 +157,13 @@ pub fn claim<'a>(
         least,
         most,
     }
+}
+
+/// (reused, capacity, history_length, committed), in tokens
+type Lengths = (u64, u64, u64, u64);
+
+fn lengths(info: &CacheInfo) -> Lengths {
+    (info.reused, info.capacity, info.history, info.committed)
 }
 
 /// Runs a call of one cache.
@@ -399,20 +406,27 @@ impl Core {
         with(py, cache, |cache| core.commit(cache, &tokens))
     }
 
-    /// -> per cache: whether its id is free again (not so while a step is in flight, nor if it was closed before)
-    fn close(&self, py: Python<'_>, caches: Vec<Py<Cache>>) -> PyResult<Vec<bool>> {
+    /// -> per cache: whether its id is free again (not so while a step is in flight, nor if it was closed before); its
+    /// last (reused, capacity, history_length, committed), None if it was closed before
+    fn close(&self, py: Python<'_>, caches: Vec<Py<Cache>>) -> PyResult<Vec<(bool, Option<Lengths>)>> {
         let core = self.core(py)?;
+        let close = |cache: &mut kvpool_core::Cache| {
+            let last = core.info(cache).ok().map(|info| lengths(&info));
+            Ok((core.close(cache)?, last))
+        };
         if let [cache] = &caches[..] {
-            return Ok(vec![with(py, cache.bind(py), |cache| core.close(cache))?]);
+            return Ok(vec![with(py, cache.bind(py), close)?]);
         }
         let mut entered = enter_all(py, &caches)?;
-        let mut free = HashSet::new();
-        for ((cache, _), (this, _)) in entered.iter_mut().zip(distinct(&caches)) {
-            if outcome(py, core.close(cache))? {
-                free.insert(std::ptr::from_ref(this));
-            }
+        for (cache, _) in &entered {
+            outcome(py, core.can_close(cache))?; // all are closed, or none
         }
-        Ok(listed(&caches, &free))
+        let mut closed = HashMap::with_capacity(caches.len());
+        for ((cache, _), (this, _)) in entered.iter_mut().zip(distinct(&caches)) {
+            closed.insert(std::ptr::from_ref(this), outcome(py, close(cache))?);
+        }
+        let of = |cache: &Py<Cache>| closed[&std::ptr::from_ref(cache.get())];
+        Ok(caches.iter().map(of).collect())
     }
 
     /// -> (state, reused, capacity, history_length, committed)

@@ -2,6 +2,7 @@
 
 use crate::roster::steps;
 use kvpool_core::forecast::{overflow, Growth};
+use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use std::sync::Mutex;
 
@@ -36,8 +37,10 @@ impl Forecast {
         held: Vec<u64>,
         back: Vec<u64>,
         available: Option<Vec<u64>>,
-    ) -> Option<(usize, u64, u64)> {
-        let mut pools = self.pools.try_lock().ok()?;
+    ) -> PyResult<Option<(usize, u64, u64)>> {
+        let pools = self.pools.try_lock();
+        let mut pools =
+            pools.map_err(|_| PyValueError::new_err("the forecast is in use by another thread"))?;
         let mut over = None;
         for (pool, (t, rows)) in pools.iter_mut().enumerate() {
             rows.push(Growth {
@@ -58,6 +61,6 @@ impl Forecast {
                 rows.pop();
             });
         }
-        over
+        Ok(over)
     }
 }
