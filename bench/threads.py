@@ -17,8 +17,8 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-
 from bench_w1_w2 import BLOCKS, SEQUENCES, build, prompts, serve
+
 from kvpool import KVCacheManager
 
 CALLS, WARM_UP = 150, 30  # per thread and round: a millisecond or two

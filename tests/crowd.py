@@ -39,7 +39,7 @@ def hasty() -> Iterator[None]:
 
 
 def together(seed: int, *works: Callable[[random.Random], object], seconds: float = 60) -> None:
-    """Each in a thread of its own with random numbers of its own, all from the same moment on; raises what one raises."""
+    """Each in a thread and with random numbers of its own, all from the same moment on; raises what one raises."""
     errors: list[BaseException] = []
     start = threading.Barrier(len(works))
 

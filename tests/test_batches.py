@@ -14,7 +14,6 @@ from kvpool import (
     AddRequest,
     CacheConfig,
     ConfigError,
-    KVCache,
     KVCacheManager,
     LogicError,
     PoolConfig,

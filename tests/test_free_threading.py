@@ -1,7 +1,7 @@
 """Many threads at one manager and one scheduler: with the GIL off where Python can, else by the shortest of turns.
 
-Books by `check()`, contents by words that tell whose they are, order of moves by the mover's checker. The seed stands in
-the test's name; KVPOOL_STRESS_SEEDS=100 runs more of them.
+Books by `check()`, contents by words that tell whose they are, order of moves by the mover's checker. The seed stands
+in the test's name; KVPOOL_STRESS_SEEDS=100 runs more of them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -127,10 +128,11 @@ def test_threads_serve_requests_of_their_own(seed: int, host: int) -> None:
         pages, counts = Pages(manager), Counter[str]()
         works = [client(manager, pages, name, Counter()) for name in range(THREADS - 1)]
         together(seed, client(manager, pages, THREADS, counts), *works, bystander(manager), bystander(manager))
-        assert counts["made"] and counts["read"], counts
+        assert min(counts["made"], counts["read"]) > 0, counts
         all_books_balance(manager)
         stats = manager.stats()
-        assert stats.reused_tokens and (stats.offloaded and stats.onboarded if host else stats.dropped), stats
+        assert stats.reused_tokens
+        assert min(stats.offloaded, stats.onboarded) > 0 if host else stats.dropped, stats
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -166,13 +168,13 @@ def test_many_threads_in_one_cache_break_nothing(seed: int) -> None:
                 elif r.random() < 0.2:
                     step(manager, cache)
                 else:
-                    one = r.choice(
-                        [cache.resume, cache.suspend, lambda: cache.capacity, lambda: cache.state, lambda: repr(cache),
-                         lambda: cache.resize(r.randint(0, 40)), lambda: cache.commit([1]),
-                         lambda: cache.block_table("full"), lambda: manager.suspend_requests([of("x")]),
-                         lambda: manager.free_requests([of("x")]), lambda: manager.provide_contexts([(of("x"), 3)])]
+                    call, *args = r.choice(
+                        [(cache.resume,), (cache.suspend,), (getattr, cache, "capacity"), (getattr, cache, "state"),
+                         (repr, cache), (cache.resize, r.randint(0, 40)), (cache.commit, [1]),
+                         (cache.block_table, "full"), (manager.suspend_requests, [of("x")]),
+                         (manager.free_requests, [of("x")]), (manager.provide_contexts, [(of("x"), 3)])]
                     )  # fmt: skip
-                    one()
+                    call(*args)
                 outcomes["done"] += 1
             except (LogicError, ValueError) as error:
                 outcomes[type(error).__name__] += 1
@@ -184,18 +186,24 @@ def test_many_threads_in_one_cache_break_nothing(seed: int) -> None:
     all_books_balance(manager)
 
 
+@contextmanager
+def busy_at_most() -> Iterator[None]:
+    """Another thread may be in the cache; nothing else may be wrong."""
+    try:
+        yield
+    except LogicError as error:
+        if "another thread" not in str(error) and "copies of an earlier call" not in str(error):
+            raise
+
+
 def of(request_id: str) -> Any:
     return SimpleNamespace(request_id=request_id, tokens=[1] * 8)
 
 
 def step(manager: KVCacheManager, cache: KVCache) -> None:
-    """A step that was begun is ended, whoever else is in the cache."""
+    """What was begun can be ended, whoever else is in the cache."""
     manager.step_begin([cache])
-    while True:
-        try:
-            return manager.step_end([cache])
-        except LogicError as error:
-            assert "another thread" in str(error) or "copies" in str(error), error
+    manager.step_end([cache])
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -220,10 +228,8 @@ def test_one_of_many_threads_gets_an_id_and_one_close_frees_it(seed: int) -> Non
 
         def close(r: random.Random, caches: list[KVCache] = both) -> None:
             for cache in caches:
-                try:
+                with busy_at_most():
                     r.choice([cache.close, lambda: manager.free_requests([of("x"), of("y")])])()
-                except LogicError as error:
-                    assert "another thread" in str(error), error
 
         together(seed, *[close] * 3)
         for cache in won:
@@ -246,11 +252,9 @@ def test_a_manager_that_closes_beside_others_leaves_no_cache_open(seed: int) -> 
                 return
 
         def end(r: random.Random, manager: KVCacheManager = manager) -> None:
-            while True:
-                try:
-                    return manager.close()
-                except LogicError as error:
-                    assert "another thread" in str(error) or "copies" in str(error), error
+            while not manager._closed:
+                with busy_at_most():
+                    manager.close()
 
         together(seed, use, use, end)
         all_books_balance(manager)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 
 from crowd import make
 from kvpool import (
+    AddRequest,
     CacheConfig,
     KVCache,
     KVCacheManager,
@@ -22,6 +24,7 @@ from kvpool import (
     SchedulerConfig,
     TokenRange,
 )
+from kvpool.mover import SlotUse
 
 A, B, C = [1] * 8, [2] * 12, [3] * 12
 
@@ -86,7 +89,8 @@ def test_a_batch_that_cannot_be_closed_stays_open() -> None:
     caches = [manager.create(1, A), manager.create(2, [1] * 6 + [9, 9])]
     with ThreadPoolExecutor(1) as other:
         resumed, copies = other.submit(manager._core.resume, caches[1]._handle).result()
-        assert resumed and copies
+        assert resumed
+        assert copies
         with pytest.raises(LogicError, match="copies of an earlier call"):
             manager.free_requests([Request(n, A, 1) for n in (1, 2)])
         other.submit(manager._core.copies_failed, [caches[1]._handle]).result()
@@ -98,15 +102,51 @@ def test_a_batch_that_cannot_be_closed_stays_open() -> None:
 
 def store(manager: KVCacheManager, tokens: list[int]) -> None:
     with manager.create("store", tokens) as cache:
-        assert cache.resume() and cache.resize(len(tokens))
+        assert cache.resume()
+        assert cache.resize(len(tokens))
         cache.commit(tokens[cache.num_reused_tokens :])
+
+
+def test_a_batch_entry_that_is_lost_as_soon_as_it_is_claimed_is_none_and_closed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    manager = make(8)
+
+    def lose(caches: Iterable[KVCache]) -> None:
+        for cache in caches:
+            cache._lost = cache.request_id == "lost"
+
+    monkeypatch.setattr(manager, "_check_lost", lose)
+    kept, lost = manager.add_batch([AddRequest("kept", A), AddRequest("lost", B)])
+    assert kept is not None
+    assert lost is None
+    assert list(manager._caches) == ["kept"]
+    manager.close()
+    manager.check()
+
+
+def test_a_step_that_cannot_be_written_down_has_not_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    manager = make(8)
+    with manager.create("x", A) as cache:
+        assert cache.resume()
+
+        def busy(cache: KVCache) -> list[SlotUse]:
+            raise LogicError("another thread is in it")
+
+        monkeypatch.setattr(manager, "_used_by", busy)
+        with pytest.raises(LogicError):
+            manager.step_begin([cache])
+        with pytest.raises(LogicError, match="without step_begin"):
+            manager.step_end([cache])
+    assert not manager._caches
+    manager.close()
 
 
 # -- pages that did not arrive ------------------------------------------------------------------------
 
 
 def losing() -> tuple[KVCacheManager, KVCache]:
-    """A manager where a page of A has just not arrived on the host, which nobody knows yet; and a cache that claims it."""
+    """A page of A has just not arrived on the host, which nobody knows yet; and a cache that claims it."""
     manager = make(3, 3, windowed=False, faults=True)
     store(manager, A)
     moves = manager._moves
@@ -114,7 +154,8 @@ def losing() -> tuple[KVCacheManager, KVCache]:
     moves.mover.fail(1, "offload")  # type: ignore[attr-defined]
     claims = manager.create("claims", [*A, 9])
     with manager.create("evicts", B) as cache:
-        assert cache.resume() and cache.resize(len(B))
+        assert cache.resume()
+        assert cache.resize(len(B))
         for flight in moves.flying:
             assert flight.ticket.wait(10)
     assert claims.state == "SUSPENDED"
@@ -151,6 +192,32 @@ def test_a_cache_made_while_another_thread_tells_who_is_lost_is_lost_too() -> No
     assert made[0].state == "LOST"
     for cache in (claims, *made):
         cache.close()
+    manager.check()
+    manager.close()
+
+
+def test_a_page_that_fails_before_the_core_knows_of_its_copy_is_reported_all_the_same() -> None:
+    manager = make(3, 3, windowed=False, faults=True)
+    store(manager, A)
+    store(manager, B)
+    moves = manager._moves
+    assert moves is not None
+    moves.mover.fail(1, "onboard")  # type: ignore[attr-defined]
+    cache = manager.create("x", [*A, 9])
+    assert cache.num_reused_tokens == 8
+    with ThreadPoolExecutor(1) as other:
+
+        def others() -> None:
+            assert all(flight.ticket.wait(10) for flight in moves.flying)
+            done = other.submit(manager.lost)
+            with contextlib.suppress(TimeoutError):
+                done.result(0.2)  # it waits for the thread that makes the copies
+
+        core, manager._core = manager._core, Between(manager._core, "copies_done", others)  # type: ignore[assignment]
+        assert cache.resume()
+        manager._core = core
+    assert manager.lost() == ["x"]
+    cache.close()
     manager.check()
     manager.close()
 

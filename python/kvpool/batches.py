@@ -6,6 +6,7 @@ promised. Each call is one call into the core, whatever the number of requests.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
@@ -128,13 +129,17 @@ class Batches:
             self._moves.make(copies)
 
     def _make(self, handles: list[Cache], copies: Sequence[tuple[int, bool, int, int]]) -> None:
-        """The copies for these caches; if they fail the caches are as before."""
-        try:
-            self._copy(copies)
-        except BaseException:
-            self._core.copies_failed(handles)
-            raise
-        self._core.copies_done(handles)
+        """The copies for these caches; if they fail the caches are as before.
+
+        The core learns of the copies before anybody can report that one of them has failed.
+        """
+        with contextlib.nullcontext() if self._moves is None else self._moves.unreported():
+            try:
+                self._copy(copies)
+            except BaseException:
+                self._core.copies_failed(handles)
+                raise
+            self._core.copies_done(handles)
 
     # -- moves ----------------------------------------------------------------------------------
 
@@ -256,7 +261,9 @@ class Batches:
         except BaseException:
             self._close([cache for cache, _, _ in entries if cache._state is None])
             raise
-        return [entry[0] if done else None for entry, done in zip(entries, provided, strict=True)]
+        made = [(cache, done) for (cache, _, _), done in zip(entries, provided, strict=True)]
+        self._close([cache for cache, done in made if not done and cache._state is None])  # those that are LOST already
+        return [cache if done else None for cache, done in made]
 
     # -- scheduling -----------------------------------------------------------------------------
 

@@ -70,7 +70,8 @@ class KVCache(Closing):
     def _info(self) -> tuple[int, int, int, int]:
         if self._state is CacheState.CLOSED:
             return self._last
-        return self._manager._core.info(self._handle)[1:]
+        info = self._manager._core.info(self._handle)
+        return self._last if info is None else info[1:]  # None: another thread has just closed it
 
     @property
     def state(self) -> CacheState:
@@ -79,7 +80,8 @@ class KVCache(Closing):
             return CacheState.CLOSED
         if self._lost:
             return CacheState.LOST
-        return CacheState(self._manager._core.info(self._handle)[0])
+        info = self._manager._core.info(self._handle)
+        return CacheState.CLOSED if info is None else CacheState(info[0])
 
     @property
     def num_reused_tokens(self) -> int:

@@ -375,10 +375,11 @@ class KVCacheManager(Batches, Closing):
         caches = _listed(caches)
         handles = self._handles(caches)
         self._ready(handles, stream, launch=True)
+        noted = self._moves is not None and self._moves.notes(stream)
+        uses = [self._used_by(cache) for cache in caches] if noted else []  # before: it may raise
         self._core.step_begin(handles)
-        if self._moves is not None and self._moves.notes(stream):
-            for cache in caches:
-                cache._uses.append(self._used_by(cache))
+        for cache, used in zip(caches, uses, strict=noted):
+            cache._uses.append(used)
 
     def step_end(self, caches: Sequence[KVCache], stream: object = None) -> None:
         """After the step: what was freed or closed meanwhile is given back. LogicError without `step_begin`."""

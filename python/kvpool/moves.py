@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from kvpool._core import Core, Recorder
@@ -133,6 +134,10 @@ class Moves:
     def has_bad(self) -> bool:
         """Whether pages may not have arrived that nobody has reported yet."""
         return bool(self.flying or self._bad)
+
+    def unreported(self) -> AbstractContextManager[object]:
+        """Within it no other thread reports anything."""
+        return self._lock
 
     def report(self, lose: Callable[[Moves, list[BadPage]], None]) -> None:
         """`lose` is told the pages that turned out not to have arrived, if there are any.

@@ -1,10 +1,9 @@
 //! The `Core` class and its caches: converts arguments, calls, converts the result.
 //!
-//! The core itself is shared without a lock. A cache is entered by one thread at a time: who finds another
-//! one inside gets a `LogicError` instead of waiting. Calls of microseconds keep the GIL (letting it go costs more
+//! The core itself is shared without a lock; `cache.rs` says who may be in a cache. Calls of microseconds keep the GIL (letting it go costs more
 //! than it gives); those that walk all blocks let it go.
 
-use crate::cache::{distinct, enter_all, Cache};
+use crate::cache::{distinct, enter_all, enter_all_soon, Cache};
 use crate::recorded::Recorded;
 use kvpool_core::events::{Event, EventKind};
 use kvpool_core::types::{
@@ -98,10 +97,8 @@ impl Core {
 
     pub fn copies_failed(&self, py: Python<'_>, caches: &[Py<Cache>]) -> PyResult<()> {
         for cache in caches.iter().rev() {
-            with(py, cache.bind(py), |cache| {
-                self.core.copies_failed(cache);
-                Ok(())
-            })?;
+            let mut entered = outcome(py, cache.get().enter_soon(py))?;
+            self.core.copies_failed(&mut entered);
         }
         Ok(())
     }
@@ -172,8 +169,17 @@ fn with<T>(
     cache: &Bound<'_, Cache>,
     f: impl FnOnce(&mut kvpool_core::Cache) -> kvpool_core::Result<T>,
 ) -> PyResult<T> {
-    let result = cache.get().enter().and_then(|mut cache| f(&mut cache));
+    let result = cache.get().enter(py).and_then(|mut cache| f(&mut cache));
     outcome(py, result)
+}
+
+/// Runs a call that only looks at one cache.
+fn look<T>(
+    py: Python<'_>,
+    cache: &Py<Cache>,
+    f: impl FnOnce(&kvpool_core::Cache) -> kvpool_core::Result<T>,
+) -> PyResult<T> {
+    outcome(py, cache.get().look(py).and_then(|cache| f(&cache)))
 }
 
 /// Per cache of a list: whether it is in a set.
@@ -366,10 +372,8 @@ impl Core {
     fn copies_done(&self, py: Python<'_>, caches: Vec<Py<Cache>>) -> PyResult<()> {
         let core = self.core(py)?;
         for cache in &caches {
-            with(py, cache.bind(py), |cache| {
-                core.copies_done(cache);
-                Ok(())
-            })?;
+            let mut entered = outcome(py, cache.get().enter_soon(py))?;
+            core.copies_done(&mut entered);
         }
         Ok(())
     }
@@ -429,25 +433,23 @@ impl Core {
         Ok(caches.iter().map(of).collect())
     }
 
-    /// -> (state, reused, capacity, history_length, committed)
-    fn info(&self, py: Python<'_>, cache: &Bound<'_, Cache>) -> PyResult<(&'static str, u64, u64, u64, u64)> {
-        let info = with(py, cache, |cache| self.core.info(cache))?;
-        Ok((
-            info.state.name(),
-            info.reused,
-            info.capacity,
-            info.history,
-            info.committed,
-        ))
+    /// -> (state, reused, capacity, history_length, committed); None: it is closed
+    #[allow(clippy::type_complexity)]
+    fn info(&self, py: Python<'_>, cache: Py<Cache>) -> PyResult<Option<(&'static str, u64, u64, u64, u64)>> {
+        let cache = outcome(py, cache.get().look(py))?;
+        if self.core.is_closed(&cache) {
+            return Ok(None);
+        }
+        let info = outcome(py, self.core.info(&cache))?;
+        let (reused, capacity, history, committed) = lengths(&info);
+        Ok(Some((info.state.name(), reused, capacity, history, committed)))
     }
 
     /// Entries that the widest table of these caches has.
     fn widest(&self, py: Python<'_>, caches: Vec<Py<Cache>>, pool: usize) -> PyResult<usize> {
         let mut widest = 0;
         for cache in &caches {
-            let length = with(py, cache.bind(py), |cache| {
-                Ok(self.core.table(cache, pool)?.len())
-            })?;
+            let length = look(py, cache, |cache| Ok(self.core.table(cache, pool)?.len()))?;
             widest = widest.max(length);
         }
         Ok(widest)
@@ -478,7 +480,7 @@ impl Core {
         }
         let mut cells = vec![fill; out.item_count()];
         for (cache, row) in caches.iter().zip(cells.chunks_mut(columns.max(1))) {
-            with(py, cache.bind(py), |cache| {
+            look(py, cache, |cache| {
                 let table = self.core.table(cache, pool)?;
                 if table.len() > columns {
                     return Err(CoreError::Value(format!(
@@ -511,7 +513,7 @@ impl Core {
     )> {
         let (mut indptr, mut indices, mut last) = (vec![0i32], Vec::new(), Vec::new());
         for cache in &caches {
-            with(py, cache.bind(py), |cache| {
+            look(py, cache, |cache| {
                 indices.extend(self.core.table(cache, pool)?.iter().map(|&slot| slot as i32));
                 indptr.push(indices.len() as i32);
                 let capacity = self.core.info(cache)?.capacity;
@@ -540,7 +542,7 @@ impl Core {
 
     /// -> per cache: whether it was closed meanwhile and is released now
     fn step_end(&self, py: Python<'_>, caches: Vec<Py<Cache>>) -> PyResult<Vec<bool>> {
-        let mut entered = enter_all(py, &caches)?;
+        let mut entered = enter_all_soon(py, &caches)?;
         for (cache, times) in &entered {
             outcome(py, self.core.can_end(cache, *times))?;
         }
@@ -605,8 +607,9 @@ impl Core {
 
     /// `caches`: all that are open or in flight.
     fn check(&self, py: Python<'_>, caches: Vec<Py<Cache>>) -> PyResult<()> {
-        let entered = enter_all(py, &caches)?;
-        let caches: Vec<&kvpool_core::Cache> = entered.iter().map(|(cache, _)| &**cache).collect();
+        let looks = caches.iter().map(|cache| outcome(py, cache.get().look(py)));
+        let looks = looks.collect::<PyResult<Vec<_>>>()?;
+        let caches: Vec<&kvpool_core::Cache> = looks.iter().map(|cache| &**cache).collect();
         outcome(py, self.core.check(&caches))
     }
 

@@ -146,14 +146,14 @@ impl Started {
 
     /// Per pool the pages that could leave the device if this ACTIVE cache were suspended; None if one would find no room.
     fn below(&self, py: Python<'_>, cache: &Bound<'_, Cache>) -> PyResult<Option<Vec<u32>>> {
-        let entered = outcome(py, cache.get().enter())?;
-        outcome(py, self.core.get().core.below(&entered))
+        let cache = outcome(py, cache.get().look(py))?;
+        outcome(py, self.core.get().core.below(&cache))
     }
 
     /// Per pool (live pages of the cache on the device, how many of them nobody else claims).
     fn holds(&self, py: Python<'_>, cache: &Bound<'_, Cache>) -> PyResult<Vec<(u32, u32)>> {
-        let entered = outcome(py, cache.get().enter())?;
-        outcome(py, self.core.get().core.holds(&entered))
+        let cache = outcome(py, cache.get().look(py))?;
+        outcome(py, self.core.get().core.holds(&cache))
     }
 
     /// Per pool the slots that are missing for so many tokens behind the history, with `leave` to be left.
@@ -164,13 +164,13 @@ impl Started {
         tokens: u64,
         leave: Vec<u32>,
     ) -> PyResult<Vec<u32>> {
-        let mut entered = outcome(py, cache.get().enter())?;
+        let mut entered = outcome(py, cache.get().enter(py))?;
         outcome(py, self.core.get().core.lacking(&mut entered, tokens, &leave))
     }
 
     /// Whether a launched step may still touch the cache.
     fn in_flight(&self, py: Python<'_>, cache: &Bound<'_, Cache>) -> PyResult<bool> {
-        let entered = outcome(py, cache.get().enter())?;
-        Ok(self.core.get().core.is_in_flight(&entered))
+        let cache = outcome(py, cache.get().look(py))?;
+        Ok(self.core.get().core.is_in_flight(&cache))
     }
 }

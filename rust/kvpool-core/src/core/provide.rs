@@ -58,6 +58,11 @@ impl Core {
         })
     }
 
+    /// Whether it was closed; a step that it is in may still be launched.
+    pub fn is_closed(&self, cache: &Cache) -> bool {
+        cache.state == CacheState::Closed
+    }
+
     /// Whether `close` would be refused: another thread has still to report copies of this cache.
     pub fn can_close(&self, cache: &Cache) -> Result<()> {
         self.own(cache)?;
