@@ -7,7 +7,7 @@ makes the copies that the core asks for, at once.
 
 from __future__ import annotations
 
-import secrets
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -159,7 +159,7 @@ class KVCacheManager(Batches, Closing):
             max_blocks=max_blocks,
             max_seq_len=config.max_seq_len,
             partial_reuse=config.partial_reuse,
-            hash_seed=secrets.randbits(64) if config.hash_seed is None else config.hash_seed,
+            hash_seed=int.from_bytes(os.urandom(8)) if config.hash_seed is None else config.hash_seed,
             policy=policy,
             clock=config.clock,
             offload_min_priority=config.offload_min_priority,
