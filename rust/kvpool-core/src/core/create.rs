@@ -29,6 +29,8 @@ pub(super) struct Scratch {
     keys: Vec<u64>,
     /// Nodes for the blocks of a commit.
     pub nodes: Vec<Dead>,
+    /// Keys of the next blocks of a commit, the next one last.
+    pub ahead: Vec<u64>,
     /// Which blocks of its cache a commit has put into the tree.
     pub entered: Vec<usize>,
     /// Per pool `runs[i] = (from, sinks)`: pages are present in blocks `[from, i)` and `[0, sinks)`.
