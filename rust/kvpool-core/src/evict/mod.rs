@@ -377,11 +377,12 @@ impl Core {
         let alone = false;
         if !alone {
             self.pools[pool].take_many(n, slots);
-            if slots.len() < full && !self.tree.windowed[pool] && !self.tiered {
-                self.evict_leaves(Some(pool), full - slots.len(), slots);
-            }
         }
+        let many = !alone && !self.tree.windowed[pool] && !self.tiered;
         while slots.len() < full {
+            if many && self.evict_leaves(Some(pool), full - slots.len(), slots) > 0 {
+                continue;
+            }
             let Some(slot) = self.take_slot(pool) else {
                 return false;
             };
