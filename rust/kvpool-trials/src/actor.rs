@@ -2,7 +2,7 @@
 
 use crate::choose::Choose;
 use crate::pages::content;
-use crate::world::{World, TIERS};
+use crate::world::{World, Write, TIERS};
 use kvpool_core::types::{CacheState, PageCopy, RangeSpec, Retain, RetentionSpec};
 use kvpool_core::words::Tier;
 use kvpool_core::{Cache, CacheInfo, Core};
@@ -22,9 +22,6 @@ pub(crate) enum Phase {
     Out(Vec<PageCopy>, ThreadId),
 }
 
-/// What a launched step is still going to write: pool, slot, position in the page, value.
-pub(crate) type Write = (usize, u32, usize, u64);
-
 /// One request.
 #[derive(Debug)]
 pub(crate) struct Open {
@@ -36,6 +33,7 @@ pub(crate) struct Open {
     pub content: Vec<u64>,
     pub phase: Phase,
     pub in_flight: bool,
+    /// What a launched step is still going to write.
     pub writes: Vec<Write>,
 }
 
@@ -224,32 +222,12 @@ impl Actor {
         world.core.info(&one.cache).unwrap()
     }
 
-    /// Every final position holds what belongs there; stale blocks, and they alone, have no page.
+    /// Every final position holds what belongs there.
     pub(crate) fn verify(&mut self, world: &World, one: &Open) -> Result<(), Lost> {
-        let (info, t) = (Self::info(world, one), world.t());
-        for (pool, spec) in world.spec.config.pools.iter().enumerate() {
-            let table = world.core.table(&one.cache, pool).unwrap();
-            let (s, e) = spec.stale(info.history, t as u64);
-            for (block, &slot) in table.iter().enumerate() {
-                assert_eq!(
-                    slot == 0,
-                    (s..e).contains(&block),
-                    "pool {pool} block {block}: stale or not"
-                );
-                for at in block * t..((block + 1) * t).min(info.committed as usize) {
-                    if slot == 0 {
-                        continue;
-                    }
-                    let found = world.pages.read(Tier::Device, pool, slot, at % t);
-                    if found != one.content[at] {
-                        if world.core.is_lost(&one.cache) {
-                            return Err(Lost);
-                        }
-                        panic!("pool {pool} slot {slot}: wrong byte at position {at}");
-                    }
-                    self.verified += 1;
-                }
-            }
+        match world.compare(&one.cache, &one.content) {
+            Ok(compared) => self.verified += compared,
+            Err(_) if world.core.is_lost(&one.cache) => return Err(Lost),
+            Err(wrong) => panic!("{wrong}"),
         }
         Ok(())
     }
@@ -259,28 +237,6 @@ impl Actor {
         match self.verify(world, &one) {
             Ok(()) => self.open.push(one),
             Err(Lost) => self.end_one(world, one),
-        }
-    }
-
-    /// Where the cache writes: positions that are not final.
-    pub(crate) fn writes(world: &World, one: &Open, pools: impl Fn(usize) -> bool) -> Vec<Write> {
-        let (info, t) = (Self::info(world, one), world.t());
-        let mut writes = Vec::new();
-        for pool in (0..world.spec.config.pools.len()).filter(|&pool| pools(pool)) {
-            let table = world.core.table(&one.cache, pool).unwrap();
-            for at in info.committed as usize..info.capacity as usize {
-                if table[at / t] != 0 {
-                    writes.push((pool, table[at / t], at % t, one.content[at]));
-                }
-            }
-        }
-        writes
-    }
-
-    /// A forward pass over all positions that have storage and are not final.
-    pub(crate) fn compute(world: &World, one: &Open) {
-        for (pool, slot, at, value) in Self::writes(world, one, |_| true) {
-            world.pages.write(Tier::Device, pool, slot, at, value);
         }
     }
 

@@ -2,7 +2,6 @@
 
 use crate::actor::{Actor, Open, Phase, SCOPES};
 use crate::choose::Choose;
-use crate::requests::make;
 use crate::world::World;
 use kvpool_core::{Cache, Claim};
 
@@ -91,7 +90,7 @@ impl Actor {
         }
         let failed = choose.one_in(6);
         if !failed {
-            make(world, &copies);
+            world.make(&copies);
         }
         if failed || provided.iter().any(|one| world.core.is_lost(&one.cache)) {
             for mut one in provided {

@@ -59,7 +59,7 @@ impl Actor {
             self.end_one(world, one);
             return None;
         }
-        make(world, &copies);
+        world.make(&copies);
         // A source that was lost meanwhile gave who knows what.
         if fate == 1 || world.core.is_lost(&one.cache) {
             self.call(world).copies_failed(&mut one.cache);
@@ -77,7 +77,7 @@ impl Actor {
             self.end_one(world, one);
             return None;
         }
-        Self::compute(world, &one);
+        world.compute(&one.cache, &one.content);
         Some(one)
     }
 
@@ -122,7 +122,7 @@ impl Actor {
         if grown {
             let wanted = (capacity, history.unwrap_or(before.history));
             assert_eq!((after.capacity, after.history), wanted, "resize");
-            Self::compute(world, one);
+            world.compute(&one.cache, &one.content);
         } else if self.alone {
             let of = |info: &CacheInfo| (info.capacity, info.history, info.committed);
             assert_eq!(of(&after), of(&before), "a refused resize changed the cache");
@@ -162,7 +162,9 @@ impl Actor {
             let closed = self.land(world, &mut one);
             assert!(!closed, "released, though nobody closed it");
         } else if Self::info(world, &one).state == CacheState::Active {
-            one.writes = Self::writes(world, &one, |pool| world.spec.config.pools[pool].window.is_none());
+            one.writes = world.writes(&one.cache, &one.content, |pool| {
+                world.spec.config.pools[pool].window.is_none()
+            });
             self.call(world).step_begin(&mut one.cache, 1).unwrap();
             one.in_flight = true;
         }
@@ -181,7 +183,7 @@ impl Actor {
     pub(crate) fn end_one(&mut self, world: &World, mut one: Open) {
         if let Phase::Out(copies, by) = &one.phase {
             if *by != std::thread::current().id() {
-                make(world, copies);
+                world.make(copies);
                 self.call(world).copies_done(&mut one.cache);
             }
         }
@@ -225,13 +227,5 @@ impl Actor {
             world.pages.write(Tier::Device, pool, slot, position, u64::MAX);
         }
         self.end_one(world, one);
-    }
-}
-
-/// Makes the copies of a plan.
-pub(crate) fn make(world: &World, copies: &[PageCopy]) {
-    for copy in copies {
-        let (from, to) = ((copy.tier, copy.src), (Tier::Device, copy.dst));
-        world.pages.copy(copy.pool as usize, from, to);
     }
 }

@@ -4,7 +4,7 @@ use crate::choose::Choose;
 use crate::pages::Pages;
 use kvpool_core::events::EventKind;
 use kvpool_core::sync::{AtomicU64, Ordering};
-use kvpool_core::types::{CoreConfig, Mover, PolicyKind, PoolSpec};
+use kvpool_core::types::{CoreConfig, Mover, PageCopy, PolicyKind, PoolSpec};
 use kvpool_core::words::Tier;
 use kvpool_core::{Cache, Core};
 use std::collections::HashMap;
@@ -74,6 +74,9 @@ impl Spec {
         self.config.pools.iter().any(|pool| pool.host_slots > 0)
     }
 }
+
+/// A write to a page: pool, slot, position in the page, value.
+pub type Write = (usize, u32, usize, u64);
 
 /// What somebody does in the middle of a copy down.
 pub type Meanwhile = Box<dyn FnMut() + Send>;
@@ -173,6 +176,67 @@ impl World {
     pub fn copies(&self) -> u64 {
         self.down.copies.load(Ordering::Relaxed) // Relaxed: a count
     }
+
+    // -- the pages of a cache -------------------------------------------------------------------
+
+    /// Stale blocks, and they alone, have no page; every final position holds `content`, or tells where not. Positions that
+    /// were compared.
+    pub fn compare(&self, cache: &Cache, content: &[u64]) -> Result<u64, String> {
+        let (info, t) = (self.core.info(cache).expect("open"), self.t());
+        let mut compared = 0;
+        for (pool, spec) in self.spec.config.pools.iter().enumerate() {
+            let (s, e) = spec.stale(info.history, t as u64);
+            for (block, &slot) in self.core.table(cache, pool).expect("ACTIVE").iter().enumerate() {
+                assert_eq!(
+                    slot == 0,
+                    (s..e).contains(&block),
+                    "pool {pool} block {block}: stale or not"
+                );
+                for at in block * t..((block + 1) * t).min(info.committed as usize) {
+                    if slot == 0 {
+                        continue;
+                    }
+                    if self.pages.read(Tier::Device, pool, slot, at % t) != content[at] {
+                        return Err(format!("pool {pool} slot {slot}: wrong byte at position {at}"));
+                    }
+                    compared += 1;
+                }
+            }
+        }
+        Ok(compared)
+    }
+
+    /// Where an ACTIVE cache writes in these pools: positions that are not final.
+    pub fn writes(&self, cache: &Cache, content: &[u64], pools: impl Fn(usize) -> bool) -> Vec<Write> {
+        let (info, t) = (self.core.info(cache).expect("open"), self.t());
+        let mut writes = Vec::new();
+        for pool in (0..self.spec.config.pools.len()).filter(|&pool| pools(pool)) {
+            let table = self.core.table(cache, pool).expect("ACTIVE");
+            for at in info.committed as usize..info.capacity as usize {
+                if table[at / t] != 0 {
+                    writes.push((pool, table[at / t], at % t, content[at]));
+                }
+            }
+        }
+        writes
+    }
+
+    /// A forward pass over all positions that have storage and are not final.
+    pub fn compute(&self, cache: &Cache, content: &[u64]) {
+        for (pool, slot, at, value) in self.writes(cache, content, |_| true) {
+            self.pages.write(Tier::Device, pool, slot, at, value);
+        }
+    }
+
+    /// Makes the copies of a plan.
+    pub fn make(&self, copies: &[PageCopy]) {
+        for copy in copies {
+            let (from, to) = ((copy.tier, copy.src), (Tier::Device, copy.dst));
+            self.pages.copy(copy.pool as usize, from, to);
+        }
+    }
+
+    // -- the whole ------------------------------------------------------------------------------
 
     /// Takes a slot out of use, at most one of a pool and tier.
     pub fn retire(&self, tier: Tier, pool: usize, slot: u32) {
