@@ -17,7 +17,7 @@ pub use policy::{Lru, Policy, Slru};
 use crate::core::Core;
 use crate::events::EventKind;
 use crate::inbox::{Inbox, IDLE, LOWERED, ROSE};
-use crate::sync::{Counter, Sole};
+use crate::sync::{weak, Counter, Sole, Weak};
 use crate::tree::Dead;
 use crate::types::PolicyKind;
 use crate::words::{Link, Page, Tier};
@@ -347,7 +347,7 @@ impl Core {
             }
         }
         let mut round = 0;
-        while round < ROUNDS {
+        while round < ROUNDS || weak(Weak::TakeWaits) {
             if let Some(slot) = self.pools[pool].take() {
                 return Some(slot);
             }
