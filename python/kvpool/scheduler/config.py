@@ -9,6 +9,7 @@ from kvpool.config import _int, _opt_int
 from kvpool.errors import ConfigError
 
 VICTIMS = ("newest", "cheapest")
+ADMISSIONS = ("latency", "throughput")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,7 @@ class SchedulerConfig:
     max_started: int | None = None
     adapters: AdapterBudget | None = None
     victim: str = field(default="newest", kw_only=True)
+    admission: str = field(default="latency", kw_only=True)
 
     def __post_init__(self) -> None:
         _int("max_batch_size", self.max_batch_size, 1)
@@ -64,6 +66,8 @@ class SchedulerConfig:
             raise ConfigError(f"adapters: {self.adapters!r} is not an AdapterBudget")
         if self.victim not in VICTIMS:
             raise ConfigError(f"victim: {self.victim!r} is none of {', '.join(VICTIMS)}")
+        if self.admission not in ADMISSIONS:
+            raise ConfigError(f"admission: {self.admission!r} is none of {', '.join(ADMISSIONS)}")
 
     @property
     def most_started(self) -> int:

@@ -96,7 +96,8 @@ class Memory:
         pools = [(side, pool) for side in self.sides for pool in side.pools]
         self._tokens_per_block = [side.config.tokens_per_block for side, _ in pools]
         self._windowed = [(at, side, pool) for at, (side, pool) in enumerate(pools) if pool.window is not None]
-        self.roster = Roster([side.manager._core for side in self.sides])
+        cores = [side.manager._core for side in self.sides]
+        self.roster, self.no_roster = Roster(cores), Roster(cores)
         # A victim can be suspended to some use only if there is something below every pool.
         self.tiered = all(side.tiered for side in self.sides)
 

@@ -170,6 +170,11 @@ class Entry:
         """Tokens to be computed before the next one comes out."""
         return self.length - self.request.num_computed
 
+    def left(self, share: float) -> int:
+        """Outputs until it ends, as expected; at least one."""
+        request = self.request
+        return max(1, round(share * request.max_new_tokens) - len(request.output_tokens))
+
     @property
     def generates(self) -> bool:
         """Whether only the token that came out last is to be computed."""

@@ -20,6 +20,7 @@ from operator import attrgetter
 from kvpool.errors import ConfigError, KVPoolError, LogicError, StalledError
 from kvpool.manager import KVCacheManager
 from kvpool.scheduler.admission import Outlook, check_request
+from kvpool.scheduler.bulk import Bulk
 from kvpool.scheduler.config import SchedulerConfig
 from kvpool.scheduler.guard import alone
 from kvpool.scheduler.memory import Memory
@@ -63,6 +64,7 @@ class Scheduler:
         self.manager, self.draft_manager, self.config = manager, draft_manager, config
         self.memory = Memory(manager, draft_manager, config.chunk_tokens)
         self.outlook = Outlook()
+        self.bulk = Bulk(self) if config.admission == "throughput" and not self.memory.tiered else None
         self.stats = SchedulerStats()
         self.started: list[Entry] = []
         self.contexts: list[Entry] = []  # those of them that do not generate
@@ -441,7 +443,6 @@ class Scheduler:
     def recompute(self, run: Pass, entry: Entry, why: str) -> None:
         """A started request loses its pages and waits, as old as it is."""
         self._free(entry, why)
-        self.outlook.recomputed()
         run.gave_way(entry)
         if entry.request in run.step.suspended:
             run.step.suspended.remove(entry.request)
@@ -465,6 +466,8 @@ class Scheduler:
         if entry.started:
             self.memory.free([entry])
             self._leave_started(entry)
+            if self.bulk:
+                self.bulk.ended()
         elif entry.age >= 0:
             self._leave_waiting(entry)
         del self._known[request.request_id]

@@ -22,9 +22,12 @@ MOST_REFUSED = 16
 
 def start_waiting(scheduler: Scheduler, run: Pass) -> None:
     """First chunks for as many as there are places, tokens and pages for."""
+    if scheduler.bulk and scheduler.bulk.keeps_out:
+        return
     starts = _Starts(scheduler, run)
     if starts.all_wait_still():
         return
+    starts.see_whether_all_fit()
     while starts.may_go_on():
         batch = starts.next_batch()
         if not batch:
@@ -48,6 +51,7 @@ class _Starts:
         self._now: Refusal | None = None
         self._same: tuple[Refusal | None, bool] = (None, False)
         self._started = 0
+        self._all_fit = False
         self._in_vain = 0.0  # refused, those for their adapter counted as a quarter
 
     def _is_refused_still(self, entry: Entry) -> bool:
@@ -70,6 +74,13 @@ class _Starts:
             return False
         run.waits = run.gave_up = True
         return True
+
+    def see_whether_all_fit(self) -> None:
+        """Under admission "throughput": then no forecast is asked."""
+        scheduler = self._scheduler
+        if scheduler.bulk and self.may_go_on():
+            most = self._config.most_started - len(scheduler.started)
+            self._all_fit = scheduler.bulk.all_fit(self._waiting(), most)
 
     def remember(self) -> None:
         """For `all_wait_still`."""
@@ -208,10 +219,10 @@ class _Starts:
                 if debt + more > n and not alone:
                     return f"{name} keeps {debt + more} decode slots for the started requests, {n} can be had"
             debts[:] = [debt + more for debt, more in zip(debts, own, strict=True)]
-        if self._memory.tiered:
+        if self._memory.tiered or self._all_fit:
             return None
         if self._forecast is None:
-            self._forecast = Forecast(self._memory, self._scheduler.outlook)
+            self._forecast = Forecast(self._memory, self._memory.roster, self._scheduler.outlook.share)
         if alone:
             self._forecast.start(claim)
             return None
