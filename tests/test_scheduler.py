@@ -125,6 +125,8 @@ def test_config_errors_name_the_field() -> None:
         SchedulerConfig(0, 8)
     with pytest.raises(ConfigError, match="victim: 'oldest'"):
         SchedulerConfig(1, 8, victim="oldest")
+    with pytest.raises(ConfigError, match="admission: 'greedy' is none of latency, throughput"):
+        SchedulerConfig(1, 8, admission="greedy")
     manager = manager_of()
     with pytest.raises(ConfigError, match="draft_manager"):
         Scheduler(manager, SchedulerConfig(1, 8), manager)

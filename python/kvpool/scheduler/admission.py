@@ -87,6 +87,7 @@ class Outlook:
         self._ended = 0
         self._share = 1.0
         self._caution = 0.0
+        self.error = 0.0  # mean, of the shares expected of those that ended
 
     @property
     def share(self) -> float:
@@ -103,6 +104,7 @@ class Outlook:
         """A request ended by itself."""
         self._ended += 1
         share = len(request.output_tokens) / request.max_new_tokens
+        self.error += (abs(share - self._share) - self.error) / min(self._ended, 256)
         self._share += (share - self._share) / min(self._ended, 256)
         self._caution *= 0.98
 

@@ -40,6 +40,12 @@ class SchedulerConfig:
     waiting one while it is refused. max_started: requests that hold pages, running or suspended (None: max_batch_size).
     adapters: None for no limit. victim: which of the younger requests gives way, "newest" or "cheapest" (the one whose
     return costs the fewest tokens).
+
+    admission: what starts where there is no tier below to suspend requests to; with one it says nothing. "latency": as
+    many as can grow to their expected ends together, so that hardly anything is computed again. "throughput": all that
+    wait, if their contexts fit now, else as "latency"; where memory runs short many give way at once, and return when
+    a request has ended. Work that is all there at once ends in fewer steps, at the cost of some tokens computed again
+    and of a later mean end. It gains where outputs become as long as expected.
     """
 
     max_batch_size: int

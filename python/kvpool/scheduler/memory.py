@@ -94,7 +94,7 @@ class Memory:
         self.reserves = any(self.decode_slots)
         self.nothing = [0] * len(self.slots)
         pools = [(side, pool) for side in self.sides for pool in side.pools]
-        self._tokens_per_block = [side.config.tokens_per_block for side, _ in pools]
+        self.tokens_per_block = [side.config.tokens_per_block for side, _ in pools]
         self._windowed = [(at, side, pool) for at, (side, pool) in enumerate(pools) if pool.window is not None]
         cores = [side.manager._core for side in self.sides]
         self.roster, self.no_roster = Roster(cores), Roster(cores)
@@ -302,7 +302,7 @@ class Memory:
 
     def most(self, entry: Entry, chunk: int | None) -> list[int]:
         """Per pool: slots that a request can come to hold with chunks of so many tokens (None: not chunked)."""
-        most = [-(-entry.limit // t) for t in self._tokens_per_block]
+        most = [-(-entry.limit // t) for t in self.tokens_per_block]
         if self._windowed and chunk is not None:
             k = max(chunk, 1 + entry.request.draft_tokens)
             for at, side, pool in self._windowed:

@@ -14,7 +14,6 @@ import threading
 from bisect import bisect_left, insort
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from operator import attrgetter
 
 from kvpool.errors import ConfigError, KVPoolError, LogicError, StalledError
@@ -26,22 +25,12 @@ from kvpool.scheduler.guard import alone
 from kvpool.scheduler.memory import Memory
 from kvpool.scheduler.passes import Pass, run_pass
 from kvpool.scheduler.request import Entry, Refusal, Request, RequestState
-from kvpool.scheduler.step import Context, Step
+from kvpool.scheduler.step import Context, SchedulerStats, Step
 from kvpool.scheduler.updates import apply_outputs, as_outputs
 
 __all__ = ["Pass", "Scheduler", "SchedulerStats"]
 
 _AGE = attrgetter("age")
-
-
-@dataclass(slots=True)
-class SchedulerStats:
-    """Counted since construction: passes with work, preemptions, tokens computed again."""
-
-    steps: int = 0
-    suspended: int = 0
-    recomputed: int = 0
-    recomputed_tokens: int = 0
 
 
 class Scheduler:
@@ -141,6 +130,8 @@ class Scheduler:
             return f"request {request_id!r} is in a step in flight"
         if entry.started and entry.generates and request.state is RequestState.RUNNING:
             return f"request {request_id!r} is RUNNING: older requests used up the tokens or places of the step"
+        if not entry.started and self.bulk and self.bulk.keeps_out:
+            return f"request {request_id!r} is WAITING: memory ran short, and nobody starts before a request has ended"
         return f"request {request_id!r} is {request.state.value}: {entry.why}"
 
     def _see_incoming(self) -> None:
