@@ -56,6 +56,12 @@ impl Field {
             .compare_exchange(seen, value, Ordering::Relaxed, Ordering::Relaxed);
         // Relaxed: a hint, nothing is read through it
     }
+    /// As `raise` without a locked instruction: of two at the same moment either stays.
+    pub fn advance(&self, value: u64) {
+        if self.get() < value {
+            self.set(value);
+        }
+    }
     /// Raises it to at least `value`; a hint for the order of eviction.
     pub fn raise(&self, value: u64) {
         if self.get() < value {
@@ -144,6 +150,8 @@ pub enum Weak {
     PublishOrder,
     /// An unlinked node is not marked first.
     UnlinkMark,
+    /// The way down to a child is not ordered behind its fields.
+    BelowOrder,
     /// A child is believed without a look at its parent link.
     ParentLink,
     /// A claim takes its unit after the reference.

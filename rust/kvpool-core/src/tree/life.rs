@@ -78,6 +78,7 @@ impl Tree {
         }
         n.key.set(key);
         n.parent.set(parent.0);
+        n.below.store(Link::NIL.0, Ordering::Relaxed); // Relaxed: nobody follows it before the node is published
         let depth = if parent.is_nil() {
             0
         } else {
@@ -89,7 +90,6 @@ impl Tree {
         n.segment.set(0);
         n.seq.set(self.seq.next());
         n.epoch.set(root.epoch);
-        n.lost.set(0);
         for (field, value) in n.scope.iter().zip(root.digest) {
             field.set(value);
         }
@@ -151,6 +151,14 @@ impl Tree {
             .bucket(Self::first_hash(&root.digest, parent, tokens[0]));
         while !self.by_first.publish(first, self.by_first.head(first), link) {}
         self.adopt(parent, link);
+        if !parent.is_nil() {
+            let order = if weak(Weak::BelowOrder) {
+                Ordering::Relaxed // Relaxed: the planted weakness
+            } else {
+                Ordering::Release // Release: partner the load in `Tree::follow`: who goes down here finds the fields of this incarnation, or later ones
+            };
+            self.nodes[parent.index()].below.store(link.0, order);
+        }
         Ok(())
     }
 

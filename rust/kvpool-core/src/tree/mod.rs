@@ -38,12 +38,13 @@ pub struct Node {
     born: AtomicU64,
     /// Hash of the whole prefix.
     pub key: Field,
-    /// [`Link`] to the parent, nil for the first block of a root.
+    /// [`Link`] to the parent, nil for the first block of a root. Marked: a page of the block is bad, and no look-up
+    /// finds it any more.
     parent: Field,
+    /// [`Link`] to the child that was published last; it may be gone since.
+    below: AtomicU64,
     /// Stamp of the last release.
     pub used: Field,
-    /// Segment of the policy.
-    pub segment: Field,
     /// Claims whose deepest block this is, by [`Holder`].
     pub holders: Counter,
     /// Nodes below.
@@ -56,12 +57,12 @@ pub struct Node {
     pub depth: Field,
     /// Retention priority.
     pub priority: Field,
+    /// Segment of the policy.
+    pub segment: Field,
     /// Insertion number.
     pub seq: Field,
     /// Weights epoch of its root.
     pub epoch: Field,
-    /// 1: a page of it is bad; no look-up finds it any more.
-    pub lost: Field,
     /// Digest of its root; compared for first blocks only.
     scope: [Field; 2],
 }
@@ -165,6 +166,7 @@ impl Tree {
             born: AtomicU64::new(0),
             key: Field::new(0),
             parent: Field::new(Link::NIL.0),
+            below: AtomicU64::new(Link::NIL.0),
             children: AtomicU32::new(0),
             near: AtomicU32::new(0),
             pins: AtomicU64::new(0),
@@ -174,7 +176,6 @@ impl Tree {
             segment: Field::new(0),
             seq: Field::new(0),
             epoch: Field::new(0),
-            lost: Field::new(0),
             scope: [Field::new(0), Field::new(0)],
             holders: Counter::default(),
         };
@@ -316,7 +317,18 @@ impl Tree {
 
     /// The parent of a claimed or owned node.
     pub fn parent(&self, index: usize) -> Link {
-        Link(self.nodes[index].parent.get())
+        Link(self.nodes[index].parent.get()).unmarked()
+    }
+
+    /// No look-up finds this node any more.
+    pub fn lose(&self, index: usize) {
+        let parent = self.parent(index);
+        self.nodes[index].parent.replace(parent.0, parent.marked().0);
+    }
+
+    /// Whether a page of the node is bad.
+    pub fn is_lost(&self, index: usize) -> bool {
+        Link(self.nodes[index].parent.get()).is_marked()
     }
 
     /// The root of a node, as far as its first block tells; for `check`.
