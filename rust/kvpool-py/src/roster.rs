@@ -6,7 +6,8 @@
 //! Items are sorted by age. `step == 0`: in no step; else the number of the step that it is in.
 
 use crate::cache::Cache;
-use crate::core::{outcome, plan, Copies, Core};
+use crate::convert::{outcome, plan, Copies};
+use crate::core::Core;
 use crate::forecast::Forecast;
 use kvpool_core::forecast::Growth;
 use kvpool_core::types::{CacheState, PageCopy};
