@@ -3,7 +3,7 @@
 use super::Core;
 use crate::cache::Cache;
 use crate::error::{CoreError, Result};
-use crate::tree::{Claimed, Root};
+use crate::tree::{Claimed, Dead, Root};
 use crate::types::{CacheState, RetentionSpec};
 use crate::words::{Link, Stamp, Tier};
 use std::cell::Cell;
@@ -27,6 +27,10 @@ pub(super) struct Scratch {
     pub path: Vec<Link>,
     /// Keys of all blocks of a prompt, for a policy that wants them.
     keys: Vec<u64>,
+    /// Nodes for the blocks of a commit.
+    pub nodes: Vec<Dead>,
+    /// Which blocks of its cache a commit has put into the tree.
+    pub entered: Vec<usize>,
     /// Per pool `runs[i] = (from, sinks)`: pages are present in blocks `[from, i)` and `[0, sinks)`.
     runs: Vec<Vec<(u32, u32)>>,
 }

@@ -127,7 +127,7 @@ impl Core {
         }
     }
 
-    fn rebuild_leaves(&self, orders: &mut Orders, tier: Tier) {
+    pub(super) fn rebuild_leaves(&self, orders: &mut Orders, tier: Tier) {
         let order = &mut orders.leaves[tier as usize];
         order.clear();
         for index in 0..self.tree.nodes.len() {
@@ -180,7 +180,7 @@ impl Core {
         }
     }
 
-    fn queue_expiry(&self, orders: &mut Orders, index: usize) {
+    pub(super) fn queue_expiry(&self, orders: &mut Orders, index: usize) {
         let when = self.expiry(index);
         if when == 0 || self.tree.state(index).refs() > 0 {
             return; // who releases it reports it again

@@ -83,6 +83,11 @@ impl Order {
         self.heap.push(Reverse((key, node)));
     }
 
+    /// The least key.
+    pub fn least(&self) -> Option<Key> {
+        self.heap.peek().map(|Reverse((key, _))| *key)
+    }
+
     /// Takes the least entry.
     pub fn pop(&mut self) -> Option<(Key, Link)> {
         let Reverse((key, node)) = self.heap.pop()?;

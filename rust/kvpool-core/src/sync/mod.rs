@@ -93,6 +93,10 @@ impl Counter {
     pub fn next(&self) -> u64 {
         self.0.fetch_add(1, Ordering::Relaxed) + 1 // Relaxed: uniqueness comes from the RMW, partner none
     }
+    /// The first of the next `n` numbers, unique like those of `next`.
+    pub fn next_run(&self, n: u64) -> u64 {
+        self.0.fetch_add(n, Ordering::Relaxed) + 1 // Relaxed: uniqueness comes from the RMW, partner none
+    }
     /// The value now.
     pub fn get(&self) -> u64 {
         self.0.load(Ordering::Relaxed) // Relaxed: a statistic, partner none

@@ -50,6 +50,11 @@ impl Tree {
         self.free.pop().map(Dead)
     }
 
+    /// Up to `n` free nodes for blocks in one step, appended.
+    pub fn take_nodes(&self, n: usize, nodes: &mut Vec<Dead>) {
+        self.free.pop_many(n, nodes, Dead);
+    }
+
     /// Gives a dead node back.
     pub fn recycle(&self, dead: Dead) {
         if self.is_block(dead.index()) {
@@ -57,6 +62,11 @@ impl Tree {
         } else {
             self.spare.push(dead.0 - self.max_blocks);
         }
+    }
+
+    /// Gives dead blocks back, in one step.
+    pub fn recycle_all(&self, dead: impl Iterator<Item = Dead>) {
+        self.free.push_each(dead.map(|dead| dead.0));
     }
 
     /// Writes a node that nobody can see yet. Its pages are set by [`Tree::set_page`].
@@ -298,6 +308,13 @@ impl Tree {
         // AcqRel: partner the load in `page`: the slot's content was written before. Relaxed on failure: nothing is read.
         word.compare_exchange(Page::NONE.0, new.0, Ordering::AcqRel, Ordering::Relaxed)
             .is_ok()
+    }
+
+    /// As `set_page`, of a full-attention pool and a node that the caller owns: nobody else touches the word.
+    pub fn put_page(&self, pool: usize, dead: &Dead, slot: u32) {
+        debug_assert_eq!(self.page(pool, dead.index()), Page::NONE);
+        let word = &self.pages[pool].word[dead.index()];
+        word.store(Page::new(slot, 0, 0).0, Ordering::Release); // Release: partner the load in `page`: the slot's content was written before
     }
 
     /// Takes the page off a node that was written and not published.

@@ -236,15 +236,7 @@ impl Tree {
         if self.collide {
             return 0;
         }
-        // Hash bytes without unsafe: tokens go through a small stack buffer.
-        let mut hash = self.seed;
-        let mut buffer = [0u8; 256];
-        for run in tokens.chunks(64) {
-            for (out, token) in buffer.chunks_exact_mut(4).zip(run) {
-                out.copy_from_slice(&token.to_le_bytes());
-            }
-            hash = xxh3_64_with_seed(&buffer[..run.len() * 4], hash);
-        }
+        let hash = xxh3_64_with_seed(bytemuck::cast_slice(tokens), self.seed);
         let mut key = (before.rotate_left(23) ^ hash).wrapping_mul(0x9E37_79B9_7F4A_7C15);
         key ^= key >> 32;
         key = key.wrapping_mul(0xBF58_476D_1CE4_E5B9);
