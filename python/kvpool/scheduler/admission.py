@@ -7,6 +7,8 @@ assumed to grow to its expected output.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from kvpool._core import Roster
 from kvpool.batches import scope_of
 from kvpool.errors import ConfigError, RequestTooLargeError
@@ -144,7 +146,7 @@ class Forecast:
                     name = self._memory.names()[at]
                     return f"{name} has {available[at]} slots for the {now} that its context needs now"
                 at += 1
-        over = self._start(entry, most, held, list(claim.taken), available)
+        over = self._start(entry, most, held, claim.taken, available)
         if over is None:
             return None
         pool, step, missing = over
@@ -157,10 +159,10 @@ class Forecast:
         """The claimed request counts as started from here on."""
         held = [s + t for s, t in zip(claim.shared, claim.taken, strict=True)]
         most = self._memory.most(claim.entry, self._memory.chunk)
-        self._start(claim.entry, most, held, list(claim.taken), None)
+        self._start(claim.entry, most, held, claim.taken, None)
 
     def _start(
-        self, entry: Entry, most: list[int], held: list[int], back: list[int], available: list[int] | None
+        self, entry: Entry, most: list[int], held: list[int], back: Sequence[int], available: list[int] | None
     ) -> tuple[int, int, int] | None:
         request = entry.request
         produced = len(request.output_tokens)

@@ -26,8 +26,8 @@ class Claimed:
     entry: Entry
     why: str
     reused: int = 0
-    taken: tuple[int, ...] = ()  # per pool: slots that the claim and its promise took off what was available
-    shared: tuple[int, ...] = ()  # per pool: its pages that others had claimed
+    taken: Sequence[int] = ()  # per pool: slots that the claim and its promise took off what was available
+    shared: Sequence[int] = ()  # per pool: its pages that others had claimed
 
 
 class Side:
@@ -54,13 +54,17 @@ class Side:
     def claim(self, entries: Sequence[Entry], unit: int | None, budget: int, most: int | None = None) -> list[Claimed]:
         """See `Memory.claim`; reuses at most `most` tokens."""
         given = [(entry.request.token_slice(0, entry.length), *entry.key, entry.spec, most) for entry in entries]
-        results = self.view.claim(given, unit, budget)
-        ids = [entry.request.request_id for entry in entries[: len(results)]]
-        self.manager._enter(ids, [handle for _, handle, _, _, _ in results])
-        return [
-            Claimed(entry, why, reused, tuple(taken), tuple(shared))
-            for entry, (why, _, reused, taken, shared) in zip(entries, results, strict=False)
-        ]
+        claims, ids, handles = [], [], []
+        for entry, (why, handle, reused, taken, shared) in zip(
+            entries, self.view.claim(given, unit, budget), strict=False
+        ):
+            claims.append(Claimed(entry, why, reused, taken, shared))
+            if handle is not None:
+                ids.append(entry.request.request_id)
+                handles.append(handle)
+        if handles:
+            self.manager._enter(ids, handles)
+        return claims
 
     def provide(self, work: Sequence[Work], leave: Sequence[int]) -> list[int]:
         """See `Memory.provide`."""
@@ -198,7 +202,10 @@ class Memory:
 
     def is_closing(self, entry: Entry) -> bool:
         """Whether an earlier cache of this id is closed and still in flight."""
-        return any(entry.request.request_id in side.manager._caches for side in self.sides)
+        request_id = entry.request.request_id
+        if self.alone:
+            return request_id in self.alone.manager._caches
+        return any(request_id in side.manager._caches for side in self.sides)
 
     # -- changes --------------------------------------------------------------------------------
 
@@ -235,8 +242,10 @@ class Memory:
             refused = next((claimed for claimed in both if claimed.why != "kept"), None)
             reused = [claimed.reused for claimed in both]
             if refused is None and min(reused) == max(reused):
-                taken = both[0].taken + both[1].taken
-                return Claimed(entry, "kept", reused[0], taken, both[0].shared + both[1].shared)
+                target, draft = both
+                return Claimed(
+                    entry, "kept", reused[0], [*target.taken, *draft.taken], [*target.shared, *draft.shared]
+                )
             self.free([entry])
             if refused is not None:
                 return refused

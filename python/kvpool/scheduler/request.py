@@ -8,7 +8,7 @@ WAITING ──first chunk──> RUNNING <──resumed/suspended──> SUSPEND
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from enum import StrEnum
 
 import numpy as np
@@ -130,6 +130,15 @@ class Refusal:
         self.changes = changes  # requests that had started, ended or given way by then
         self.tokens = tokens  # that the step had left
         self.available = available  # per pool
+
+    @classmethod
+    def all_of(cls, refusals: Sequence[Refusal]) -> Refusal:
+        """One that holds only as long as each of these."""
+        number, tokens, available = refusals[0].number, refusals[0].tokens, refusals[0].available
+        for one in refusals[1:]:
+            number, tokens = min(number, one.number), min(tokens, one.tokens)
+            available = list(map(min, available, one.available))
+        return cls(number, refusals[0].changes, tokens, available)
 
     def holds(self, now: Refusal) -> bool:
         """Whether nothing has got better since, and it is not long ago."""

@@ -14,6 +14,7 @@ import threading
 from bisect import bisect_left, insort
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from heapq import merge
 from operator import attrgetter
 
 from kvpool.errors import ConfigError, KVPoolError, LogicError, StalledError
@@ -24,7 +25,8 @@ from kvpool.scheduler.config import SchedulerConfig
 from kvpool.scheduler.guard import alone
 from kvpool.scheduler.memory import Memory
 from kvpool.scheduler.passes import Pass, run_pass
-from kvpool.scheduler.request import Entry, Refusal, Request, RequestState
+from kvpool.scheduler.request import Entry, Request, RequestState
+from kvpool.scheduler.starts import LastRefused
 from kvpool.scheduler.step import Context, SchedulerStats, Step
 from kvpool.scheduler.updates import apply_outputs, as_outputs
 
@@ -62,7 +64,7 @@ class Scheduler:
         self._lost: list[Request] = []  # freed because a move failed, since the last pass
         self._known: dict[int | str, Entry] = {}
         self.ages = 0  # requests that were ever seen
-        self.all_refused: tuple[Refusal | None, int] = (None, 0)  # see `starts`
+        self.last_refused: LastRefused | None = None
         self._fresh: OrderedDict[int, Entry] = OrderedDict()  # by age, never started
         self._returned: list[Entry] = []  # freed to be computed again, by age
         self._incoming: deque[Entry] = deque()  # added by any thread, not yet seen
@@ -361,16 +363,8 @@ class Scheduler:
 
     def waiting(self) -> Iterator[Entry]:
         """All that wait, the oldest first. Changes end the iteration."""
-        returned, fresh = iter(self._returned), iter(self._fresh.values())
-        one, other = next(returned, None), next(fresh, None)
-        while one is not None or other is not None:
-            if other is None or (one is not None and one.age < other.age):
-                assert one is not None
-                yield one
-                one = next(returned, None)
-            else:
-                yield other
-                other = next(fresh, None)
+        fresh = self._fresh.values()
+        return merge(self._returned, fresh, key=_AGE) if self._returned else iter(fresh)
 
     def younger(self, entry: Entry) -> Iterator[Entry]:
         """Started requests younger than this one, the newest first."""

@@ -7,11 +7,12 @@ for every younger one that starts in the same pass; after `max_bypass` of them n
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvpool.scheduler.admission import Forecast
 from kvpool.scheduler.memory import Claimed, first_chunk
-from kvpool.scheduler.request import Entry, Refusal
+from kvpool.scheduler.request import Entry, Refusal, RequestState
 
 if TYPE_CHECKING:
     from kvpool.scheduler.scheduler import Pass, Scheduler
@@ -25,7 +26,7 @@ def start_waiting(scheduler: Scheduler, run: Pass) -> None:
     if scheduler.bulk and scheduler.bulk.keeps_out:
         return
     starts = _Starts(scheduler, run)
-    if starts.all_wait_still():
+    if starts.recall():
         return
     starts.see_whether_all_fit()
     while starts.may_go_on():
@@ -33,10 +34,22 @@ def start_waiting(scheduler: Scheduler, run: Pass) -> None:
         if not batch:
             break
         claims = scheduler.memory.claim(batch, scheduler.config.chunk_tokens, run.tokens)
-        starts.provide(starts.admit(claims))
+        if admitted := starts.admit(claims):
+            starts.provide(admitted)
         if len(claims) < len(batch):
             return  # the tokens are used up
     starts.remember()
+
+
+@dataclass(slots=True)
+class LastRefused:
+    """Of a pass in which nobody started: who was refused."""
+
+    refusal: Refusal  # holds as long as each of theirs
+    entries: list[Entry]
+    may_be_blocked: bool
+    seen: int  # age of the youngest of them
+    ages: int  # requests that had been seen by then
 
 
 class _Starts:
@@ -52,6 +65,9 @@ class _Starts:
         self._same: tuple[Refusal | None, bool] = (None, False)
         self._started = 0
         self._all_fit = False
+        self._recalled = 0  # of the refused: without having been asked
+        self._may_be_blocked = False  # some of them must not be overtaken; false alarms where they have gone
+        self._passed_over = False  # some that may be refused no more in the next pass
         self._in_vain = 0.0  # refused, those for their adapter counted as a quarter
 
     def _is_refused_still(self, entry: Entry) -> bool:
@@ -64,16 +80,21 @@ class _Starts:
             self._same = (entry.refusal, entry.refusal.holds(self._now))
         return self._same[1] and not self._run.patient
 
-    def all_wait_still(self) -> bool:
-        """Whether the last pass looked at all that it may look at, in vain, and nothing has changed since."""
+    def recall(self) -> bool:
+        """Who was refused in the last pass and would be again is not asked. True: there is nobody else to look at."""
         scheduler, run = self._scheduler, self._run
-        if run.world is not None or not scheduler.started or run.places <= 0 or run.patient:
+        last = scheduler.last_refused
+        if last is None or run.world is not None or not scheduler.started or run.places <= 0 or run.patient:
             return False
-        refusal, ages = scheduler.all_refused
-        if refusal is None or ages != scheduler.ages or not refusal.holds(self._refusal_now()):
+        if not last.refusal.holds(self._refusal_now()):
             return False
         run.waits = run.gave_up = True
-        return True
+        if last.ages == scheduler.ages:
+            return True
+        self._refused = [entry for entry in last.entries if entry.request.state is RequestState.WAITING]
+        self._recalled = self._in_vain = len(self._refused)
+        self._may_be_blocked, self._seen = last.may_be_blocked, last.seen
+        return False
 
     def see_whether_all_fit(self) -> None:
         """Under admission "throughput": then no forecast is asked."""
@@ -83,12 +104,17 @@ class _Starts:
             self._all_fit = scheduler.bulk.all_fit(self._waiting(), most)
 
     def remember(self) -> None:
-        """For `all_wait_still`."""
-        scheduler, run = self._scheduler, self._run
-        refusals = [entry.refusal for entry in self._refused if entry.refusal is not None]
-        in_vain = run.world is None and len(refusals) == len(self._refused) > 0 and not self._started
-        oldest = min(refusals, key=lambda refusal: refusal.number) if in_vain else None
-        scheduler.all_refused = (oldest, scheduler.ages)
+        """For `recall`."""
+        last, self._scheduler.last_refused = self._scheduler.last_refused, None
+        if self._started or self._passed_over or self._run.world is not None:
+            return
+        fresh = self._refused[self._recalled :]
+        refusals = [entry.refusal for entry in fresh if entry.refusal is not None]
+        if len(refusals) == len(fresh) and self._refused:
+            refusal = Refusal.all_of([*refusals, last.refusal] if self._recalled and last else refusals)
+            self._scheduler.last_refused = LastRefused(
+                refusal, self._refused, self._may_be_blocked, self._seen, self._scheduler.ages
+            )
 
     def _refusal_now(self) -> Refusal:
         run, scheduler = self._run, self._scheduler
@@ -118,11 +144,15 @@ class _Starts:
         batch: list[Entry] = []
         adapters = set(self._scheduler.adapters)
         for entry in self._waiting():
-            if entry.age <= self._seen or entry.age in run.gone or entry.request.request_id in run.busy:
+            if entry.age <= self._seen:
+                continue
+            if entry.age in run.gone or entry.request.request_id in run.busy:
+                self._passed_over = True
                 continue
             run.waits = True
             if self._memory.is_closing(entry):
                 entry.why = "its former pages are still in flight"
+                self._passed_over = True
                 continue
             if len(batch) >= most or self._is_blocked(None) or self._gives_up():
                 break
@@ -131,8 +161,7 @@ class _Starts:
                 break  # it depends on whether those of the batch start
             self._seen = entry.age
             if self._is_refused_still(entry):
-                self._refused.append(entry)
-                self._in_vain += 1
+                self._note(entry)
             elif not fits:
                 self._refuse_adapter(entry)
             else:
@@ -164,12 +193,17 @@ class _Starts:
         if self._now is None or self._now.changes != self._scheduler.changes:
             self._now = self._refusal_now()
         entry.refusal = None if again else self._now
+        self._note(entry)
+
+    def _note(self, entry: Entry) -> None:
+        """It is refused in this pass."""
         self._refused.append(entry)
         self._in_vain += 1
+        self._may_be_blocked |= entry.bypassed >= self._config.max_bypass
 
     def _is_blocked(self, entry: Entry | None) -> bool:
         """Whether an older one (None: any) was refused that must not be overtaken any more."""
-        if not self._refused:
+        if not self._may_be_blocked:
             return False
         most = self._config.max_bypass
         return any(r.bypassed >= most and (entry is None or r.age < entry.age) for r in self._refused)
@@ -206,6 +240,7 @@ class _Starts:
         for older in self._refused:
             if older.age < entry.age:
                 older.bypassed += 1
+                self._may_be_blocked |= older.bypassed >= self._config.max_bypass
 
     def _refusal(self, claim: Claimed, room: list[int], debts: list[int], first: bool) -> str | None:
         """Why a claim that was kept must not start, or None: then it counts as started."""
