@@ -128,7 +128,7 @@ class Forecast:
         available: per pool, slots that can be had. If some pool would overflow it is not added: (pool, step, missing).
         """
         nothing = self._memory.nothing
-        return self._start(entry, self._memory.most(entry, self._memory.chunk), nothing, nothing, available)
+        return self._start(entry, self._memory.most(entry), nothing, nothing, available)
 
     def refuses(self, claim: Claimed, available: list[int]) -> str | None:
         """Why the claimed request must not start yet, or None: then it counts as started from here on.
@@ -136,7 +136,7 @@ class Forecast:
         available: per pool, slots that can be had besides what the claim has and was promised.
         """
         entry, at = claim.entry, 0
-        most = self._memory.most(entry, self._memory.chunk)
+        most = self._memory.most(entry)
         held = [s + t for s, t in zip(claim.shared, claim.taken, strict=True)]
         for side in self._memory.sides:
             blocks = -(-entry.length // side.config.tokens_per_block)
@@ -158,7 +158,7 @@ class Forecast:
     def start(self, claim: Claimed) -> None:
         """The claimed request counts as started from here on."""
         held = [s + t for s, t in zip(claim.shared, claim.taken, strict=True)]
-        most = self._memory.most(claim.entry, self._memory.chunk)
+        most = self._memory.most(claim.entry)
         self._start(claim.entry, most, held, claim.taken, None)
 
     def _start(

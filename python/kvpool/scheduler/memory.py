@@ -90,7 +90,7 @@ class Memory:
     """All managers of a scheduler."""
 
     def __init__(self, manager: KVCacheManager, draft_manager: KVCacheManager | None, chunk: int | None = None) -> None:
-        self.chunk = chunk
+        self._chunk = chunk
         self.sides = [Side(manager)] + ([] if draft_manager is None else [Side(draft_manager)])
         self.alone = self.sides[0] if draft_manager is None else None
         self.slots = [slots for side in self.sides for slots in side.slots]
@@ -301,18 +301,24 @@ class Memory:
         handles = [side.cache(entry)._handle for side in self.sides]
         self.roster.insert(
             entry.age, request, request.request_id, handles, request.output_tokens, request._stops, len(entry.prompt),
-            request.max_new_tokens, request.draft_tokens, shared, self.most(entry, self.chunk),
+            request.max_new_tokens, request.draft_tokens, shared, self.most(entry),
         )  # fmt: skip
 
     def generates(self, entry: Entry) -> None:
         """From here on only its last token is to be computed."""
         entry.request._generates = True
-        self.roster.set_generates(entry.age, self.most(entry, 0))
+        self.roster.set_generates(entry.age, self.most(entry, generates=True))
 
-    def most(self, entry: Entry, chunk: int | None) -> list[int]:
-        """Per pool: slots that a request can come to hold with chunks of so many tokens (None: not chunked)."""
+    def most(self, entry: Entry, generates: bool = False) -> list[int]:
+        """Per pool: slots that a request can come to hold with chunks of a context, or once it generates."""
+        if entry.most is None:
+            context = self._most(entry, self._chunk)
+            entry.most = (context, self._most(entry, 0) if self._windowed else context)
+        return entry.most[generates]
+
+    def _most(self, entry: Entry, chunk: int | None) -> list[int]:
         most = [-(-entry.limit // t) for t in self.tokens_per_block]
-        if self._windowed and chunk is not None:
+        if chunk is not None:
             k = max(chunk, 1 + entry.request.draft_tokens)
             for at, side, pool in self._windowed:
                 most[at] = min(most[at], window_slots(pool, side.config, k))

@@ -150,8 +150,8 @@ class Entry:
     """What the scheduler knows of an unfinished request."""
 
     __slots__ = (
-        "adapter", "age", "bypassed", "home", "key", "limit", "lost", "prompt", "refusal", "request", "spec", "started",
-        "why",
+        "adapter", "age", "bypassed", "home", "key", "limit", "lost", "most", "prompt", "refusal", "request", "spec",
+        "started", "why",
     )  # fmt: skip
 
     def __init__(self, request: Request, age: int, home: object) -> None:
@@ -160,6 +160,7 @@ class Entry:
         self.age = age  # in the order in which the scheduler first saw them
         self.prompt = request._prompt
         self.limit = len(self.prompt) + request.max_new_tokens - 1  # tokens that are ever computed
+        self.most: tuple[list[int], list[int]] | None = None  # see `Memory.most`
         self.adapter = request.lora_id
         self.key: tuple[bytes, int | None] = scope_key(scope_of(request))
         self.spec: RetentionSpec | None = retention_spec(request.retention)

@@ -391,8 +391,8 @@ class Scheduler:
         """A waiting request has got its first pages."""
         self._leave_waiting(entry)
         self.changes += 1
-        insort(self.started, entry, key=_AGE)
-        insort(self.contexts, entry, key=_AGE)
+        _insert(self.started, entry)
+        _insert(self.contexts, entry)
         entry.started = True
         entry.request._computed = reused
         self.memory.enter(entry, shared)
@@ -477,6 +477,14 @@ class Scheduler:
     def _leave_waiting(self, entry: Entry) -> None:
         if self._fresh.pop(entry.age, None) is None:
             self._returned.remove(entry)
+
+
+def _insert(entries: list[Entry], entry: Entry) -> None:
+    """By age; most that start are the youngest."""
+    if not entries or entries[-1].age < entry.age:
+        entries.append(entry)
+    else:
+        insort(entries, entry, key=_AGE)
 
 
 def _duplicate(request: Request) -> LogicError:
