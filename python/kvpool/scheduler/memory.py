@@ -243,9 +243,7 @@ class Memory:
             reused = [claimed.reused for claimed in both]
             if refused is None and min(reused) == max(reused):
                 target, draft = both
-                return Claimed(
-                    entry, "kept", reused[0], [*target.taken, *draft.taken], [*target.shared, *draft.shared]
-                )
+                return Claimed(entry, "kept", reused[0], [*target.taken, *draft.taken], [*target.shared, *draft.shared])
             self.free([entry])
             if refused is not None:
                 return refused

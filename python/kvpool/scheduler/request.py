@@ -8,7 +8,7 @@ WAITING ──first chunk──> RUNNING <──resumed/suspended──> SUSPEND
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from enum import StrEnum
 
 import numpy as np
@@ -131,18 +131,13 @@ class Refusal:
         self.tokens = tokens  # that the step had left
         self.available = available  # per pool
 
-    @classmethod
-    def all_of(cls, refusals: Sequence[Refusal]) -> Refusal:
-        """One that holds only as long as each of these."""
-        number, tokens, available = refusals[0].number, refusals[0].tokens, refusals[0].available
-        for one in refusals[1:]:
-            number, tokens = min(number, one.number), min(tokens, one.tokens)
-            available = list(map(min, available, one.available))
-        return cls(number, refusals[0].changes, tokens, available)
+    def is_old(self, number: int) -> bool:
+        """Whether it does not hold any more in this pass, even if nothing has changed."""
+        return number - self.number >= RETRY
 
     def holds(self, now: Refusal) -> bool:
         """Whether nothing has got better since, and it is not long ago."""
-        same = self.changes == now.changes and now.number - self.number < RETRY and now.tokens <= self.tokens
+        same = self.changes == now.changes and now.tokens <= self.tokens and not self.is_old(now.number)
         return same and all(n <= before for n, before in zip(now.available, self.available, strict=True))
 
 

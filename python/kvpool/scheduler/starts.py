@@ -45,7 +45,6 @@ def start_waiting(scheduler: Scheduler, run: Pass) -> None:
 class LastRefused:
     """Of a pass in which nobody started: who was refused."""
 
-    refusal: Refusal  # holds as long as each of theirs
     entries: list[Entry]
     may_be_blocked: bool
     seen: int  # age of the youngest of them
@@ -65,14 +64,14 @@ class _Starts:
         self._same: tuple[Refusal | None, bool] = (None, False)
         self._started = 0
         self._all_fit = False
-        self._recalled = 0  # of the refused: without having been asked
+        self._ask_all = False
         self._may_be_blocked = False  # some of them must not be overtaken; false alarms where they have gone
         self._passed_over = False  # some that may be refused no more in the next pass
         self._in_vain = 0.0  # refused, those for their adapter counted as a quarter
 
     def _is_refused_still(self, entry: Entry) -> bool:
         """Whether its last refusal stands unasked. Never while nobody is started: then somebody has to be."""
-        if entry.refusal is None or not self._scheduler.started:
+        if entry.refusal is None or self._ask_all or not self._scheduler.started:
             return False
         if self._same[0] is not entry.refusal:
             if self._now is None:
@@ -81,20 +80,28 @@ class _Starts:
         return self._same[1] and not self._run.patient
 
     def recall(self) -> bool:
-        """Who was refused in the last pass and would be again is not asked. True: there is nobody else to look at."""
+        """Those whom the last pass refused, if it started nobody, are not asked if all would be again.
+
+        True: there is nobody else to look at.
+        """
         scheduler, run = self._scheduler, self._run
         last = scheduler.last_refused
         if last is None or run.world is not None or not scheduler.started or run.places <= 0 or run.patient:
             return False
-        if not last.refusal.holds(self._refusal_now()):
-            return False
+        now, holds = self._refusal_now(), None
+        for entry in last.entries:
+            if entry.request.state is not RequestState.WAITING:
+                continue
+            refusal = entry.refusal
+            if refusal is None or (refusal is not holds and not refusal.holds(now)):
+                self._ask_all = refusal is not None and refusal.is_old(now.number)  # one pass for all of them
+                self._refused.clear()
+                return False
+            holds = refusal
+            self._refused.append(entry)
         run.waits = run.gave_up = True
-        if last.ages == scheduler.ages:
-            return True
-        self._refused = [entry for entry in last.entries if entry.request.state is RequestState.WAITING]
-        self._recalled = self._in_vain = len(self._refused)
-        self._may_be_blocked, self._seen = last.may_be_blocked, last.seen
-        return False
+        self._in_vain, self._may_be_blocked, self._seen = len(self._refused), last.may_be_blocked, last.seen
+        return last.ages == scheduler.ages and len(self._refused) == len(last.entries)
 
     def see_whether_all_fit(self) -> None:
         """Under admission "throughput": then no forecast is asked."""
@@ -105,16 +112,11 @@ class _Starts:
 
     def remember(self) -> None:
         """For `recall`."""
-        last, self._scheduler.last_refused = self._scheduler.last_refused, None
-        if self._started or self._passed_over or self._run.world is not None:
-            return
-        fresh = self._refused[self._recalled :]
-        refusals = [entry.refusal for entry in fresh if entry.refusal is not None]
-        if len(refusals) == len(fresh) and self._refused:
-            refusal = Refusal.all_of([*refusals, last.refusal] if self._recalled and last else refusals)
-            self._scheduler.last_refused = LastRefused(
-                refusal, self._refused, self._may_be_blocked, self._seen, self._scheduler.ages
-            )
+        self._scheduler.last_refused = (
+            LastRefused(self._refused, self._may_be_blocked, self._seen, self._scheduler.ages)
+            if self._refused and not self._started and not self._passed_over and self._run.world is None
+            else None
+        )
 
     def _refusal_now(self) -> Refusal:
         run, scheduler = self._run, self._scheduler
