@@ -35,13 +35,14 @@ pub fn int32s(py: Python<'_>, tokens: &PyBuffer<i32>) -> PyResult<Vec<i32>> {
         return Err(PyValueError::new_err("tokens must be one-dimensional"));
     }
     let tokens = tokens.to_vec(py)?;
-    match tokens.iter().position(|&token| token < 0) {
-        None => Ok(tokens),
-        Some(at) => Err(PyValueError::new_err(format!(
-            "tokens: {} at position {at} is not in 0..2**31-1",
-            tokens[at]
-        ))),
+    if tokens.iter().fold(0, |signs, token| signs | token) >= 0 {
+        return Ok(tokens);
     }
+    let at = tokens.iter().take_while(|&&token| token >= 0).count();
+    Err(PyValueError::new_err(format!(
+        "tokens: {} at position {at} is not in 0..2**31-1",
+        tokens[at]
+    )))
 }
 
 /// (pool, whether the source is on the host, source slot, destination slot)
@@ -77,13 +78,13 @@ fn retain(priority: u8, duration: Option<f64>) -> Retain {
 
 /// A claim of a batch: (epoch, retention), (fewest new tokens, most reused ones).
 pub fn claim<'a>(
-    tokens: &'a [i32],
+    tokens: Vec<i32>,
     scope: &'a [u8],
     (epoch, ranges): (Option<u64>, &Option<Ranges>),
     (least, most): (Option<u64>, Option<u64>),
 ) -> Claim<'a> {
     Claim {
-        tokens,
+        tokens: tokens.into(),
         scope,
         epoch,
         retention: ranges.clone().map(retention),

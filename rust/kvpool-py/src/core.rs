@@ -147,7 +147,7 @@ impl Core {
         if self.core.is_timed() || retention.as_ref().is_some_and(RetentionSpec::is_timed) {
             self.read_clock(py)?;
         }
-        let cache = self.core.create(&tokens, scope, epoch, retention);
+        let cache = self.core.create(tokens, scope, epoch, retention);
         outcome(py, cache).map(Cache::new)
     }
 
@@ -193,7 +193,7 @@ impl Core {
             tokens.push(int32s(py, given)?);
         }
         let mut claims = Vec::with_capacity(requests.len());
-        for ((_, scope, epoch, ranges, least), tokens) in requests.iter().zip(&tokens) {
+        for ((_, scope, epoch, ranges, least), tokens) in requests.iter().zip(tokens) {
             let claim = claim(tokens, scope, (*epoch, ranges), (*least, None));
             timed |= claim.retention.as_ref().is_some_and(RetentionSpec::is_timed);
             claims.push(claim);

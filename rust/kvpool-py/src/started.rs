@@ -80,7 +80,7 @@ impl Started {
         }
         let mut timed = core.core.is_timed();
         let mut claims = Vec::with_capacity(requests.len());
-        for ((_, scope, epoch, ranges, most), tokens) in requests.iter().zip(&tokens) {
+        for ((_, scope, epoch, ranges, most), tokens) in requests.iter().zip(tokens) {
             let claim = claim(tokens, scope, (*epoch, ranges), (None, *most));
             timed |= claim.retention.as_ref().is_some_and(RetentionSpec::is_timed);
             claims.push(claim);

@@ -11,6 +11,8 @@ use crate::words::{Link, Stamp, Tier, MAX_CLAIMS};
 
 /// Nodes that a commit takes at once.
 const AHEAD: usize = 32;
+/// Blocks whose memory is fetched side by side.
+const RUN: usize = 8;
 
 /// How a block is in the tree.
 enum Entered {
@@ -82,15 +84,40 @@ impl Core {
                 cache.tail = block;
             }
         }
-        let mut blocks = rest.chunks_exact(t);
-        for block in &mut blocks {
-            changed |= self.commit_block(scratch, cache, block, left);
-            left -= 1;
+        let (whole, tail) = rest.split_at(rest.len() / t * t);
+        for run in whole.chunks(RUN * t) {
+            self.warm_run(scratch, cache, run, left);
+            for block in run.chunks_exact(t) {
+                changed |= self.commit_block(scratch, cache, block, left);
+                left -= 1;
+            }
         }
-        cache.tail.extend_from_slice(blocks.remainder());
+        cache.tail.extend_from_slice(tail);
         cache.committed += tokens.len() as u64;
         self.end_blocks(scratch, cache, before);
         changed
+    }
+
+    /// Keys and nodes of the next blocks, and what will be touched to put them into the tree.
+    fn warm_run(&self, scratch: &mut Scratch, cache: &Cache, run: &[i32], left: usize) {
+        if cache.detached {
+            return;
+        }
+        let t = self.config.tokens_per_block as usize;
+        let mut key = cache.key;
+        scratch.ahead.clear();
+        for block in run.chunks_exact(t) {
+            key = self.tree.extend_key(key, block);
+            scratch.ahead.push(key);
+        }
+        self.stock(scratch, left);
+        let births = run
+            .chunks_exact(t)
+            .zip(&scratch.ahead)
+            .zip(scratch.nodes.iter().rev());
+        let births = births.map(|((block, &key), node)| (key, block[0], node.index() as u32));
+        self.tree.warm_births(&cache.root, cache.deepest(), births);
+        scratch.ahead.reverse();
     }
 
     /// What the blocks of a commit have in common: nodes that were too many, who holds the path, and what is told.
@@ -115,6 +142,7 @@ impl Core {
             }),
         );
         scratch.entered.clear();
+        scratch.ahead.clear();
     }
 
     /// The next block enters the tree, or the cache takes the tree's pages for it. `left`: blocks to come, with this one.
@@ -124,7 +152,8 @@ impl Core {
             return false;
         }
         let parent = cache.deepest();
-        let key = self.tree.extend_key(cache.key, block);
+        let known = scratch.ahead.pop();
+        let key = known.unwrap_or_else(|| self.tree.extend_key(cache.key, block));
         let first = (cache.nodes.len() * self.config.tokens_per_block as usize) as u64;
         let retain = cache.retain(first);
         let changed = loop {
@@ -151,12 +180,16 @@ impl Core {
         changed
     }
 
-    /// A node for the next of `left` blocks: those for all of them are taken at once.
-    fn node_for(&self, scratch: &mut Scratch, left: usize) -> std::result::Result<Dead, Refused> {
+    fn stock(&self, scratch: &mut Scratch, left: usize) {
         if scratch.nodes.is_empty() {
             self.tree.take_nodes(left.min(AHEAD), &mut scratch.nodes);
             scratch.nodes.reverse();
         }
+    }
+
+    /// A node for the next of `left` blocks: those for all of them are taken at once.
+    fn node_for(&self, scratch: &mut Scratch, left: usize) -> std::result::Result<Dead, Refused> {
+        self.stock(scratch, left);
         let dead = scratch.nodes.pop().or_else(|| self.take_node());
         dead.ok_or(Refused::Full)
     }

@@ -6,6 +6,7 @@ use crate::error::{CoreError, Result};
 use crate::tree::{Claimed, Dead, Root};
 use crate::types::{CacheState, RetentionSpec};
 use crate::words::{Link, Stamp, Tier};
+use std::borrow::Cow;
 use std::cell::Cell;
 
 /// The longest valid match of a prompt.
@@ -29,6 +30,8 @@ pub(super) struct Scratch {
     keys: Vec<u64>,
     /// Nodes for the blocks of a commit.
     pub nodes: Vec<Dead>,
+    /// Keys of the next blocks of a commit, the next one last.
+    pub ahead: Vec<u64>,
     /// Which blocks of its cache a commit has put into the tree.
     pub entered: Vec<usize>,
     /// Per pool `runs[i] = (from, sinks)`: pages are present in blocks `[from, i)` and `[0, sinks)`.
@@ -146,14 +149,14 @@ impl Core {
     ///
     /// While other threads hold promises on the last slots, the match may be shorter than what the tree has:
     /// it ends where its pages would have to be taken from those promises.
-    pub fn create(
+    pub fn create<'t>(
         &self,
-        tokens: &[i32],
+        tokens: impl Into<Cow<'t, [i32]>>,
         scope: &[u8],
         epoch: Option<u64>,
         retention: Option<RetentionSpec>,
     ) -> Result<Cache> {
-        let mut cache = self.claim(tokens, usize::MAX, scope, epoch, retention, false)?;
+        let mut cache = self.claim(tokens.into(), usize::MAX, scope, epoch, retention, false)?;
         self.settle(&mut cache);
         Ok(cache)
     }
@@ -161,7 +164,7 @@ impl Core {
     /// As `create`, of at most `most` tokens, but nothing of it lasts until [`Core::settle`].
     pub(super) fn claim(
         &self,
-        tokens: &[i32],
+        tokens: Cow<'_, [i32]>,
         most: usize,
         scope: &[u8],
         epoch: Option<u64>,
@@ -182,12 +185,13 @@ impl Core {
         }
         let root = self.root(scope, epoch);
         let mut cache = Cache::new(self, root, tokens, retention);
+        let tokens = std::mem::take(&mut cache.prompt);
         cache.in_work = in_work;
         self.in_work.add(u64::from(in_work));
         if epoch < self.epoch() {
             cache.detached = true;
         } else {
-            with_scratch(|scratch| self.claim_match(scratch, &mut cache, tokens, most));
+            with_scratch(|scratch| self.claim_match(scratch, &mut cache, &tokens, most));
         }
         let counters = &self.counters;
         counters.requests.add(1);
@@ -197,6 +201,7 @@ impl Core {
             .prompt_blocks
             .add((tokens.len() as u64).div_ceil(self.t()));
         counters.reused_blocks.add(cache.nodes.len() as u64);
+        cache.prompt = tokens;
         Ok(cache)
     }
 

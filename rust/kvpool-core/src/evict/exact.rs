@@ -185,7 +185,7 @@ impl Core {
         if when == 0 || self.tree.state(index).refs() > 0 {
             return; // who releases it reports it again
         }
-        if orders.expiries.len() == orders.expiries.capacity() {
+        if orders.expiries.len() == orders.most_expiries {
             orders.expiries.clear();
             for index in 0..self.tree.nodes.len() {
                 let state = self.tree.state(index);
@@ -285,7 +285,9 @@ impl Core {
                 gone = Some(self.bury(dead, keep));
                 break;
             }
-            orders.aside.push((now, node)); // claimed meanwhile: it may move down yet
+            if self.tiered {
+                orders.aside.push((now, node)); // claimed meanwhile: it may move down yet
+            }
         }
         self.put_back(orders, |orders| &mut orders.leaves[0]);
         gone
@@ -336,7 +338,9 @@ impl Core {
                 gone = Some(page.slot());
                 break;
             }
-            orders.aside.push((now, node)); // claimed meanwhile: it may move down yet
+            if self.tiered {
+                orders.aside.push((now, node)); // claimed meanwhile: it may move down yet
+            }
         }
         self.put_back(orders, |orders| &mut orders.pages[0][pool]);
         gone

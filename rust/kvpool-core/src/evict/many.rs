@@ -28,11 +28,16 @@ impl Core {
         let (mut gone, mut pages) = (0, 0);
         let mut dead: [Option<Dead>; RUN] = [const { None }; RUN];
         let mut next = None;
+        let mut scout = Link::NIL;
         while gone < n {
-            let Some((key, node)) = next.take().or_else(|| orders.leaves[0].pop()) else {
+            let Some((key, node)) = next.take().or_else(|| {
+                scout = Link::NIL;
+                orders.leaves[0].pop()
+            }) else {
                 break;
             };
             let index = node.index();
+            scout = self.look_up(scout, node);
             if !self.tree.is_live(node) || !self.tree.is_leaf(index) {
                 continue; // who releases or uncovers it reports it again
             }
@@ -64,6 +69,27 @@ impl Core {
         self.counters.evicted.add(pages);
         self.counters.dropped.add(pages);
         gone
+    }
+
+    /// Fetches what the next nodes on the way up will need, two ahead of the one that goes now.
+    fn look_up(&self, scout: Link, node: Link) -> Link {
+        let mut at = scout;
+        for _ in 0..if at.is_nil() { 3 } else { 1 } {
+            at = if at.is_nil() {
+                node
+            } else {
+                self.tree.parent(at.index())
+            };
+            if at.is_nil() {
+                return node; // the top: what comes again is here already
+            }
+            self.tree.warm_burial(at.index());
+            let above = self.tree.parent(at.index());
+            if !above.is_nil() {
+                self.tree.warm_node(above.index());
+            }
+        }
+        at
     }
 
     /// A node has lost a child: it goes next if it is a leaf before all others now; else it takes its place in the order.

@@ -50,7 +50,7 @@ struct Orders {
     leaves: [Order; 2],
     /// By tier, by pool.
     pages: [Vec<Order>; 2],
-    /// Entries that could not go, to be put back.
+    /// Entries that could not go, to be put back. With a host tier only: without one who releases a leaf reports it.
     aside: Vec<(Key, Link)>,
     /// Descendants that are still to be looked at.
     below: Vec<Link>,
@@ -59,8 +59,10 @@ struct Orders {
     /// Its pages of windowed pools that go along.
     pages_along: Vec<Way>,
     policy: Box<dyn Policy>,
-    /// (expiry, node); those that do not hold any more are skipped.
+    /// (expiry, node); those that do not hold any more are skipped. Grows with the blocks that have a duration.
     expiries: BinaryHeap<Reverse<(u64, Link)>>,
+    /// Expiries with which that heap is built anew.
+    most_expiries: usize,
     epoch: u64,
     reports: Vec<u32>,
 }
@@ -98,12 +100,13 @@ impl Keeper {
                         .map(|&windowed| Order::new(if windowed { far as usize } else { 0 }))
                         .collect(),
                 ],
-                aside: Vec::with_capacity(nodes as usize),
+                aside: Vec::with_capacity(far as usize),
                 below: Vec::with_capacity(far as usize),
                 ways: Vec::with_capacity(windowed.len()),
                 pages_along: Vec::with_capacity(windowed.len()),
                 policy,
-                expiries: BinaryHeap::with_capacity(2 * nodes as usize + 64),
+                expiries: BinaryHeap::new(),
+                most_expiries: 2 * nodes as usize + 64,
                 epoch: 0,
                 reports: Vec::with_capacity(nodes as usize),
             }),

@@ -289,12 +289,10 @@ impl Tree {
         if !self.is_block(index) {
             return parent;
         }
-        let root = [n.scope[0].get(), n.scope[1].get()];
-        let first = self.tokens(index).next().unwrap_or(0);
         self.by_key
             .unlink(self.by_key.bucket(n.key.get()), link, |link| self.is(link));
-        let bucket = self.by_first.bucket(Self::first_hash(&root, parent, first));
-        self.by_first.unlink(bucket, link, |link| self.is(link));
+        self.by_first
+            .unlink(self.first_bucket(index), link, |link| self.is(link));
         self.disown(parent, link);
         parent
     }

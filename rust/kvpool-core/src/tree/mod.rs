@@ -22,7 +22,7 @@ pub use life::{Claimed, Dead};
 
 use crate::chains::Chains;
 use crate::stack::Stack;
-use crate::sync::{fence, weak, AtomicU32, AtomicU64, Counter, Field, Ordering, Weak};
+use crate::sync::{fence, warm, weak, AtomicU32, AtomicU64, Counter, Field, Ordering, Weak};
 use crate::words::{Link, Page, State};
 use siphasher::sip128::{Hasher128, SipHasher24};
 use std::hash::Hasher;
@@ -248,6 +248,52 @@ impl Tree {
         let x = above ^ u64::from(first as u32).wrapping_mul(0x9E37_79B9_7F4A_7C15);
         let x = (x ^ (x >> 31)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
         x ^ (x >> 29)
+    }
+
+    // -- memory on its way ------------------------------------------------------------------
+
+    /// Brings all lines of a node closer.
+    pub fn warm_node(&self, index: usize) {
+        let node = &self.nodes[index];
+        warm(&node.state);
+        warm(&node.pins);
+        warm(&self.pages[0].word[index]);
+        if self.is_block(index) {
+            warm(&self.tokens[index * self.t.div_ceil(2)]);
+            self.by_key.warm_next(index);
+            self.by_first.warm_next(index);
+        }
+    }
+
+    /// Brings what the burial of a node will touch closer: its own lines are here.
+    pub fn warm_burial(&self, index: usize) {
+        if self.is_block(index) {
+            let n = &self.nodes[index];
+            self.by_key.warm_bucket(self.by_key.bucket(n.key.get()));
+            self.by_first.warm_bucket(self.first_bucket(index));
+        }
+    }
+
+    /// Brings the buckets closer into which blocks with these keys will be put, below each other, as these nodes.
+    pub fn warm_births(&self, root: &Root, above: Link, births: impl Iterator<Item = (u64, i32, u32)>) {
+        let mut parent = above;
+        for (key, first, index) in births {
+            self.by_key.warm_bucket(self.by_key.bucket(key));
+            let bucket = self
+                .by_first
+                .bucket(Self::first_hash(&root.digest, parent, first));
+            self.by_first.warm_bucket(bucket);
+            parent = Link::new(self.state(index as usize).version(), index);
+        }
+    }
+
+    /// The bucket by first token of a node that was written.
+    fn first_bucket(&self, index: usize) -> usize {
+        let n = &self.nodes[index];
+        let root = [n.scope[0].get(), n.scope[1].get()];
+        let first = self.tokens(index).next().unwrap_or(0);
+        self.by_first
+            .bucket(Self::first_hash(&root, self.parent(index), first))
     }
 
     // -- reading a node ---------------------------------------------------------------------
