@@ -1,7 +1,8 @@
 //! The `Started` class: what the scheduler asks of a core, one call per phase.
 
 use crate::cache::{enter_all, Cache};
-use crate::core::{claim, int32s, outcome, plan, raise, Copies, Core, Ranges};
+use crate::convert::{claim, int32s, outcome, plan, raise, Copies, Ranges};
+use crate::core::Core;
 use kvpool_core::types::{PageCopy, RetentionSpec};
 use kvpool_core::Refusal;
 use pyo3::buffer::PyBuffer;
