@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from kvpool.scheduler.admission import Forecast
 from kvpool.scheduler.memory import Claimed, first_chunk
-from kvpool.scheduler.request import Entry, Refusal, RequestState
+from kvpool.scheduler.request import Entry, Refusal
 
 if TYPE_CHECKING:
     from kvpool.scheduler.scheduler import Pass, Scheduler
@@ -49,6 +49,13 @@ class LastRefused:
     may_be_blocked: bool
     seen: int  # age of the youngest of them
     ages: int  # requests that had been seen by then
+    some_left: bool = False  # some of them have ended since
+
+    def leave(self, entry: Entry) -> None:
+        """It waits no more."""
+        if entry in self.entries:
+            self.entries.remove(entry)
+            self.some_left = True
 
 
 class _Starts:
@@ -90,18 +97,17 @@ class _Starts:
             return False
         now, holds = self._refusal_now(), None
         for entry in last.entries:
-            if entry.request.state is not RequestState.WAITING:
-                continue
-            refusal = entry.refusal
-            if refusal is None or (refusal is not holds and not refusal.holds(now)):
-                self._ask_all = refusal is not None and refusal.is_old(now.number)  # one pass for all of them
-                self._refused.clear()
-                return False
-            holds = refusal
-            self._refused.append(entry)
+            if entry.refusal is not holds:  # most share one
+                holds = entry.refusal
+                if holds is None or not holds.holds(now):
+                    self._ask_all = holds is not None and holds.is_old(now.number)  # one pass for all of them
+                    return False
         run.waits = run.gave_up = True
-        self._in_vain, self._may_be_blocked, self._seen = len(self._refused), last.may_be_blocked, last.seen
-        return last.ages == scheduler.ages and len(self._refused) == len(last.entries)
+        if last.ages == scheduler.ages and not last.some_left:
+            return True
+        self._now, self._refused = now, list(last.entries)
+        self._in_vain, self._may_be_blocked, self._seen = len(last.entries), last.may_be_blocked, last.seen
+        return False
 
     def see_whether_all_fit(self) -> None:
         """Under admission "throughput": then no forecast is asked."""
