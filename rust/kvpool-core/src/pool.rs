@@ -213,23 +213,30 @@ impl SlotPool {
     /// Takes a free slot out of use for good, with its unit. `false`: it is not free now, or what is free is promised; or
     /// another thread was faster. O(free slots).
     pub fn retire(&self, slot: u32) -> bool {
-        if self.owner(slot) != Owner::Free || !self.reserve(1) {
+        if self.owner(slot) != Owner::Free {
             return false;
         }
         let mut others = Vec::new();
+        // A unit for each slot in hand: no promise rests on what nobody else can find meanwhile.
         let found = loop {
+            if !self.reserve(1) {
+                break false;
+            }
             match self.take() {
-                None => break false,
+                None => {
+                    self.unreserve(1);
+                    break false;
+                }
                 Some(other) if other == slot => break true,
                 Some(other) => others.push(other),
             }
         };
-        others.into_iter().rev().for_each(|other| self.give(other));
         if found {
             self.set_owner(slot, Owner::Retired);
-        } else {
-            self.unreserve(1);
         }
+        let units = others.len() as u32;
+        others.into_iter().rev().for_each(|other| self.give(other));
+        self.unreserve(units);
         found
     }
 

@@ -88,7 +88,12 @@ impl Core {
     /// Whether `provide` takes these arguments.
     pub fn can_provide(&self, cache: &Cache, capacity: u64) -> Result<()> {
         self.ready(cache)?;
-        self.check_capacity(cache, capacity.max(cache.capacity), cache.history)
+        self.check_capacity(cache, Self::least_capacity(cache, capacity), cache.history)
+    }
+
+    /// `capacity`, or what the cache has; a `resize` that was broken off may have left its history ahead of that.
+    fn least_capacity(cache: &Cache, capacity: u64) -> u64 {
+        capacity.max(cache.capacity).max(cache.history)
     }
 
     /// ACTIVE, with at least `capacity` tokens of storage; or `false`, and the cache is as it was.
@@ -96,7 +101,7 @@ impl Core {
     /// Copies are appended; the caller makes them and reports by [`Core::copies_done`] or [`Core::copies_failed`].
     pub fn provide(&self, cache: &mut Cache, capacity: u64, copies: &mut Vec<PageCopy>) -> Result<bool> {
         self.can_provide(cache, capacity)?;
-        let capacity = capacity.max(cache.capacity);
+        let capacity = Self::least_capacity(cache, capacity);
         let new = capacity.div_ceil(self.t()) as usize;
         let pinned = cache.pinned;
         if !self.pin(cache) {

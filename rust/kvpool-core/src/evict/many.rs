@@ -1,5 +1,6 @@
 //! Many leaves in one entry, by the one thread that is inside: what a leaf uncovers goes next if it comes before all
-//! others, without a way through the inbox and the heap. One tier only; with two a leaf may move instead of going.
+//! others, without a way through the inbox and the heap. Who does not get in takes a leaf that it finds, and what that
+//! uncovers. One tier only; with two a leaf may move instead of going.
 
 use super::order::Key;
 use super::Orders;
@@ -12,14 +13,43 @@ const RUN: usize = 32;
 
 impl Core {
     /// Up to `n` leaves leave in order. Those slots of pool `keep` for which the caller has promises are appended to
-    /// `slots`, all others are freed. Returns how many left: fewer if another thread is inside, or if there are no more.
+    /// `slots`, all others are freed. Returns how many left: fewer if another thread is inside (and then in any order), or
+    /// if there are no more.
     pub(super) fn evict_leaves(&self, keep: Option<usize>, n: usize, slots: &mut Vec<u32>) -> usize {
         let covered = self.cover(keep);
         let gone = match self.keeper.orders.enter() {
             Some(mut orders) => self.leaves_go(&mut orders, keep, n, slots),
-            None => 0,
+            None => self.any_leaves_go(keep, n, slots),
         };
         self.uncover(covered);
+        gone
+    }
+
+    /// A leaf, and those above it that become leaves by it.
+    fn any_leaves_go(&self, keep: Option<usize>, n: usize, slots: &mut Vec<u32>) -> usize {
+        let (mut gone, mut pages) = (0, 0);
+        let mut next = self.scan().find_map(|index| self.tree.kill(index));
+        while let Some(dead) = next.take() {
+            let stripped = self.strip_pages(&dead, keep);
+            self.tree.recycle(dead);
+            if stripped.kept != 0 {
+                slots.push(stripped.kept);
+            }
+            pages += stripped.near;
+            gone += 1;
+            if stripped.parent.is_nil() {
+                break;
+            }
+            let above = stripped.parent.index();
+            if gone < n {
+                next = self.tree.kill(above);
+            }
+            if next.is_none() {
+                self.keeper.report_leaf(above, false);
+            }
+        }
+        self.counters.evicted.add(pages);
+        self.counters.dropped.add(pages);
         gone
     }
 
@@ -51,7 +81,7 @@ impl Core {
             };
             self.note_gone(orders, &killed);
             let stripped = self.strip_pages(&killed, keep);
-            if keep.is_some() {
+            if stripped.kept != 0 {
                 slots.push(stripped.kept);
             }
             pages += stripped.near;

@@ -17,7 +17,7 @@ pub use policy::{Lru, Policy, Slru};
 use crate::core::Core;
 use crate::events::EventKind;
 use crate::inbox::{Inbox, IDLE, LOWERED, ROSE};
-use crate::sync::{Counter, Sole};
+use crate::sync::{weak, Counter, Sole, Weak};
 use crate::tree::Dead;
 use crate::types::PolicyKind;
 use crate::words::{Link, Page, Tier};
@@ -347,7 +347,7 @@ impl Core {
             }
         }
         let mut round = 0;
-        while round < ROUNDS {
+        while round < ROUNDS || weak(Weak::TakeWaits) {
             if let Some(slot) = self.pools[pool].take() {
                 return Some(slot);
             }
@@ -377,11 +377,12 @@ impl Core {
         let alone = false;
         if !alone {
             self.pools[pool].take_many(n, slots);
-            if slots.len() < full && !self.tree.windowed[pool] && !self.tiered {
-                self.evict_leaves(Some(pool), full - slots.len(), slots);
-            }
         }
+        let many = !alone && !self.tree.windowed[pool] && !self.tiered;
         while slots.len() < full {
+            if many && self.evict_leaves(Some(pool), full - slots.len(), slots) > 0 {
+                continue;
+            }
             let Some(slot) = self.take_slot(pool) else {
                 return false;
             };
