@@ -223,19 +223,22 @@ class _Starts:
     def admit(self, claims: list[Claimed]) -> list[Claimed]:
         """Those of the claims that start; the others are released."""
         admitted: list[Claimed] = []
-        pressure = self._memory.pressure()
-        available = [n for n, _ in pressure]
+        kept: list[Claimed] = []
+        for claim in claims:
+            if claim.why == "kept":
+                kept.append(claim)
+            else:
+                self._refuse(claim.entry, _WHY[claim.why])
+        if not kept:
+            return admitted
+        available = [n for n, _ in self._memory.pressure()]
         debts = self._debts() if self._memory.reserves else []
         # Per claim: what is available besides it and those before it.
-        rooms: list[list[int]] = []
-        for claim in reversed(claims):
-            rooms.append(available)
-            if claim.why == "kept":
-                available = [n + taken for n, taken in zip(available, claim.taken, strict=True)]
-        for claim, room in zip(claims, reversed(rooms), strict=True):
-            if claim.why != "kept":
-                self._refuse(claim.entry, _WHY[claim.why])
-            elif self._is_blocked(claim.entry):
+        rooms = [available]
+        for claim in reversed(kept[1:]):
+            rooms.append([n + taken for n, taken in zip(rooms[-1], claim.taken, strict=True)])
+        for claim, room in zip(kept, reversed(rooms), strict=True):
+            if self._is_blocked(claim.entry):
                 self._drop(claim, "an older request was overtaken max_bypass times and goes first", again=True)
             elif why := self._refusal(claim, room, debts, first=not admitted):
                 self._drop(claim, why)
