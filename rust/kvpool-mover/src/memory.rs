@@ -165,9 +165,14 @@ mod tests {
             len: 1,
             index: 0,
         };
+        let both = std::sync::Barrier::new(2);
+        let copy = |src| {
+            both.wait();
+            pool.copy(Tier::Device, Tier::Host, &run(src));
+        };
         std::thread::scope(|scope| {
-            scope.spawn(|| pool.copy(Tier::Device, Tier::Host, &run(0)));
-            scope.spawn(|| pool.copy(Tier::Device, Tier::Host, &run(1)));
+            scope.spawn(|| copy(0));
+            scope.spawn(|| copy(1));
         });
     }
 }
