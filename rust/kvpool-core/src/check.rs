@@ -67,7 +67,7 @@ fn check_tree(core: &Core) -> Result<()> {
             "node {i}: depth {} != {depth}",
             node.depth.get()
         );
-        if block && node.lost.get() == 0 {
+        if block && !tree.is_lost(i) {
             let tokens: Vec<i32> = tree.tokens(i).collect();
             let found = tree.child(&tree.root_of(i), parent, node.key.get(), &tokens);
             ensure!(found == Some(tree.at(i)), "node {i}: look-up finds {found:?}");

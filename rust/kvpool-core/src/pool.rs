@@ -142,6 +142,16 @@ impl SlotPool {
         Some(slot)
     }
 
+    /// As `take`, up to `n` slots, appended.
+    pub fn take_many(&self, n: usize, slots: &mut Vec<u32>) {
+        let before = slots.len();
+        self.free.pop_many(n, slots, |index| index + 1);
+        let taken = (slots.len() - before) as u64;
+        if taken > 0 {
+            self.taken.add(taken);
+        }
+    }
+
     /// Remembers how many slots are not free by now.
     pub fn note_peak(&self) {
         self.peak.raise(self.taken.get());

@@ -15,7 +15,7 @@ impl Actor {
         let mut claims = Vec::new();
         for (prompt, tokens, scope) in &wanted {
             claims.push(Claim {
-                tokens: &tokens[..*prompt],
+                tokens: tokens[..*prompt].into(),
                 scope: SCOPES[*scope],
                 epoch: Some(epoch),
                 retention: Self::retention(choose),

@@ -72,6 +72,12 @@ impl Field {
             .compare_exchange(seen, value, Ordering::Relaxed, Ordering::Relaxed);
         // Relaxed: a hint, nothing is read through it
     }
+    /// As `raise` without a locked instruction: of two at the same moment either stays.
+    pub fn advance(&self, value: u64) {
+        if self.get() < value {
+            self.set(value);
+        }
+    }
     /// Raises it to at least `value`; a hint for the order of eviction.
     pub fn raise(&self, value: u64) {
         if self.get() < value {
@@ -102,6 +108,10 @@ impl Counter {
     /// The next number, unique: 1, 2, 3...
     pub fn next(&self) -> u64 {
         self.0.fetch_add(1, Ordering::Relaxed) + 1 // Relaxed: uniqueness comes from the RMW, partner none
+    }
+    /// The first of the next `n` numbers, unique like those of `next`.
+    pub fn next_run(&self, n: u64) -> u64 {
+        self.0.fetch_add(n, Ordering::Relaxed) + 1 // Relaxed: uniqueness comes from the RMW, partner none
     }
     /// The value now.
     pub fn get(&self) -> u64 {
@@ -134,6 +144,14 @@ impl<T> Sole<T> {
                 return inside;
             }
         }
+    }
+}
+
+/// Brings the memory of a word closer; a hint that the checkers do without.
+#[inline(always)]
+pub fn warm<T>(at: &T) {
+    if !cfg!(any(kvpool_loom, kvpool_shuttle)) {
+        kvpool_prefetch::read(at);
     }
 }
 
@@ -172,6 +190,8 @@ pub enum Weak {
     PublishOrder,
     /// An unlinked node is not marked first.
     UnlinkMark,
+    /// The way down to a child is not ordered behind its fields.
+    BelowOrder,
     /// A child is believed without a look at its parent link.
     ParentLink,
     /// A claim takes its unit after the reference.
