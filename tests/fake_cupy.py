@@ -60,8 +60,12 @@ class World:
     pinned_limit: int = 1 << 50
     fault_at: int | None = None  # that piece of work fails, counted from 0
     lazy: bool = False  # work runs for those who wait only, not for those who ask
+    memory: int = 1 << 50  # bytes of device memory
+    waiting: bool = True  # False: whoever waits for the GPU fails
     ran: int = 0
     launches: list[str] = field(default_factory=list)
+    batches: list[int] = field(default_factory=list)  # copies of each batched copy
+    kept: list[Any] = field(default_factory=list)  # what must live as long as this
     now_ms: float = 0.0
 
     def __post_init__(self) -> None:
@@ -104,6 +108,7 @@ class World:
         return True
 
     def run_until(self, condition: Callable[[], bool]) -> None:
+        assert self.waiting, "the host waits for the GPU"
         with self.lock:
             self.check()
             while not condition():
@@ -212,6 +217,9 @@ class Allocation:
         self.ptr = -(-self._whole.ctypes.data // ALIGNMENT) * ALIGNMENT
         with world.lock:
             world.check()
+            device = sum(size for start, size in world.ranges.items() if start not in world.registered)
+            if device + num_bytes > world.memory:
+                raise MemoryError(f"out of memory allocating {num_bytes} bytes")  # CuPy's OutOfMemoryError is one
             world.ranges[self.ptr] = num_bytes
 
     def __del__(self) -> None:
@@ -269,6 +277,7 @@ class Runtime:
 
     def memcpy(self, dst: int, src: int, size: int, kind: int) -> None:
         self._world.check()
+        assert self._world.waiting, "the host waits for the GPU"
         assert kind == self.memcpyDefault
         assert self._world.covers(dst, size) or self._world.covers(src, size)
         ctypes.memmove(dst, src, size)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from kvpool import _core
+from kvpool.mover.batch_copy import BatchCopy, Words
 from kvpool.mover.launches import KERNELS, Launch
 
 OPTIONS = ("--std=c++17",)
@@ -28,7 +29,14 @@ class CudaRuntime:
         self._cupy: Any = cupy
         self._device = cupy.cuda.Device(ordinal)
         self._functions: dict[str, Any] = {}
+        self._batch: BatchCopy | None = None
+        self._batch_problem: str | None = None
         self._device.use()
+
+    @property
+    def compute_capability(self) -> int:
+        """90 is 9.0."""
+        return int(self._device.compute_capability)
 
     def stream(self) -> Any:
         """A new stream that does not wait for the default one."""
@@ -63,6 +71,35 @@ class CudaRuntime:
     def copy_async(self, target: int, source: int, num_bytes: int, stream: Any) -> None:
         """By the copy engine, from and to device memory or registered host memory."""
         self._cupy.cuda.runtime.memcpyAsync(target, source, num_bytes, _DEFAULT, stream.ptr)
+
+    def batch_problem(self) -> str | None:
+        """Why `copy_batch` cannot be used, None: it can. The first call looks for it, and tries it on a few bytes."""
+        if self._batch is None and self._batch_problem is None:
+            try:
+                self._batch = BatchCopy()
+                self._batch_problem = self._try_batch()
+            except RuntimeError as error:
+                self._batch_problem = str(error)
+        return self._batch_problem
+
+    def _try_batch(self) -> str | None:
+        memory, stream = self.allocate(64), self.stream()
+        self.upload(np.arange(64, dtype=np.uint8), memory.ptr)
+        to, of = (memory.ptr + np.array(at, np.uint64) for at in ((0, 16), (32, 48)))
+        self.copy_batch(to, of, np.full(2, 16, np.uint64), stream)
+        stream.synchronize()
+        wrong = not np.array_equal(self.download(memory.ptr, 32), np.arange(32, 64, dtype=np.uint8))
+        return "cuMemcpyBatchAsync: a trial copy left wrong bytes" if wrong else None
+
+    def copy_batch(self, targets: Words, sources: Words, sizes: Words, stream: Any) -> None:
+        """As `copy_async` for each of at most `batch_copy.MOST`, in any order, by one call of the driver.
+
+        Only where `batch_problem` is None.
+        """
+        assert self._batch is not None
+        with self._device:
+            self._device.use()  # the driver wants the context to be current, which `with` leaves to CUDA's runtime
+            self._batch(targets, sources, sizes, stream.ptr)
 
     def compile(self, family: str) -> None:
         """Makes the kernels of a family ready; the first launch does it else."""

@@ -18,7 +18,7 @@ class CudaTicket:
     def __init__(self, mover: CudaMover, batch: MoveBatch, place: int, failed: list[MoveError]) -> None:
         self._mover = mover
         self._batch = batch
-        self._place = place
+        self._first = self._place = place  # in the direction's stream, of its first and last piece
         self._failed = failed
         self._over = False
         self._given_up = False

@@ -12,9 +12,11 @@ import numpy.typing as npt
 
 from kvpool.arguments import Int32Array
 
-STREAMS = 8  # one per direction, the caller, four of the engine's
 DIRECTIONS = ("offload", "onboard", "copy")
 CALLER = 3
+GATHER = 4  # fills staging memory for offloads
+ENGINES = 4  # streams of the engine
+STREAMS = GATHER + 1 + ENGINES
 Clock = npt.NDArray[np.int64]
 
 
@@ -25,17 +27,19 @@ def new_clock() -> Clock:
 
 def stream_name(stream: int) -> str:
     """For messages."""
-    return DIRECTIONS[stream] if stream < CALLER else "compute" if stream == CALLER else "compute stream"
+    return (*DIRECTIONS, "compute", "gather")[stream] if stream <= GATHER else "compute stream"
 
 
 def hazard(stream: int, writes: bool, tier: str, prior: int, prior_wrote: bool) -> str:
     """What it would be if `stream` used a slot of `tier` without waiting for what `prior` did with it."""
     offload, onboard, copy = 0, 1, 2
-    compute, prior_compute = stream >= CALLER, prior >= CALLER
+    compute, prior_compute = (each == CALLER or each > GATHER for each in (stream, prior))
+    if tier == "staging":
+        return "staging-reuse" if writes else "unordered"
     if tier == "device":
-        if stream in (offload, copy) and not writes and prior_wrote and prior_compute:
+        if stream in (offload, copy, GATHER) and not writes and prior_wrote and prior_compute:
             return "offload-before-compute"
-        if writes and prior in (offload, copy) and not prior_wrote:
+        if writes and prior in (offload, copy, GATHER) and not prior_wrote:
             return "reuse-before-copy"
         if compute and prior in (onboard, copy) and prior_wrote:
             return "compute-before-onboard"
@@ -98,9 +102,10 @@ class SlotEvents:
         self._reads[slots] = 0
         self.bad[slots] = False
 
-    def lose(self, slots: Int32Array, stream: int, place: int) -> None:
-        """The move that this event stands for failed: what it wrote last is bad."""
-        latest = (self._write_stream[slots] == stream) & (self._write_place[slots] == place)
+    def lose(self, slots: Int32Array, stream: int, first: int, last: int) -> None:
+        """The move that these places of a stream stand for failed: what it wrote last is bad."""
+        places = self._write_place[slots]
+        latest = (self._write_stream[slots] == stream) & (first <= places) & (places <= last)
         self.bad[slots[latest]] = True
 
 
