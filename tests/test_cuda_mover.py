@@ -9,7 +9,6 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 
 import fake_cupy
@@ -17,13 +16,13 @@ from cuda_movers import CudaWorld, fake_gpu, view
 from kvpool import InvariantError, LogicError
 from kvpool.mover import MoveBatch, MoveError, Mover, SlotUse
 from kvpool.mover.cuda import CudaMover
-from kvpool.mover.descriptors import PER_CALL, SLAB, CudaPool, count_runs, starts
+from kvpool.mover.descriptors import SLAB, CudaPool
 from kvpool.mover.paths import PATHS, Fixed, Thresholds
 from kvpool.mover.pinned import PinnedMemory
 from kvpool.mover.slot_events import DIRECTIONS
 from kvpool.mover.staging import PARTS
 from movers import PAGE_BYTES, World, page
-from test_mover_checker import IDS, PLANTS
+from test_mover_checker import PLANTS
 
 KERNELS = {24: {"copy_pages_u8", "gather_pages_u8", "scatter_pages_u8"}}
 KERNELS[48] = {"copy_pages_u128", "copy_ring_u128", "gather_pages_u128", "scatter_pages_u128"}
@@ -54,18 +53,25 @@ def test_every_path_alone_keeps_every_byte(path: str) -> None:
     world.mover.close()
 
 
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize(("plant", "scenario", "text"), PLANTS, ids=IDS)
+def _can_show(plant: str, path: str) -> bool:
+    """Only some paths have staging memory, or lists of slots."""
+    if plant == "staging-reuse":
+        return path == "staged"
+    return plant != "descriptor-rewrite" or path not in ("engine", "batch")
+
+
+CASES = [(*each, path) for each in PLANTS for path in PATHS if _can_show(each[0], path)]
+
+
+@pytest.mark.parametrize(
+    ("plant", "scenario", "text", "path"), CASES, ids=[f"{scenario.__name__}-{path}" for _, scenario, _, path in CASES]
+)
 def test_a_planted_bug_is_named_by_the_checker(
     plant: str, scenario: Callable[[World], None], text: str, path: str
 ) -> None:
-    """Whatever path the moves take, but for what only some have: staging memory and lists of slots."""
-    if plant == "staging-reuse" and path != "staged" or plant == "descriptor-rewrite" and path in ("engine", "batch"):
-        return
-    staging = PARTS * PAGE_BYTES  # a page each: three pages need a part twice
-    world = CudaWorld(
-        1, page_bytes=48, options={"plant": plant, "chooser": Fixed(path), "staging_bytes": 2 * staging, "lazy": True}
-    )
+    """Whatever path the moves take."""
+    options = {"chooser": Fixed(path), "staging_bytes": PARTS * 48}  # three pages need a part of staging memory twice
+    world = CudaWorld(1, page_bytes=48, options={**options, "plant": plant, "lazy": True})
     if plant == "descriptor-rewrite":
         text = "descriptors are rewritten"
     text = re.sub(r"compute stream \d", "compute stream 1", text)  # places of a stream count its steps
@@ -75,7 +81,7 @@ def test_a_planted_bug_is_named_by_the_checker(
         text = re.sub(r"(writes device slot 1 .*) offload 1", r"\1 gather 1", text)
     with pytest.raises(InvariantError, match=f"{plant}: {text}"):
         scenario(world)
-    clean = CudaWorld(1)
+    clean = CudaWorld(1, page_bytes=48, options=options)
     scenario(clean)
     clean.settle()
     clean.mover.close()
@@ -235,70 +241,6 @@ def test_streams_by_address_and_at_most_four() -> None:
         memory.mover.step_end([SlotUse("kv", "device", [1])], SimpleNamespace(cuda_stream=stream.ptr))  # PyTorch's
     with pytest.raises(ValueError, match="4 streams"):
         memory.mover.step_begin([SlotUse("kv", "device", [1])], streams[4])
-
-
-def test_a_batch_of_any_length_is_split_into_launches() -> None:
-    runtime, gpu = fake_gpu()
-    n = 2 * PER_CALL + 100
-    block = runtime.allocate((n + 1) * 16)
-    with PinnedMemory(n * 16, 16, runtime, threads=1) as host:
-        mover = CudaMover({"kv": CudaPool(16, block.ptr, n + 1, host)}, runtime, chooser=Fixed("registers", 2))
-        content = np.random.default_rng(1).integers(0, 256, (n + 1, 16), np.uint8)
-        runtime.upload(content, block.ptr)
-        order = np.random.default_rng(2).permutation(n).astype(np.int32)
-        ticket = mover.submit(MoveBatch("kv", "offload", order + 1, np.arange(n, dtype=np.int32)))
-        assert ticket is not None
-        assert ticket.result() is None
-        assert np.array_equal(host.array.reshape(n, 16), content[order + 1])
-        assert mover.totals()["kernel_launches"] == 3
-        assert gpu.launches == ["copy_pages_u128"] * 3
-        mover.close()
-    assert gpu.registered == {}
-
-
-def test_engine_copies_are_cut_between_registrations() -> None:
-    """The stand-in refuses a copy that straddles two."""
-    runtime, _ = fake_gpu()
-    page_bytes, n = 4096, 10
-    block = runtime.allocate((n + 1) * page_bytes)
-    with PinnedMemory(n * page_bytes, page_bytes, runtime, chunk_bytes=3 * page_bytes, threads=1) as host:
-        mover = CudaMover({"kv": CudaPool(page_bytes, block.ptr, n + 1, host)}, runtime, chooser=Fixed("engine"))
-        content = np.random.default_rng(1).integers(0, 256, (n + 1, page_bytes), np.uint8)
-        runtime.upload(content, block.ptr)
-        down = mover.submit(
-            MoveBatch("kv", "offload", np.arange(1, 10, dtype=np.int32), np.arange(1, 10, dtype=np.int32))
-        )
-        up = mover.submit(
-            MoveBatch("kv", "onboard", np.arange(1, 10, dtype=np.int32), np.arange(2, 11, dtype=np.int32))
-        )
-        assert down is not None
-        assert up is not None
-        assert up.result() is None
-        assert np.array_equal(host.array.reshape(n, page_bytes)[1:], content[1:10])
-        assert np.array_equal(runtime.download(block.ptr + 2 * page_bytes, 9 * page_bytes), content[1:10].ravel())
-        assert mover.totals()["engine_copies"] == 8
-        mover.close()
-
-
-def test_where_fragments_begin() -> None:
-    def of(*slots: int) -> Any:
-        return np.array(slots, np.int32)
-
-    def begin(src: Any, dst: Any) -> list[int]:
-        return starts(src, dst, None, 8, ()).tolist()
-
-    assert begin(of(), of()) == []
-    assert begin(of(1, 2, 3), of(5, 6, 7)) == [0]
-    assert begin(of(1, 2, 4), of(5, 6, 7)) == [0, 2]
-    assert begin(of(1, 2, 3), of(5, 7, 8)) == [0, 1]
-    assert begin(of(3, 2), of(3, 2)) == [0, 1]
-    edges = [0, 300, 600, 1000]  # bytes; pages of 100
-    ten, shifted = np.arange(10, dtype=np.int32), np.arange(1, 11, dtype=np.int32)
-    assert starts(shifted, ten, ten, 100, edges).tolist() == [0, 3, 6]
-    assert starts(ten, shifted, ten, 100, edges).tolist() == [0, 3, 6]
-    assert starts(of(9, 10), of(2, 3), of(2, 3), 100, edges).tolist() == [0, 1]
-    assert starts(of(9, 10, 11), of(3, 4, 5), of(3, 4, 5), 100, edges).tolist() == [0]
-    assert [count_runs(of(*slots)) for slots in ((), (4,), (4, 2, 3), (7, 2, 3), (1, 3, 5))] == [0, 1, 1, 2, 3]
 
 
 def test_buffers_are_used_again_only_when_their_ticket_is_over() -> None:

@@ -63,8 +63,8 @@ def _inner(piece: Piece) -> Int32Array:
 class Carrier:
     """For the pools of one mover. Not for several threads at once.
 
-    calls: copies of the copy engine, batched copies, launches, so far. staging_problem: why there is no staging memory
-    though the chooser would use it.
+    calls: copies of the copy engine, batched copies, launches, so far. problems: why a path that the chooser knows is
+    not offered to any pool.
     """
 
     def __init__(
@@ -78,21 +78,20 @@ class Carrier:
         self.calls = dict.fromkeys(("engine_copies", "batch_copies", "kernel_launches"), 0)
         self._counts: dict[tuple[str, str], list[int]] = {}
         self.staging: dict[str, Staging] = {}
-        self.staging_problem: str | None = None
+        self.problems: dict[str, str] = {}
         wanted = chooser.paths
         if "staged" in wanted:
             try:
                 self.staging = {each: Staging(each, staging_bytes, runtime) for each in DIRECTIONS[:2]}
             except MemoryError as error:
-                self.staging_problem = f"{2 * staging_bytes} bytes of staging memory cannot be had: {error}"
-        self._paths = set(ALWAYS)
-        if "batch" in wanted and runtime.batch_problem() is None:
-            self._paths.add("batch")
-        if "ring" in wanted and runtime.compute_capability >= RING_SINCE:
-            self._paths.add("ring")
-        if self.staging:
-            self._paths.add("staged")
-        for path in sorted((self._paths & wanted) | {"registers"}):  # now, not within the first move
+                self.problems["staged"] = f"{2 * staging_bytes} bytes of staging memory cannot be had: {error}"
+        problem = runtime.batch_problem() if wanted & {"batch", "staged"} else None
+        if problem is not None:
+            self.problems["batch"] = problem
+        if "ring" in wanted and (found := runtime.compute_capability) < RING_SINCE:
+            self.problems["ring"] = f"compute capability {found / 10} is below {RING_SINCE / 10}"
+        self._paths = ALWAYS | (wanted - set(self.problems))
+        for path in sorted(self._paths):  # now, not within the first move
             for operation in KERNELS.get(path, ())[:1]:
                 runtime.compile(FAMILY[operation])
         self._offered = {(name, each): self._offers(pool, each) for name, pool in pools.items() for each in DIRECTIONS}
@@ -208,7 +207,7 @@ class Carrier:
 
     def _best(self, piece: Piece) -> str:
         """How the runs of the host's side go to and from a part."""
-        return "batch" if "batch" in self._paths and len(piece.at) > 1 else "engine"
+        return "batch" if "batch" not in self.problems and len(piece.at) > 1 else "engine"
 
     def _launch(
         self,

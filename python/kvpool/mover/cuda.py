@@ -405,6 +405,10 @@ class CudaMover:
         """Paths that pages of a pool can take, of those that the chooser knows; "engine" and "registers" always."""
         return self._carrier.offered(pool, direction)
 
+    def problems(self) -> dict[str, str]:
+        """Paths that the chooser knows and this machine does not offer, and why."""
+        return dict(self._carrier.problems)
+
     def pending(self, direction: str) -> int:
         """Tickets of a direction that are not done."""
         with self._lock:
