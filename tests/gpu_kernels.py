@@ -13,6 +13,7 @@ from kvpool.mover.cuda import CudaMover
 from kvpool.mover.cuda_runtime import CudaRuntime
 from kvpool.mover.descriptors import CudaPool
 from kvpool.mover.launches import Launch
+from kvpool.mover.paths import INSTEAD, Fixed
 from kvpool.mover.pinned import PinnedMemory
 
 GUARD = 256  # bytes on each side of an array on the device, which must stay
@@ -53,14 +54,14 @@ class GpuKernels:
             argument.view(np.uint8)[:] = found[before:after]
 
 
-def mover_round_trip(runtime: CudaRuntime, page_bytes: int, engine_bytes: int) -> None:
-    """Pages go down, across and up by way of `CudaMover`; every byte of both tiers as NumPy says."""
+def mover_round_trip(runtime: CudaRuntime, page_bytes: int, path: str) -> None:
+    """Pages go down, across and up by a path of `CudaMover`; every byte of both tiers as NumPy says."""
     n, random = 40, np.random.default_rng(page_bytes)
     block = runtime.allocate((n + 1) * page_bytes)
     with PinnedMemory(n * page_bytes, page_bytes, runtime) as pinned:
-        mover = CudaMover(
-            {"kv": CudaPool(page_bytes, block.ptr, n + 1, pinned)}, runtime, engine_bytes=engine_bytes, check=True
-        )
+        pools = {"kv": CudaPool(page_bytes, block.ptr, n + 1, pinned)}
+        staging = 2 * 7 * page_bytes  # 7 pages of 20 at a time
+        mover = CudaMover(pools, runtime, chooser=Fixed(path), staging_bytes=staging, check=True)
         device = random.integers(0, 256, (n + 1, page_bytes), np.uint8)
         host = random.integers(0, 256, (n, page_bytes), np.uint8)
         runtime.upload(device, block.ptr)
@@ -80,4 +81,6 @@ def mover_round_trip(runtime: CudaRuntime, page_bytes: int, engine_bytes: int) -
         assert np.array_equal(pinned.array.reshape(n, page_bytes), host)
         assert np.array_equal(runtime.download(block.ptr, device.size), device.ravel())
         assert mover.totals()["pages"] == 6 * 3 * n // 2
+        taken = path if path in mover.offered("kv", "offload") else INSTEAD[path]
+        assert mover.path_counts()[taken]["offload"]["pages"] == 6 * n // 2
         mover.close()
