@@ -117,11 +117,8 @@ class CudaMover:
                 return self._over_at_once(ticket, targets, dst)
             good = np.delete(np.arange(src.size), lost)
             plan = self._plan(ticket, src[good], dst[good])
-            ticket._place = stream.place + len(plan.pieces)
-            self._tickets[number].append(ticket)
             try:
-                self._enqueue(plan, after, sources, targets)
-                self._carrier.count(plan)
+                self._enqueue(ticket, plan, after, sources, targets)
             except RuntimeError as error:
                 self._break(error)
             targets.bad[dst[lost]] = True
@@ -174,9 +171,18 @@ class CudaMover:
             self._buffers.give_back(ticket._buffers)
             raise
 
-    def _enqueue(self, plan: Plan, after: Sequence[CudaTicket], sources: SlotEvents, targets: SlotEvents) -> None:
+    def _enqueue(
+        self,
+        ticket: CudaTicket,
+        plan: Plan,
+        after: Sequence[CudaTicket],
+        sources: SlotEvents,
+        targets: SlotEvents,
+    ) -> None:
         """Every piece behind what its slots' events name; all of them behind the tickets `after`."""
         number, behind = DIRECTIONS.index(plan.batch.direction), new_clock()
+        ticket._place = self._streams[number].place + len(plan.pieces)
+        self._tickets[number].append(ticket)
         for other in after:
             before = DIRECTIONS.index(other._batch.direction)
             behind[before] = max(behind[before], other._place)
@@ -195,6 +201,7 @@ class CudaMover:
                 self._work(number, behind, [read, target], send)
             else:
                 self._work(number, behind, [source, filled, target], carry)
+        self._carrier.count(plan)
 
     def _work(self, number: int, behind: Clock, uses: list[_Use], call: Callable[[Any], None]) -> None:
         """One piece of work of a stream, enqueued by `call`: behind `behind` and what the events of its slots name."""
