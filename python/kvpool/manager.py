@@ -71,13 +71,13 @@ class Stats(Counters):
     pools: {name: {tier: {slots, free, active, held, cached, fenced, peak}}}, in slots, with
     `free + active + held + cached + fenced == slots`. failed_moves: pages that did not arrive. stuck_slots: slots that
     a move which was not over in time may still write. paths: {path: {direction: {moves, pages, bytes}}}, what was sent
-    by each path of a GPU's mover (docs/MOVER.md); empty on the CPU.
+    by each path of a GPU's mover (docs/MOVER.md), whatever became of it: not compared; empty on the CPU.
     """
 
     pools: dict[str, dict[str, dict[str, int]]]
     failed_moves: int = 0
     stuck_slots: int = 0
-    paths: dict[str, dict[str, dict[str, int]]] = field(default_factory=dict)
+    paths: dict[str, dict[str, dict[str, int]]] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
