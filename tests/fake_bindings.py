@@ -63,7 +63,7 @@ def _call(world: World, *given: Any) -> int:
         return INVALID_VALUE
     copies = list(zip(_array(targets, count), _array(sources, count), _array(sizes, count), strict=True))
     for index, (to, of, size) in enumerate(copies):
-        if not (world.covers(to, size) and world.covers(of, size)):
+        if not (world.covers(to, size) and world.covers(of, size) and world.reaches(to) and world.reaches(of)):
             ctypes.c_uint64.from_address(failed).value = index
             return INVALID_VALUE
     if not _independent(copies):

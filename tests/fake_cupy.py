@@ -61,6 +61,7 @@ class World:
     fault_at: int | None = None  # that piece of work fails, counted from 0
     lazy: bool = False  # work runs for those who wait only, not for those who ask
     memory: int = 1 << 50  # bytes of device memory
+    same_addresses: bool = True  # registered host memory is where it is on the GPU too
     waiting: bool = True  # False: whoever waits for the GPU fails
     ran: int = 0
     launches: list[str] = field(default_factory=list)
@@ -85,6 +86,11 @@ class World:
 
     def covers(self, address: int, num_bytes: int) -> bool:
         return any(start <= address and address + num_bytes <= start + size for start, size in self.ranges.items())
+
+    def reaches(self, address: int) -> bool:
+        """Whether a kernel, or a batched copy, may be given an address."""
+        host = any(start <= address < start + size for start, size in self.registered.items())
+        return self.covers(address, 1) and (self.same_addresses or not host)
 
     def ready(self) -> list[deque[Work]]:
         return [queue for queue in self.queues if queue and (queue[0].after is None or queue[0].after.done)]
@@ -282,6 +288,15 @@ class Runtime:
         assert self._world.covers(dst, size) or self._world.covers(src, size)
         ctypes.memmove(dst, src, size)
 
+    def streamSynchronize(self, stream: int) -> None:
+        """Of the null stream, on which nothing but synchronous copies runs."""
+        self._world.check()
+        assert stream == 0
+
+    def deviceGetAttribute(self, attribute: int, device: int) -> int:
+        assert attribute == 91, "CanUseHostPointerForRegisteredMem"
+        return int(self._world.same_addresses)
+
     def hostRegister(self, ptr: int, size: int, flags: int) -> None:
         world = self._world
         world.check()
@@ -317,7 +332,7 @@ class RawModule:
                 assert each.itemsize == {"int": 4}.get(kind, 8), f"{name}: {each!r} for {kind}"
             values = [int(each) if kind.endswith("*") else each for kind, each in zip(types_of, given, strict=True)]
             pointers = [value for kind, value in zip(types_of, values, strict=True) if kind.endswith("*")]
-            if not all(world.covers(pointer, 1) for pointer in pointers):
+            if not all(world.reaches(pointer) for pointer in pointers):
                 raise CUDARuntimeError(f"cudaErrorIllegalAddress: {name} got an address that the GPU does not know")
             order = world.random.randrange(9)
 

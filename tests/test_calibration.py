@@ -54,7 +54,7 @@ MEASURED = Calibration(
     ("shape", "offered", "expected"),
     [
         (Shape("offload", 4096, 8, 8, 8), EVERY, Choice("registers", 8)),
-        (Shape("offload", 4096, 8, 8, 8), ALWAYS, Choice("registers", 8)),
+        (Shape("offload", 4096, 8, 8, 8), ALWAYS, Choice("engine")),
         (Shape("offload", 4096, 1000, 1000, 1000), EVERY, Choice("registers", 16)),  # a run on the host has one page
         (Shape("offload", 4096, 1000, 1000, 2), EVERY, Choice("staged", 8)),  # 500 pages
         (Shape("offload", 4096, 1000, 1000, 2), EVERY - {"staged"}, Choice("registers", 16)),

@@ -137,17 +137,27 @@ def test_without_staging_memory_moves_go_another_way() -> None:
         ("batch", {"version": 12040}, 48, "engine"),
         ("ring", {"capability": "75"}, 48, "registers"),
         ("ring", {}, 24, "registers"),
+        *[(path, {"same_addresses": False}, 48, "engine") for path in ("batch", "registers", "ring", "staged")],
     ],
 )
 def test_what_a_machine_does_not_offer_another_path_does(path: str, gpu: Any, page_bytes: int, instead: str) -> None:
     pages = Pages(12, page_bytes, path, gpu)
-    assert pages.mover.offered("kv", "copy") == {"engine", "registers"}
+    assert path not in pages.mover.offered("kv", "copy")
     pages.move("offload", [1, 3, 5], [0, 1, 2])
     pages.move("copy", [2, 4], [8, 7])
     pages.move("onboard", [1, 0], [6, 4])
     pages.check()
     assert set(pages.mover.path_counts()) == {instead}
     assert (path in pages.mover.problems()) == (page_bytes == 48)
+
+
+def test_host_memory_that_is_not_pinned_is_refused() -> None:
+    """Copies of pageable memory are not made in the order of their stream."""
+    runtime, _ = fake_gpu(pinned_limit=0)
+    block = runtime.allocate(3 * 48)
+    host = PinnedMemory(2 * 48, 48, runtime, threads=1, fallback=True)
+    with pytest.raises(ValueError, match=r"pool 'kv': host memory must be pinned. pinned memory: 96 bytes could not"):
+        CudaMover({"kv": CudaPool(48, block.ptr, 3, host)}, runtime)
 
 
 def test_counts_of_every_path_and_direction() -> None:
@@ -194,6 +204,7 @@ def test_the_default_goes_by_the_average_fragment() -> None:
         assert choice.path == path
     assert choice.blocks == 7
     assert thresholds.choose(Shape("offload", 100, 20, 2, 1), every - {"batch"}).path == "engine"
+    assert thresholds.choose(Shape("offload", 100, 20, 20, 1), frozenset({"engine"})).path == "engine"
 
 
 def test_where_fragments_begin() -> None:

@@ -17,7 +17,7 @@ import numpy as np
 
 from kvpool.arguments import Int32Array
 from kvpool.mover.batch_copy import MOST
-from kvpool.mover.cuda_runtime import CudaRuntime
+from kvpool.mover.cuda_runtime import OTHER_ADDRESSES, CudaRuntime
 from kvpool.mover.descriptors import PER_CALL, Buffer, CudaPool, Int64s, count_runs, starts
 from kvpool.mover.launches import FAMILY, VECTOR, plan_launch
 from kvpool.mover.paths import ALWAYS, PATHS, Choice, Chooser, Shape
@@ -80,6 +80,9 @@ class Carrier:
         self.staging: dict[str, Staging] = {}
         self.problems: dict[str, str] = {}
         wanted = chooser.paths
+        if not runtime.same_addresses:  # kernels read their lists of slots in host memory, whatever they copy
+            self.problems = dict.fromkeys(wanted & set(KERNELS), OTHER_ADDRESSES)
+            wanted -= set(KERNELS)
         if "staged" in wanted:
             try:
                 self.staging = {each: Staging(each, staging_bytes, runtime) for each in DIRECTIONS[:2]}
@@ -91,6 +94,9 @@ class Carrier:
         if "ring" in wanted and (found := runtime.compute_capability) < RING_SINCE:
             self.problems["ring"] = f"compute capability {found / 10} is below {RING_SINCE / 10}"
         self._paths = ALWAYS | (wanted - set(self.problems))
+        for name, pool in pools.items():
+            if pool.host is not None and not pool.host.pinned:
+                raise ValueError(f"pool {name!r}: host memory must be pinned. {pool.host.problem}")
         for path in sorted(self._paths):  # now, not within the first move
             for operation in KERNELS.get(path, ())[:1]:
                 runtime.compile(FAMILY[operation])

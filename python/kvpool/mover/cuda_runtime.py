@@ -15,8 +15,11 @@ from kvpool import _core
 from kvpool.mover.batch_copy import BatchCopy, Words
 from kvpool.mover.launches import KERNELS, Launch
 
+OTHER_ADDRESSES = "registered host memory has other addresses on this GPU (CanUseHostPointerForRegisteredMem is 0)"
 OPTIONS = ("--std=c++17",)
 _DEFAULT = 4  # cudaMemcpyDefault: the direction follows from the addresses
+_SAME_ADDRESSES = 91  # cudaDevAttrCanUseHostPointerForRegisteredMem
+_NULL_STREAM = 0
 _PORTABLE_AND_MAPPED = 1 | 2  # cudaHostRegister: for every context, and in the device's addresses
 
 
@@ -37,6 +40,11 @@ class CudaRuntime:
     def compute_capability(self) -> int:
         """90 is 9.0."""
         return int(self._device.compute_capability)
+
+    @property
+    def same_addresses(self) -> bool:
+        """Whether registered host memory has its own addresses on the GPU too; else only copies can be given them."""
+        return bool(self._cupy.cuda.runtime.deviceGetAttribute(_SAME_ADDRESSES, self._device.id))
 
     def stream(self) -> Any:
         """A new stream that does not wait for the default one."""
@@ -74,6 +82,8 @@ class CudaRuntime:
 
     def batch_problem(self) -> str | None:
         """Why `copy_batch` cannot be used, None: it can. The first call looks for it, and tries it on a few bytes."""
+        if not self.same_addresses:  # such GPUs were seen to fault
+            return OTHER_ADDRESSES
         if self._batch is None and self._batch_problem is None:
             try:
                 self._batch = BatchCopy()
@@ -130,7 +140,9 @@ class CudaRuntime:
     def upload(self, array: np.ndarray[Any, Any], target: int) -> None:
         """Any host array to device memory; returns when it is there."""
         data = np.ascontiguousarray(array)
-        self._cupy.cuda.runtime.memcpy(target, data.ctypes.data, data.nbytes, _DEFAULT)
+        with self._device:  # the call may return when pageable memory is read: the rest of the way is the null stream's
+            self._cupy.cuda.runtime.memcpy(target, data.ctypes.data, data.nbytes, _DEFAULT)
+            self._cupy.cuda.runtime.streamSynchronize(_NULL_STREAM)
 
     def download(self, source: int, num_bytes: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """Device memory to a new host array; returns when it is there."""

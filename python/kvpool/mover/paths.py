@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 PATHS = ("engine", "batch", "registers", "ring", "staged")
-ALWAYS = frozenset({"engine", "registers"})  # every GPU, driver and page size can do these
-INSTEAD = {"batch": "engine", "ring": "registers", "staged": "registers"}  # of what a machine does not offer
+ALWAYS = frozenset({"engine"})  # every GPU, driver and page size can do this
+INSTEAD = {"batch": "engine", "registers": "engine", "ring": "registers", "staged": "registers"}  # of what is missing
 ENGINE_BYTES = 256 << 10  # a guess: what `Thresholds` does without a calibration
 MAX_BLOCKS = 16  # a guess
 
@@ -72,7 +72,7 @@ class Thresholds:
 
     def choose(self, shape: Shape, offered: frozenset[str]) -> Choice:
         """By the average fragment."""
-        if shape.fragment_bytes < self.engine_bytes:
+        if shape.fragment_bytes < self.engine_bytes and "registers" in offered:
             return Choice("registers", self.max_blocks)
         return Choice("batch" if shape.fragments > 1 and "batch" in offered else "engine")
 
@@ -87,8 +87,11 @@ class Fixed:
     @property
     def paths(self) -> frozenset[str]:
         """That one, and what stands in."""
-        return frozenset({self.path, INSTEAD.get(self.path, self.path)})
+        return ALWAYS | {self.path, INSTEAD.get(self.path, self.path)}
 
     def choose(self, shape: Shape, offered: frozenset[str]) -> Choice:
         """Whatever the shape."""
-        return Choice(self.path if self.path in offered else INSTEAD[self.path], self.blocks)
+        path = self.path
+        while path not in offered:
+            path = INSTEAD[path]
+        return Choice(path, self.blocks)
