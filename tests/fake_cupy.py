@@ -5,7 +5,8 @@ draws among the streams whose next piece may run: any order that CUDA allows can
 
 - A wait binds to the event's latest record at the moment of the call; an event without a record holds nobody up.
 - Arguments of launches and copies are read when they are given; memory is read and written when they run.
-- A synchronous copy waits for no stream: all of kvpool's are non-blocking.
+- A synchronous copy waits for no stream: all of kvpool's are non-blocking. From host memory that is not registered it
+  returns when that is read; the bytes arrive no sooner than somebody waits for the null stream.
 - Copies reach device memory that is allocated and host memory that is registered, each within one of them; memory that
   is freed, or no longer registered, before they run is a fault. A fault is sticky: every later call fails.
 """
@@ -78,6 +79,7 @@ class World:
         self.registered: dict[int, int] = {}
         self.graveyard: list[Any] = []  # freed device memory: touching it must not crash the process
         self.fault: str | None = None
+        self.arriving: list[tuple[int, bytes]] = []  # of synchronous copies
         self.current = threading.local()
 
     def check(self) -> None:
@@ -94,6 +96,12 @@ class World:
 
     def ready(self) -> list[deque[Work]]:
         return [queue for queue in self.queues if queue and (queue[0].after is None or queue[0].after.done)]
+
+    def arrive(self) -> None:
+        """The null stream is at its end."""
+        for address, content in self.arriving:
+            ctypes.memmove(address, content, len(content))
+        self.arriving.clear()
 
     def step(self) -> bool:
         """Runs one piece of some stream; False: none may run."""
@@ -211,6 +219,7 @@ class Device:
         return self.world.capability
 
     def synchronize(self) -> None:
+        self.world.arrive()
         self.world.run_until(lambda: not any(self.world.queues))
 
 
@@ -286,12 +295,17 @@ class Runtime:
         assert self._world.waiting, "the host waits for the GPU"
         assert kind == self.memcpyDefault
         assert self._world.covers(dst, size) or self._world.covers(src, size)
-        ctypes.memmove(dst, src, size)
+        self._world.arrive()
+        if self._world.covers(src, size):
+            ctypes.memmove(dst, src, size)
+        else:
+            self._world.arriving.append((dst, ctypes.string_at(src, size)))
 
     def streamSynchronize(self, stream: int) -> None:
         """Of the null stream, on which nothing but synchronous copies runs."""
         self._world.check()
         assert stream == 0
+        self._world.arrive()
 
     def deviceGetAttribute(self, attribute: int, device: int) -> int:
         assert attribute == 91, "CanUseHostPointerForRegisteredMem"

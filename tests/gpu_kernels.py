@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from cpu_kernels import KERNELS_OF
+from kvpool import CacheConfig, KVCacheManager, PoolConfig
 from kvpool.mover import MoveBatch
 from kvpool.mover.cuda import CudaMover
 from kvpool.mover.cuda_runtime import CudaRuntime
@@ -84,3 +85,36 @@ def mover_round_trip(runtime: CudaRuntime, page_bytes: int, path: str) -> None:
         taken = path if path in mover.offered("kv", "offload") else INSTEAD[path]
         assert mover.path_counts()[taken]["offload"]["pages"] == 6 * n // 2
         mover.close()
+
+
+def manager_round_trip(runtime: CudaRuntime) -> None:
+    """A manager on CUDA whose pages go down and come up: what was computed is what is read again, on a stream."""
+    size, tokens_per_block, prompts = 4096, 4, 6
+    config = CacheConfig(tokens_per_block, [PoolConfig("kv", size)], device_bytes=size * 9, host_bytes=size * 64)
+    stream = runtime.stream()
+    with KVCacheManager(config, device="cuda") as manager:
+        base = int(manager.pages("kv").data.ptr)  # type: ignore[attr-defined]
+        for number in [*range(prompts), *range(prompts)]:
+            tokens = np.arange(100 * number, 100 * number + 17, dtype=np.int32)
+            cache = manager.create(number, tokens)
+            assert cache.resume()
+            assert cache.resize(17)
+            known = cache.num_reused_tokens // tokens_per_block
+            manager.step_begin([cache], stream)
+            slots = manager.block_tables([cache], "kv")[0].tolist()
+            stream.synchronize()
+            for index, slot in enumerate(slots):
+                page = np.full(size, 10 * number + index, np.uint8)
+                if index < known:
+                    assert np.array_equal(runtime.download(base + slot * size, size), page), (number, index)
+                else:
+                    runtime.upload(page, base + slot * size)
+            manager.step_end([cache], stream)
+            cache.commit(tokens[cache.num_committed_tokens :])
+            cache.close()
+        stats = manager.stats()
+        assert (stats.reused_blocks, stats.failed_moves) == (4 * prompts, 0)
+        assert stats.offloaded > 0
+        assert stats.onboarded > 0
+        assert sum(of["pages"] for path in stats.paths.values() for of in path.values()) >= stats.onboarded
+        manager.check()

@@ -18,7 +18,7 @@ import fake_cupy
 import kernel_cases
 from cpu_kernels import SIGNATURES, plain_kernels
 from fake_cupy import World
-from gpu_kernels import GpuKernels, mover_round_trip
+from gpu_kernels import GpuKernels, manager_round_trip, mover_round_trip
 from kvpool import machine
 from kvpool.mover.calibrate import PLAIN, Result, Sizes
 from kvpool.mover.calibration import Speed, file_of, load
@@ -170,4 +170,9 @@ def test_gpu_tests_notice_bytes_around_the_memory(world: World) -> None:
 @pytest.mark.parametrize("page_bytes", [24, 4096])
 def test_the_movers_gpu_test_holds_under_the_stand_in(world: World, page_bytes: int, path: str) -> None:
     mover_round_trip(CudaRuntime(), page_bytes, path)
+    assert world.registered == {}
+
+
+def test_the_managers_gpu_test_holds_under_the_stand_in(world: World) -> None:
+    manager_round_trip(CudaRuntime())
     assert world.registered == {}

@@ -86,6 +86,7 @@ class Carrier:
         if "staged" in wanted:
             try:
                 self.staging = {each: Staging(each, staging_bytes, runtime) for each in DIRECTIONS[:2]}
+                runtime.synchronize()  # CuPy may hand out memory that work of its own streams still touches
             except MemoryError as error:
                 self.problems["staged"] = f"{2 * staging_bytes} bytes of staging memory cannot be had: {error}"
         problem = runtime.batch_problem() if wanted & {"batch", "staged"} else None
