@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cuda_movers import fake_gpu
+from cuda_movers import AnyPath, fake_gpu
 from kvpool.mover import MoveBatch, SlotUse
 from kvpool.mover.batch_copy import MOST
 from kvpool.mover.cuda import CudaMover
@@ -226,3 +226,32 @@ def test_where_fragments_begin() -> None:
     assert starts(of(9, 10), of(2, 3), of(2, 3), 100, edges).tolist() == [0, 1]
     assert starts(of(9, 10, 11), of(3, 4, 5), of(3, 4, 5), 100, edges).tolist() == [0]
     assert [count_runs(of(*slots)) for slots in ((), (4,), (4, 2, 3), (7, 2, 3), (1, 3, 5))] == [0, 1, 1, 2, 3]
+
+
+def test_a_staged_ticket_of_many_pieces_is_lost_as_a_whole() -> None:
+    """Given up before it ran, or ended by a fault: no page of any piece counts as arrived."""
+    pages = Pages(12, 48, "staged", {"lazy": True}, staging_bytes=PARTS * 48)
+    down = pages.mover.submit(MoveBatch("kv", "offload", [1, 2, 3], [0, 2, 4]))
+    assert down is not None
+    assert down.give_up()
+    assert [error.code for error in down.errors()] == ["timeout"] * 3
+    up = pages.mover.submit(MoveBatch("kv", "onboard", [0, 2, 4, 5], [7, 8, 9, 10]))
+    assert up is not None
+    assert [(error.code, error.slot) for error in up.errors()] == [("source", 0), ("source", 2), ("source", 4)]
+    assert up.wait()
+    assert len(up.errors()) == 3
+    assert np.array_equal(pages.runtime.download(pages.block.ptr + 10 * 48, 48), pages.host[5])
+    pages.gpu.fault_at = pages.gpu.ran + 2
+    broken = pages.mover.submit(MoveBatch("kv", "offload", [4, 5, 6], [6, 7, 8]))
+    assert broken is not None
+    assert broken.result() is not None
+    assert [error.code for error in broken.errors()] == ["copy"] * 3
+    pages.mover.close()
+
+
+def test_tickets_of_all_paths_are_over_in_their_order() -> None:
+    pages = Pages(30, 48, "", chooser=AnyPath(11), staging_bytes=PARTS * 2 * 48)
+    tickets = [pages.move("offload", range(1 + 5 * k, 6 + 5 * k), range(5 * k, 5 * k + 5)) for k in range(5)]
+    assert tickets[2].wait()
+    assert all(ticket.done() for ticket in tickets[:3])
+    pages.check()
