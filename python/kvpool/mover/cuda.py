@@ -26,7 +26,7 @@ from kvpool.mover.cuda_runtime import CudaRuntime
 from kvpool.mover.cuda_ticket import CudaTicket
 from kvpool.mover.descriptors import PER_CALL, Buffer, Buffers, CudaPool, pieces, runs
 from kvpool.mover.launches import plan_launch
-from kvpool.mover.slot_events import CALLER, DIRECTIONS, STREAMS, Checker, Clock, SlotEvents, new_clock
+from kvpool.mover.slot_events import CALLER, DIRECTIONS, STREAMS, Checker, Clock, SlotEvents, VainReads, new_clock
 from kvpool.mover.types import MoveBatch, MoveError, SlotUse, slot_array
 
 ENGINE_BYTES = 256 << 10  # runs at least so long on average go by the copy engine; not calibrated
@@ -93,6 +93,7 @@ class CudaMover:
         self._checker = Checker() if (os.environ.get("KVPOOL_CHECK") == "1" if check is None else check) else None
         self._findings: list[str] = []
         self._fenced: list[tuple[str, str, int]] = []
+        self._vain_reads = VainReads()
         self._totals = dict.fromkeys(("pages", "bytes", "failed", "engine_copies", "kernel_launches", "full"), 0)
         self._fault: str | None = None
         self._closed = False
@@ -333,6 +334,8 @@ class CudaMover:
     def _poll(self, ticket: CudaTicket) -> bool:
         with self._lock:
             self._reap()
+            if ticket._over and self._checker is not None and not ticket._given_up and self._fault is None:
+                self._checker.saw(DIRECTIONS.index(ticket._batch.direction), ticket._place)
             return ticket._over
 
     def _reach(self, number: int, place: int, timeout: float | None) -> bool:
@@ -345,6 +348,8 @@ class CudaMover:
                     return False
                 event = self._event_of(number, place)
                 if event is None:
+                    if self._checker is not None:
+                        self._checker.saw(number, place)
                     return True
             if end is None:
                 try:
@@ -367,6 +372,7 @@ class CudaMover:
             batch = ticket._batch
             for tier, slots in zip(ENDS[batch.direction], (batch.src, batch.dst), strict=True):
                 self._fenced += [(batch.pool, tier, int(slot)) for slot in slots]
+            self._vain_reads.add(DIRECTIONS.index(batch.direction), ticket._place, self._slots.values())
             return True
 
     # -- the engine ---------------------------------------------------------------------------

@@ -26,7 +26,7 @@ class CudaTicket:
 
     def done(self) -> bool:
         """Whether it is over, well or not."""
-        return self._over or self._mover._poll(self)
+        return self._mover._poll(self)
 
     def wait(self, timeout: float | None = None) -> bool:
         """Until it is over, at most `timeout` seconds. False: not in time."""

@@ -7,6 +7,8 @@ event is (stream, place): the place-th piece of work of a stream. Streams are FI
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import numpy.typing as npt
 
@@ -98,10 +100,35 @@ class SlotEvents:
         self._reads[slots] = 0
         self.bad[slots] = False
 
+    def forget_reads(self, stream: int, place: int, before: int) -> None:
+        """Nobody waits for what this event read any more, only for what the stream did up to `before`."""
+        reads = self._reads[:, stream]
+        reads[reads == place] = before
+
     def lose(self, slots: Int32Array, stream: int, place: int) -> None:
         """The move that this event stands for failed: what it wrote last is bad."""
         latest = (self._write_stream[slots] == stream) & (self._write_place[slots] == place)
         self.bad[slots[latest]] = True
+
+
+class VainReads:
+    """Reads of moves that were given up: they arrive nowhere, so the next owner of a source need not wait for them.
+
+    Else it would wait as long as the move stands still, and its own time limit would pass.
+    """
+
+    def __init__(self) -> None:
+        self._places: list[set[int]] = [set() for _ in DIRECTIONS]
+
+    def add(self, stream: int, place: int, tables: Iterable[SlotEvents]) -> None:
+        """This place of a stream was given up; who waited for it waits for what was before."""
+        places = self._places[stream]
+        places.add(place)
+        before = place - 1
+        while before in places:
+            before -= 1
+        for events in tables:
+            events.forget_reads(stream, place, before)
 
 
 class Checker:
@@ -129,6 +156,12 @@ class Checker:
         self._join(self.streams[stream], waits)
         if stream == CALLER:
             np.maximum(self._seen, self.streams[CALLER], out=self._seen)
+
+    def saw(self, stream: int, place: int) -> None:
+        """The caller knows that the stream has done this place, and all before it."""
+        waits = new_clock()
+        waits[stream] = place
+        self.wait(CALLER, waits)
 
     def enqueue(self, stream: int, place: int) -> Clock:
         """The place-th work enters its stream, behind what the caller knows to be done. Its clock."""
