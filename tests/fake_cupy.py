@@ -60,6 +60,7 @@ class World:
     pinned_limit: int = 1 << 50
     fault_at: int | None = None  # that piece of work fails, counted from 0
     lazy: bool = False  # work runs for those who wait only, not for those who ask
+    slow: bool = False  # work seldom runs for those who ask
     ran: int = 0
     launches: list[str] = field(default_factory=list)
     now_ms: float = 0.0
@@ -71,6 +72,7 @@ class World:
         self.streams: dict[int, Stream] = {}
         self.ranges: dict[int, int] = {}  # address -> bytes: device memory and registered host memory
         self.registered: dict[int, int] = {}
+        self.owners: dict[int, int] = {}  # address of device memory -> GPU
         self.graveyard: list[Any] = []  # freed device memory: touching it must not crash the process
         self.fault: str | None = None
         self.current = threading.local()
@@ -81,6 +83,19 @@ class World:
 
     def covers(self, address: int, num_bytes: int) -> bool:
         return any(start <= address and address + num_bytes <= start + size for start, size in self.ranges.items())
+
+    def memory_at(self, address: int) -> tuple[int, int]:
+        """(cudaMemoryType, GPU) of an address: 0 unknown, 1 registered host memory, 2 device memory."""
+        for start, size in self.ranges.items():
+            if start <= address < start + size:
+                return (1, 0) if start in self.registered else (2, self.owners[start])
+        return 0, -2
+
+    @property
+    def gpu(self) -> int:
+        """The calling thread's current device."""
+        stack: list[int] = self.current.__dict__.setdefault("devices", [0])
+        return stack[-1]
 
     def ready(self) -> list[deque[Work]]:
         return [queue for queue in self.queues if queue and (queue[0].after is None or queue[0].after.done)]
@@ -102,6 +117,12 @@ class World:
             self.fault = str(error)
             raise
         return True
+
+    def steps_per_question(self) -> int:
+        """How much time passes when somebody asks whether an event is reached."""
+        if self.lazy:
+            return 0
+        return self.random.random() < 0.1 if self.slow else self.random.randrange(3)
 
     def run_until(self, condition: Callable[[], bool]) -> None:
         with self.lock:
@@ -175,7 +196,7 @@ class Event:
         """Asking lets time pass: some work runs first, unless the world is lazy."""
         with self.world.lock:
             self.world.check()
-            for _ in range(0 if self.world.lazy else self.world.random.randrange(3)):
+            for _ in range(self.world.steps_per_question()):
                 self.world.step()
             return self.latest is None or self.latest.done
 
@@ -190,10 +211,11 @@ class Device:
 
     def __enter__(self) -> Device:
         self.use()
+        self.world.current.__dict__.setdefault("devices", [0]).append(self.id)
         return self
 
     def __exit__(self, *args: object) -> None:
-        pass
+        self.world.current.devices.pop()
 
     @property
     def compute_capability(self) -> str:
@@ -212,7 +234,7 @@ class Allocation:
         self.ptr = -(-self._whole.ctypes.data // ALIGNMENT) * ALIGNMENT
         with world.lock:
             world.check()
-            world.ranges[self.ptr] = num_bytes
+            world.ranges[self.ptr], world.owners[self.ptr] = num_bytes, world.gpu
 
     def __del__(self) -> None:
         with self._world.lock:
@@ -228,17 +250,75 @@ class DeviceArray(np.ndarray):  # type: ignore[type-arg]
     def data(self) -> Any:  # type: ignore[override]
         return types.SimpleNamespace(ptr=self.ctypes.data)
 
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        return {
+            "shape": self.shape,
+            "typestr": self.dtype.str,
+            "data": (self.ctypes.data, False),
+            "strides": None if self.flags.c_contiguous else self.strides,
+            "version": 3,
+        }
+
+
+def _array(address: int, shape: tuple[int, ...], owner: Any) -> DeviceArray:
+    """Bytes of device memory; `owner` lives as long as a view of them."""
+    part = (ctypes.c_uint8 * int(np.prod(shape))).from_address(address)
+    part.owner = owner
+    return np.ctypeslib.as_array(part).reshape(shape).view(DeviceArray)
+
 
 def _zeros(world: World) -> Callable[..., DeviceArray]:
     def zeros(shape: tuple[int, int], dtype: Any) -> DeviceArray:
+        assert dtype == np.uint8
         memory = Allocation(world, int(np.prod(shape)))
-        part = (ctypes.c_uint8 * int(np.prod(shape))).from_address(memory.ptr)
-        part.memory = memory  # lives as long as a view of it
-        array = np.ctypeslib.as_array(part).reshape(shape).view(DeviceArray)
+        array = _array(memory.ptr, shape, memory)
         array[:] = 0
         return array
 
     return zeros
+
+
+@dataclass(frozen=True)
+class UnownedMemory:
+    """Somebody else's device memory: `owner` is kept, nothing is freed."""
+
+    ptr: int
+    size: int
+    owner: Any
+    device_id: int
+
+
+@dataclass(frozen=True)
+class MemoryPointer:
+    mem: UnownedMemory
+    offset: int
+
+
+def _ndarray(shape: tuple[int, int], dtype: Any, memptr: MemoryPointer) -> DeviceArray:
+    assert dtype == np.uint8
+    assert memptr.offset + int(np.prod(shape)) <= memptr.mem.size
+    return _array(memptr.mem.ptr + memptr.offset, shape, memptr.mem)
+
+
+class _OnHost:
+    """What the host sees of an exporter whose device memory it can look at."""
+
+    def __init__(self, exporter: Any) -> None:
+        self._exporter = exporter
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 1, 0
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self._exporter.__dlpack__(stream=1)
+
+
+def _from_dlpack(exporter: Any) -> DeviceArray:
+    kind, _ = exporter.__dlpack_device__()
+    if kind != 2:
+        raise TypeError(f"Unsupported array type: {kind}")
+    return np.from_dlpack(_OnHost(exporter)).view(DeviceArray)
 
 
 class Runtime:
@@ -272,6 +352,16 @@ class Runtime:
         assert kind == self.memcpyDefault
         assert self._world.covers(dst, size) or self._world.covers(src, size)
         ctypes.memmove(dst, src, size)
+
+    def memset(self, ptr: int, value: int, size: int) -> None:
+        self._world.check()
+        if not self._world.covers(ptr, size):
+            raise CUDARuntimeError("cudaErrorInvalidValue: invalid argument")
+        ctypes.memset(ptr, value, size)
+
+    def pointerGetAttributes(self, ptr: int) -> Any:
+        kind, gpu = self._world.memory_at(ptr)
+        return types.SimpleNamespace(type=kind, device=gpu)
 
     def hostRegister(self, ptr: int, size: int, flags: int) -> None:
         world = self._world
@@ -351,6 +441,8 @@ def make(world: World) -> types.ModuleType:
         RawModule=bound(RawModule),
         ones=np.ones,
         zeros=_zeros(world),
+        ndarray=_ndarray,
+        from_dlpack=_from_dlpack,
         matmul=_matmul(world),
         cuda=types.SimpleNamespace(
             Device=bound(Device),
@@ -358,6 +450,8 @@ def make(world: World) -> types.ModuleType:
             Event=bound(Event),
             ExternalStream=lambda ptr: world.streams[ptr],
             alloc=bound(Allocation),
+            UnownedMemory=UnownedMemory,
+            MemoryPointer=MemoryPointer,
             get_elapsed_time=elapsed,
             runtime=Runtime(world),
         ),
