@@ -27,7 +27,7 @@ from rules import RULES
 from scenarios import Job, Scenario, fails, generate, run, shrunk
 
 SCENARIOS, CHUNK = 20_000, 500
-ON_CUDA = 300
+ON_CUDA = 150
 
 
 def _run_chunk(first: int, number: int = CHUNK) -> tuple[Counter[str], int | None]:

@@ -252,7 +252,9 @@ class CudaMover:
         if stream is None:
             return CALLER
         given = stream if isinstance(stream, int) else getattr(stream, "cuda_stream", None)  # PyTorch's have that
-        address = stream.ptr if given is None else given
+        address = getattr(stream, "ptr", None) if given is None else given
+        if not isinstance(address, int):
+            raise ValueError(f"stream: {stream!r} is none of CuPy's, PyTorch's, or the address of a CUDA stream")
         number = self._engine.get(address)
         if number is None:
             number = len(self._streams)
@@ -346,8 +348,7 @@ class CudaMover:
                 self._reap()
                 if self._fault is not None:
                     return False
-                event = self._event_of(number, place)
-                if event is None:
+                if (event := self._event_of(number, place)) is None:
                     if self._checker is not None:
                         self._checker.saw(number, place)
                     return True
