@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,6 @@ import pytest
 import fake_bindings
 import fake_cupy
 from cpu_kernels import plain_kernels
-from fake_cupy import Stream, Work
 from kvpool.mover.cuda import CudaMover
 from kvpool.mover.cuda_runtime import CudaRuntime
 from kvpool.mover.descriptors import CudaPool
@@ -23,17 +22,7 @@ from kvpool.mover.paths import PATHS, Choice, Shape
 from kvpool.mover.pinned import PinnedMemory
 from kvpool.mover.staging import PARTS
 from movers import PAGE_BYTES, World, page
-
-
-class EngineStream(Stream):
-    """A stream whose kernels are Python functions."""
-
-    def launch(self, call: Callable[[], object]) -> None:
-        self.world.give(self, Work(lambda: (call(), None)[1]))
-
-    def synchronize(self, timeout: float | None = None) -> bool:
-        super().synchronize()
-        return True
+from switched_mover import EngineStream
 
 
 @contextlib.contextmanager

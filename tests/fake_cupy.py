@@ -64,6 +64,7 @@ class World:
     memory: int = 1 << 50  # bytes of device memory
     same_addresses: bool = True  # registered host memory is where it is on the GPU too
     waiting: bool = True  # False: whoever waits for the GPU fails
+    slow: bool = False  # work seldom runs for those who ask
     ran: int = 0
     launches: list[str] = field(default_factory=list)
     batches: list[int] = field(default_factory=list)  # copies of each batched copy
@@ -77,6 +78,7 @@ class World:
         self.streams: dict[int, Stream] = {}
         self.ranges: dict[int, int] = {}  # address -> bytes: device memory and registered host memory
         self.registered: dict[int, int] = {}
+        self.owners: dict[int, int] = {}  # address of device memory -> GPU
         self.graveyard: list[Any] = []  # freed device memory: touching it must not crash the process
         self.fault: str | None = None
         self.arriving: list[tuple[int, bytes]] = []  # of synchronous copies
@@ -93,6 +95,19 @@ class World:
         """Whether a kernel, or a batched copy, may be given an address."""
         host = any(start <= address < start + size for start, size in self.registered.items())
         return self.covers(address, 1) and (self.same_addresses or not host)
+
+    def memory_at(self, address: int) -> tuple[int, int]:
+        """(cudaMemoryType, GPU) of an address: 0 unknown, 1 registered host memory, 2 device memory."""
+        for start, size in self.ranges.items():
+            if start <= address < start + size:
+                return (1, 0) if start in self.registered else (2, self.owners[start])
+        return 0, -2
+
+    @property
+    def gpu(self) -> int:
+        """The calling thread's current device."""
+        stack: list[int] = self.current.__dict__.setdefault("devices", [0])
+        return stack[-1]
 
     def ready(self) -> list[deque[Work]]:
         return [queue for queue in self.queues if queue and (queue[0].after is None or queue[0].after.done)]
@@ -120,6 +135,12 @@ class World:
             self.fault = str(error)
             raise
         return True
+
+    def steps_per_question(self) -> int:
+        """How much time passes when somebody asks whether an event is reached."""
+        if self.lazy:
+            return 0
+        return self.random.random() < 0.1 if self.slow else self.random.randrange(3)
 
     def run_until(self, condition: Callable[[], bool]) -> None:
         assert self.waiting, "the host waits for the GPU"
@@ -194,7 +215,7 @@ class Event:
         """Asking lets time pass: some work runs first, unless the world is lazy."""
         with self.world.lock:
             self.world.check()
-            for _ in range(0 if self.world.lazy else self.world.random.randrange(3)):
+            for _ in range(self.world.steps_per_question()):
                 self.world.step()
             return self.latest is None or self.latest.done
 
@@ -209,10 +230,11 @@ class Device:
 
     def __enter__(self) -> Device:
         self.use()
+        self.world.current.__dict__.setdefault("devices", [0]).append(self.id)
         return self
 
     def __exit__(self, *args: object) -> None:
-        pass
+        self.world.current.devices.pop()
 
     @property
     def compute_capability(self) -> str:
@@ -235,7 +257,7 @@ class Allocation:
             device = sum(size for start, size in world.ranges.items() if start not in world.registered)
             if device + num_bytes > world.memory:
                 raise MemoryError(f"out of memory allocating {num_bytes} bytes")  # CuPy's OutOfMemoryError is one
-            world.ranges[self.ptr] = num_bytes
+            world.ranges[self.ptr], world.owners[self.ptr] = num_bytes, world.gpu
 
     def __del__(self) -> None:
         with self._world.lock:
@@ -251,17 +273,75 @@ class DeviceArray(np.ndarray):  # type: ignore[type-arg]
     def data(self) -> Any:  # type: ignore[override]
         return types.SimpleNamespace(ptr=self.ctypes.data)
 
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        return {
+            "shape": self.shape,
+            "typestr": self.dtype.str,
+            "data": (self.ctypes.data, False),
+            "strides": None if self.flags.c_contiguous else self.strides,
+            "version": 3,
+        }
+
+
+def _array(address: int, shape: tuple[int, ...], owner: Any) -> DeviceArray:
+    """Bytes of device memory; `owner` lives as long as a view of them."""
+    part = (ctypes.c_uint8 * int(np.prod(shape))).from_address(address)
+    part.owner = owner
+    return np.ctypeslib.as_array(part).reshape(shape).view(DeviceArray)
+
 
 def _zeros(world: World) -> Callable[..., DeviceArray]:
     def zeros(shape: tuple[int, int], dtype: Any) -> DeviceArray:
+        assert dtype == np.uint8
         memory = Allocation(world, int(np.prod(shape)))
-        part = (ctypes.c_uint8 * int(np.prod(shape))).from_address(memory.ptr)
-        part.memory = memory  # lives as long as a view of it
-        array = np.ctypeslib.as_array(part).reshape(shape).view(DeviceArray)
+        array = _array(memory.ptr, shape, memory)
         array[:] = 0
         return array
 
     return zeros
+
+
+@dataclass(frozen=True)
+class UnownedMemory:
+    """Somebody else's device memory: `owner` is kept, nothing is freed."""
+
+    ptr: int
+    size: int
+    owner: Any
+    device_id: int
+
+
+@dataclass(frozen=True)
+class MemoryPointer:
+    mem: UnownedMemory
+    offset: int
+
+
+def _ndarray(shape: tuple[int, int], dtype: Any, memptr: MemoryPointer) -> DeviceArray:
+    assert dtype == np.uint8
+    assert memptr.offset + int(np.prod(shape)) <= memptr.mem.size
+    return _array(memptr.mem.ptr + memptr.offset, shape, memptr.mem)
+
+
+class _OnHost:
+    """What the host sees of an exporter whose device memory it can look at."""
+
+    def __init__(self, exporter: Any) -> None:
+        self._exporter = exporter
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 1, 0
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self._exporter.__dlpack__(stream=1)
+
+
+def _from_dlpack(exporter: Any) -> DeviceArray:
+    kind, _ = exporter.__dlpack_device__()
+    if kind != 2:
+        raise TypeError(f"Unsupported array type: {kind}")
+    return np.from_dlpack(_OnHost(exporter)).view(DeviceArray)
 
 
 class Runtime:
@@ -310,6 +390,16 @@ class Runtime:
     def deviceGetAttribute(self, attribute: int, device: int) -> int:
         assert attribute == 91, "CanUseHostPointerForRegisteredMem"
         return int(self._world.same_addresses)
+
+    def memset(self, ptr: int, value: int, size: int) -> None:
+        self._world.check()
+        if not self._world.covers(ptr, size):
+            raise CUDARuntimeError("cudaErrorInvalidValue: invalid argument")
+        ctypes.memset(ptr, value, size)
+
+    def pointerGetAttributes(self, ptr: int) -> Any:
+        kind, gpu = self._world.memory_at(ptr)
+        return types.SimpleNamespace(type=kind, device=gpu)
 
     def hostRegister(self, ptr: int, size: int, flags: int) -> None:
         world = self._world
@@ -389,6 +479,8 @@ def make(world: World) -> types.ModuleType:
         RawModule=bound(RawModule),
         ones=np.ones,
         zeros=_zeros(world),
+        ndarray=_ndarray,
+        from_dlpack=_from_dlpack,
         matmul=_matmul(world),
         cuda=types.SimpleNamespace(
             Device=bound(Device),
@@ -396,6 +488,8 @@ def make(world: World) -> types.ModuleType:
             Event=bound(Event),
             ExternalStream=lambda ptr: world.streams[ptr],
             alloc=bound(Allocation),
+            UnownedMemory=UnownedMemory,
+            MemoryPointer=MemoryPointer,
             get_elapsed_time=elapsed,
             runtime=Runtime(world),
         ),

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from kvpool.mover import CpuMover, MoveBatch, SlotUse
-from kvpool.mover.cpu import CpuStream, CpuTicket
+import backend
+from kvpool.mover import MoveBatch, SlotUse
 
 PAGE_BYTES = 24
 ENDS = {"offload": ("device", "host"), "onboard": ("host", "device"), "copy": ("device", "device")}
@@ -42,20 +42,18 @@ class World:
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
+        pools = {pool: backend.page_arrays(self.slots, self.host, self.page_bytes) for pool in ("full", "window")}
         self.pages = {
-            (pool, tier): np.zeros((rows, self.page_bytes), np.uint8)
-            for pool in ("full", "window")
-            for tier, rows in (("device", self.slots), ("host", self.host))
+            (pool, tier): pages
+            for pool, tiers in pools.items()
+            for tier, pages in zip(("device", "host"), tiers, strict=True)
         }
-        self.mover = CpuMover(
-            {pool: (self.pages[pool, "device"], self.pages[pool, "host"]) for pool in ("full", "window")},
-            **{"check": True, **self.options},
-        )
-        self.engine: list[CpuStream | None] = [None, *(self.mover.stream() for _ in range(self.streams))]
+        self.mover = backend.mover(**{"check": True, **self.options})(pools)
+        self.engine: list[Any] = [None, *(self.mover.stream() for _ in range(self.streams))]
         self.tag = 0
         self.model: dict[Place, int | None] = {}
         self.log: list[Callable[[], None]] = []
-        self.tickets: list[CpuTicket] = []
+        self.tickets: list[Any] = []
         self.failed = 0
         self.full = 0
         self.checked = 0

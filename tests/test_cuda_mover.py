@@ -315,3 +315,33 @@ def test_who_waits_for_a_slot_may_write_it() -> None:
     memory.device[1] = 0
     assert memory.mover.synchronize()
     assert (memory.host[0] == page(101)).all()
+
+
+def test_who_has_seen_a_ticket_done_comes_behind_it() -> None:
+    """The checker must know: the caller need not wait for what it has seen end."""
+    for wait in ("done", "wait", "synchronize"):
+        memory = Memory()
+        ticket = memory.submit("onboard", [2], [3])
+        if wait == "done":
+            while not ticket.done():
+                pass
+        else:
+            assert (ticket if wait == "wait" else memory.mover).__getattribute__(wait)(30)
+        memory.device[3] = page(9)
+        memory.mover.step_end([SlotUse("kv", "device", [3], True)])
+        memory.mover.close()
+
+
+def test_the_sources_of_a_move_that_was_given_up_are_their_next_owners_at_once() -> None:
+    """It may still read them, for nobody; its destinations are nobody's any more."""
+    memory = Memory(lazy=True)
+    first, second, third = (memory.submit("offload", [slot, 4], [slot, 4]) for slot in (1, 2, 3))
+    assert second.give_up()
+    assert third.give_up()
+    assert memory.mover.step_begin([SlotUse("kv", "device", [1], True)], timeout=0.01) is False  # the first reads it
+    assert memory.mover.step_begin([SlotUse("kv", "device", [4], True)], timeout=0.01) is False  # as the first does
+    assert first.give_up()
+    for slot in (1, 2, 3, 4):
+        assert memory.mover.step_begin([SlotUse("kv", "device", [slot], True)], timeout=0.01)
+        memory.mover.step_end([SlotUse("kv", "device", [slot], True)])
+    assert memory.mover.wait_on(None, "kv", "host", [1], 0.01) is False

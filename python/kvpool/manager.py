@@ -19,17 +19,18 @@ from kvpool.arguments import (
     ByteArray,
     Int32Array,
     Tokens,
-    as_pages,
     count,
     retention_spec,
     scope_key,
     token_array,
 )
 from kvpool.batches import Batches, taken
+from kvpool.buffers import check_apart, given_buffers
 from kvpool.cache import CacheState, Closing, KVCache
 from kvpool.config import CacheConfig, Retention, Scope
 from kvpool.errors import ConfigError, InvariantError, LogicError
-from kvpool.mover import CpuMover, Mover
+from kvpool.mover import Mover
+from kvpool.mover.cpu_memory import CpuMemory
 from kvpool.moves import Moves
 from kvpool.sizing import PoolPlan, plan_pools
 
@@ -103,8 +104,12 @@ def _listed(caches: Iterable[KVCache]) -> list[KVCache]:
     return list(caches)
 
 
-def _cuda_memory(device: str) -> CudaMemory:
-    """What stands behind "cuda". Imported here: it is half of what `import kvpool` would cost."""
+def _memory_of(device: str | None) -> CpuMemory | CudaMemory | None:
+    """What stands behind a device. CUDA's is imported here: it is half of what `import kvpool` would cost."""
+    if device is None:
+        return None
+    if device == "cpu":
+        return CpuMemory()
     from kvpool.machine import parse_device
     from kvpool.mover.cuda_memory import CudaMemory
 
@@ -117,8 +122,9 @@ class KVCacheManager(Batches, Closing):
 
     device: "cpu" (pages in host memory), "cuda" or "cuda:N" (CuPy arrays), None (books only). plan: slots per pool
     instead of `plan_pools(config)`. buffers: the engine's own memory per pool, (num_slots + 1) * page_bytes bytes,
-    C-contiguous. policy: "lru", or "slru" (request-level segmented LRU with ghosts). move_timeout_s: a move that takes
-    longer has failed. mover: makes it from {pool: (device pages, host pages or None)}.
+    C-contiguous: a NumPy array, on a GPU whatever has `__cuda_array_interface__`, or DLPack; kept alive, its row 0
+    zeroed, never freed. policy: "lru", or "slru" (request-level segmented LRU with ghosts). move_timeout_s: a move that
+    takes longer has failed. mover: makes it from {pool: (device pages, host pages or None)}; None: the device's own.
     Raises ConfigError for what cannot be provided. A context manager that closes.
     """
 
@@ -131,11 +137,11 @@ class KVCacheManager(Batches, Closing):
         buffers: Mapping[str, Any] | None = None,
         policy: str = "lru",
         move_timeout_s: float | None = 60.0,
-        mover: Callable[[Mapping[str, tuple[ByteArray, ByteArray | None]]], Mover] = CpuMover,
+        mover: Callable[[Mapping[str, tuple[ByteArray, ByteArray | None]]], Mover] | None = None,
     ) -> None:
         if not isinstance(config, CacheConfig):
             raise ConfigError(f"config: {config!r} is not a kvpool.CacheConfig")
-        self._cuda = None if device is None or device == "cpu" else _cuda_memory(device)
+        self._memory = _memory_of(device)
         if policy not in ("lru", "slru"):
             raise ConfigError(f"policy: {policy!r} is none of 'lru', 'slru'")
         self.config = config
@@ -146,11 +152,10 @@ class KVCacheManager(Batches, Closing):
         self._tiers = ("device", "host") if any(host) else ("device",)
         self._pages: dict[str, ByteArray] = {}
         self._host_pages: dict[str, ByteArray] = {}
-        if self._cuda is not None:
-            self._make_cuda_pages(self._cuda, buffers)
-        else:
-            self._pages = self._make_pages(device, buffers)
-            self._host_pages = self._make_host_pages(device) if any(host) else {}
+        if self._memory is not None:
+            self._make_pages(self._memory, given_buffers(buffers, self._pool_index))
+        elif buffers:
+            raise ConfigError("buffers: device=None keeps books only; use device='cpu' or 'cuda'")
         max_blocks = config.max_blocks
         if max_blocks is None:
             longest = -(-(config.max_seq_len or 0) // config.tokens_per_block)
@@ -168,9 +173,9 @@ class KVCacheManager(Batches, Closing):
             record=bool(self._host_pages),
         )
         self._moves: Moves | None = None
-        if self._pages:
+        if self._memory is not None:
             pages = {name: (device, self._host_pages.get(name)) for name, device in self._pages.items()}
-            made = mover(pages) if self._cuda is None else self._cuda.mover()
+            made = self._memory.mover() if mover is None else mover(pages)
             self._moves = Moves(self._core, made, list(pages), move_timeout_s)
         self._caches: dict[int | str, KVCache] = {}
         self._closed = False
@@ -191,54 +196,15 @@ class KVCacheManager(Batches, Closing):
                 )
         return plan
 
-    def _make_pages(self, device: str | None, buffers: Mapping[str, Any] | None) -> dict[str, ByteArray]:
-        given = dict(buffers or {})
-        unknown = sorted(set(given) - set(self._pool_index))
-        if unknown:
-            raise ConfigError(f"buffers: unknown pool {unknown[0]!r}; there are {sorted(self._pool_index)}")
-        if device is None:
-            if given:
-                raise ConfigError("buffers: device=None keeps books only; use device='cpu'")
-            return {}
-        pages = {}
-        for pool in self.config.pools:
-            shape = (self.plan.num_slots[pool.name] + 1, pool.page_bytes)
-            if pool.name in given:
-                pages[pool.name] = as_pages(given[pool.name], pool.name, shape)
-            else:
-                try:
-                    pages[pool.name] = np.zeros(shape, np.uint8)
-                except (MemoryError, ValueError) as error:
-                    raise MemoryError(
-                        f"device_bytes: pool {pool.name!r} needs {shape[0] * shape[1]} bytes of memory, which cannot "
-                        "be allocated; lower device_bytes, or use device=None for books only"
-                    ) from error
-            pages[pool.name][0] = 0
-        return pages
-
-    def _make_cuda_pages(self, cuda: CudaMemory, buffers: Mapping[str, Any] | None) -> None:
-        if buffers:
-            raise ConfigError("buffers: not possible with device='cuda' yet; the manager's own are CuPy arrays")
+    def _make_pages(self, memory: CpuMemory | CudaMemory, given: Mapping[str, Any]) -> None:
         for pool in self.config.pools:
             slots, host_slots = self.plan.num_slots[pool.name] + 1, self.plan.host_slots.get(pool.name, 0)
-            self._pages[pool.name], host = cuda.add(pool.name, pool.page_bytes, slots, host_slots)
+            pages, host = memory.add(pool.name, pool.page_bytes, slots, host_slots, given.get(pool.name))
+            self._pages[pool.name] = pages
             if host is not None:
                 self._host_pages[pool.name] = host
-
-    def _make_host_pages(self, device: str | None) -> dict[str, ByteArray]:
-        if device is None:
-            return {}
-        pages = {}
-        for pool in self.config.pools:
-            shape = (self.plan.host_slots[pool.name], pool.page_bytes)
-            try:
-                pages[pool.name] = np.zeros(shape, np.uint8)
-            except (MemoryError, ValueError) as error:
-                raise MemoryError(
-                    f"host_bytes: pool {pool.name!r} needs {shape[0] * shape[1]} bytes of memory, which cannot be "
-                    "allocated; lower host_bytes"
-                ) from error
-        return pages
+        if given:
+            check_apart(memory.places())
 
     def _pool(self, pool: str) -> int:
         try:
@@ -439,8 +405,8 @@ class KVCacheManager(Batches, Closing):
     def check(self) -> None:
         """Recompute all books; `InvariantError` names the equation that broke, or the written null page."""
         self._core.check([cache._handle for cache in list(self._caches.values())])
-        for name, pages in self._pages.items():
-            if pages[0].any():
+        for name in self._pages:
+            if self._memory is not None and self._memory.null_page(name).any():
                 raise InvariantError(f"pool {name!r}: the null page (slot 0) was written")
 
     def close(self) -> None:
@@ -455,5 +421,5 @@ class KVCacheManager(Batches, Closing):
             raise
         if self._moves is not None:
             self._moves.mover.close()
-        if self._cuda is not None:
-            self._cuda.close()
+        if self._memory is not None:
+            self._memory.close()

@@ -149,17 +149,25 @@ class Moves:
         with self._lock:
             self.flush()
             flights = self.flying
-        uses = [SlotUse(self._names[pool], "device", of) for pool, of in slots]
         known = stream if self._knows(stream) else None
         if (self.launched and not flights) or (self.on_gpu and known is not None):
-            self.mover.step_begin(uses, known, self._timeout)
-        elif flights and not self.mover.step_begin(uses, None, self._timeout):
+            self.mover.step_begin(self._good(slots), known, self._timeout)
+        elif flights and not self.mover.step_begin(self._good(slots), None, self._timeout):
             self._give_up(flights)
-            self.mover.step_begin(uses, None, self._timeout)  # for what was behind them
+            self.mover.step_begin(self._good(slots), None, self._timeout)  # for what was behind them
         if self.stuck:
             stuck = [(pool, False, slot) for pool, of in slots for slot in of if (pool, False, slot) in self.stuck]
             with self._lock:
-                self._fail(stuck)
+                self._bad += stuck  # whoever has one is LOST; they are counted already
+
+    def _good(self, slots: Sequence[tuple[int, list[int]]]) -> list[SlotUse]:
+        """Uses of these slots but the stuck ones: to wait for those would be in vain."""
+        if not self.stuck:
+            return [SlotUse(self._names[pool], "device", of) for pool, of in slots]
+        return [
+            SlotUse(self._names[pool], "device", [slot for slot in of if (pool, False, slot) not in self.stuck])
+            for pool, of in slots
+        ]
 
     def settle(self) -> None:
         """All moves so far are over."""

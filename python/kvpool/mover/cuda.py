@@ -29,7 +29,7 @@ from kvpool.mover.cuda_streams import Streams
 from kvpool.mover.cuda_ticket import CudaTicket
 from kvpool.mover.descriptors import Buffer, Buffers, CudaPool
 from kvpool.mover.paths import Chooser, Thresholds
-from kvpool.mover.slot_events import CALLER, DIRECTIONS, GATHER, Checker, Clock, SlotEvents, new_clock
+from kvpool.mover.slot_events import CALLER, DIRECTIONS, GATHER, Checker, Clock, SlotEvents, VainReads, new_clock
 from kvpool.mover.staging import STAGING_BYTES
 from kvpool.mover.types import MoveBatch, MoveError, SlotUse, slot_array
 
@@ -85,6 +85,7 @@ class CudaMover:
         self._checker = Checker() if (os.environ.get("KVPOOL_CHECK") == "1" if check is None else check) else None
         self._findings: list[str] = []
         self._fenced: list[tuple[str, str, int]] = []
+        self._vain_reads = VainReads()
         self._totals = dict.fromkeys(("pages", "bytes", "failed", "full"), 0)
         self._fault: str | None = None
         self._closed = False
@@ -182,6 +183,9 @@ class CudaMover:
         """Every piece behind what its slots' events name; all of them behind the tickets `after`."""
         number, behind = DIRECTIONS.index(plan.batch.direction), new_clock()
         ticket._place = self._streams[number].place + len(plan.pieces)
+        if plan.gathers:
+            gathered = self._streams[GATHER].place
+            ticket._gathers = range(gathered + 1, gathered + 1 + len(plan.pieces))
         self._tickets[number].append(ticket)
         for other in after:
             before = DIRECTIONS.index(other._batch.direction)
@@ -274,6 +278,8 @@ class CudaMover:
     def _poll(self, ticket: CudaTicket) -> bool:
         with self._lock:
             self._reap()
+            if ticket._over and self._checker is not None and not ticket._given_up and self._fault is None:
+                self._checker.saw(DIRECTIONS.index(ticket._batch.direction), ticket._place)
             return ticket._over
 
     def _reach(self, number: int, place: int, timeout: float | None) -> bool:
@@ -284,8 +290,9 @@ class CudaMover:
                 self._reap()
                 if self._fault is not None:
                     return False
-                event = self._streams.event_of(number, place)
-                if event is None:
+                if (event := self._streams.event_of(number, place)) is None:
+                    if self._checker is not None:
+                        self._checker.saw(number, place)
                     return True
             if end is None:
                 try:
@@ -308,6 +315,8 @@ class CudaMover:
             batch = ticket._batch
             for tier, slots in zip(ENDS[batch.direction], (batch.src, batch.dst), strict=True):
                 self._fenced += [(batch.pool, tier, int(slot)) for slot in slots]
+            for stream, places in ticket._places():
+                self._vain_reads.add(stream, places, self._slots.values())
             return True
 
     # -- the engine ---------------------------------------------------------------------------

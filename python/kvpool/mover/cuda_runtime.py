@@ -20,6 +20,7 @@ OPTIONS = ("--std=c++17",)
 _DEFAULT = 4  # cudaMemcpyDefault: the direction follows from the addresses
 _SAME_ADDRESSES = 91  # cudaDevAttrCanUseHostPointerForRegisteredMem
 _NULL_STREAM = 0
+_MEMORY_OF_DEVICE = 2  # cudaMemoryTypeDevice
 _PORTABLE_AND_MAPPED = 1 | 2  # cudaHostRegister: for every context, and in the device's addresses
 
 
@@ -136,6 +137,35 @@ class CudaRuntime:
             array = self._cupy.zeros(shape, dtype=np.uint8)
         self.synchronize()
         return array, int(array.data.ptr)
+
+    def from_dlpack(self, buffer: Any) -> Any:
+        """Somebody else's device memory as CuPy's array, without a copy. It has a `__cuda_array_interface__`."""
+        with self._device:
+            return self._cupy.from_dlpack(buffer)
+
+    def wrap(self, address: int, shape: tuple[int, int], owner: Any) -> Any:
+        """Somebody else's device memory as CuPy's array of uint8, which keeps `owner` and frees nothing."""
+        memory = self._cupy.cuda
+        with self._device:
+            block = memory.UnownedMemory(address, shape[0] * shape[1], owner, self._device.id)
+            return self._cupy.ndarray(shape, np.uint8, memory.MemoryPointer(block, 0))
+
+    def gpu_of(self, address: int) -> int | None:
+        """The GPU whose memory, from cudaMalloc or the like, is at this address; None: it is other memory."""
+        found = self._cupy.cuda.runtime.pointerGetAttributes(address)
+        return int(found.device) if found.type == _MEMORY_OF_DEVICE else None
+
+    @property
+    def ordinal(self) -> int:
+        """N of "cuda:N"."""
+        return int(self._device.id)
+
+    def clear(self, address: int, num_bytes: int) -> None:
+        """Zeros in device memory, behind all that the GPU was given; returns when they are there."""
+        with self._device:
+            self.synchronize()
+            self._cupy.cuda.runtime.memset(address, 0, num_bytes)
+        self.synchronize()
 
     def upload(self, array: np.ndarray[Any, Any], target: int) -> None:
         """Any host array to device memory; returns when it is there."""

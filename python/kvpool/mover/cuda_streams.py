@@ -44,7 +44,9 @@ class Streams:
         if stream is None:
             return CALLER
         given = stream if isinstance(stream, int) else getattr(stream, "cuda_stream", None)  # PyTorch's have that
-        address = stream.ptr if given is None else given
+        address = getattr(stream, "ptr", None) if given is None else given
+        if not isinstance(address, int):
+            raise ValueError(f"stream: {stream!r} is none of CuPy's, PyTorch's, or the address of a CUDA stream")
         number = self._engine.get(address)
         if number is None:
             number = len(self._all)
