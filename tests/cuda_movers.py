@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import random
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -14,11 +13,11 @@ import pytest
 
 import fake_bindings
 import fake_cupy
+from any_path import AnyPath
 from cpu_kernels import plain_kernels
 from kvpool.mover.cuda import CudaMover
 from kvpool.mover.cuda_runtime import CudaRuntime
 from kvpool.mover.descriptors import CudaPool
-from kvpool.mover.paths import PATHS, Choice, Shape
 from kvpool.mover.pinned import PinnedMemory
 from kvpool.mover.staging import PARTS
 from movers import PAGE_BYTES, World, page
@@ -46,18 +45,6 @@ def fake_gpu(seed: int = 0, version: int | None = 12080, **settings: Any) -> tup
     gpu.ran, gpu.fault_at = 0, fault
     gpu.batches.clear()
     return runtime, gpu
-
-
-class AnyPath:
-    """A chooser that takes any path that is offered, with any cap of blocks, as the seed says."""
-
-    paths = frozenset(PATHS)
-
-    def __init__(self, seed: int) -> None:
-        self._random = random.Random(seed)
-
-    def choose(self, shape: Shape, offered: frozenset[str]) -> Choice:
-        return Choice(self._random.choice(sorted(offered)), self._random.randint(1, 3))
 
 
 class CudaWorld(World):

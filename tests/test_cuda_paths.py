@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cuda_movers import AnyPath, fake_gpu
+from any_path import AnyPath
+from cuda_movers import fake_gpu
 from kvpool.mover import MoveBatch, SlotUse
 from kvpool.mover.batch_copy import MOST
 from kvpool.mover.cuda import CudaMover

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 import fake_cupy
+from any_path import AnyPath
 from cpu_kernels import plain_kernels
-from cuda_movers import AnyPath, CudaWorld, EngineStream, stand_ins
+from cuda_movers import CudaWorld, EngineStream, stand_ins
 from kvpool import (
     CacheConfig,
     CacheState,
