@@ -197,6 +197,12 @@ class Batches:
             cache._lost |= hit
         moves.retire()
 
+    def _check_arrived(self, caches: Iterable[KVCache], what: str) -> None:
+        """LogicError if a page of one of them is known not to have arrived."""
+        if self._moves is not None and self._moves.failed:
+            for cache in caches:
+                cache._usable(what)
+
     def _check_lost(self, caches: Iterable[KVCache]) -> None:
         """New caches may have matched blocks that another thread was just losing."""
         if self._moves is not None and self._moves.failed:

@@ -304,12 +304,15 @@ class KVCacheManager(Batches, Closing):
     ) -> Int32Array:
         """Slots of ACTIVE caches, one row each: int32, C-contiguous (n, widest); stale and spare entries `fill`.
 
-        Written in place into `out` if given. ValueError: `out` too small, of another dtype or order.
+        Written in place into `out` if given. ValueError: `out` too small, of another dtype or order. LogicError: a
+        cache is LOST, known then at the latest.
         """
+        caches = _listed(caches)
         index, handles = self._pool(pool), self._handles(caches)
         if isinstance(fill, bool) or not isinstance(fill, int | np.integer) or not -(2**31) <= fill < 2**31:
             raise ValueError(f"fill: {fill!r} is not an int32")
         self._ready(handles)
+        self._check_arrived(caches, "block_tables")
         widest = self._core.widest(handles, index)
         if out is None:
             out = np.empty((len(handles), widest), np.int32)
@@ -326,10 +329,12 @@ class KVCacheManager(Batches, Closing):
     def block_tables_csr(self, caches: Sequence[KVCache], pool: str) -> tuple[Int32Array, Int32Array, Int32Array]:
         """FlashInfer's form, int32: indptr (n + 1), indices (entries; stale ones 0), last_page_len (n).
 
-        last_page_len counts capacity: 1..tokens_per_block, 0 for a cache without capacity.
+        last_page_len counts capacity: 1..tokens_per_block, 0 for a cache without capacity. LogicError: a cache is LOST.
         """
+        caches = _listed(caches)
         handles, index = self._handles(caches), self._pool(pool)
         self._ready(handles)
+        self._check_arrived(caches, "block_tables_csr")
         raw = self._core.block_tables_csr(handles, index, self.config.tokens_per_block)
         indptr, indices, last_page_len = (np.frombuffer(part, np.int32) for part in raw)
         return indptr, indices, last_page_len
@@ -356,9 +361,10 @@ class KVCacheManager(Batches, Closing):
                 self._moves.used(uses, stream)
         finally:
             released = self._core.step_end(handles)
-            for cache, gone in zip(caches, released, strict=True):
-                if gone:
-                    self._forget(cache)
+            gone = [cache for cache, is_gone in zip(caches, released, strict=True) if is_gone]
+            for cache in gone:
+                self._forget(cache)
+            self._bury(gone)
         self._after()
 
     def drain_events(self, most: int = 2**31) -> list[Event]:

@@ -8,8 +8,8 @@ loop around it all. docs/LIVENESS.md has the rules and why they never stall.
 from kvpool.scheduler.config import AdapterBudget, SchedulerConfig
 from kvpool.scheduler.engine import Engine, Executor
 from kvpool.scheduler.request import Request, RequestState
-from kvpool.scheduler.scheduler import Scheduler, SchedulerStats
-from kvpool.scheduler.step import Context, Step
+from kvpool.scheduler.scheduler import Scheduler
+from kvpool.scheduler.step import Context, SchedulerStats, Step
 
 __all__ = [
     "AdapterBudget",

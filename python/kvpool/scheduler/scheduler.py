@@ -14,7 +14,7 @@ import threading
 from bisect import bisect_left, insort
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from itertools import chain
 from operator import attrgetter
 
 from kvpool.errors import ConfigError, KVPoolError, LogicError, StalledError
@@ -25,22 +25,12 @@ from kvpool.scheduler.guard import alone
 from kvpool.scheduler.memory import Memory
 from kvpool.scheduler.passes import Pass, run_pass
 from kvpool.scheduler.request import Entry, Refusal, Request, RequestState
-from kvpool.scheduler.step import Context, Step
-from kvpool.scheduler.updates import apply_outputs, as_outputs
+from kvpool.scheduler.step import Context, SchedulerStats, Step
+from kvpool.scheduler.updates import apply_outputs, as_outputs, lost_of
 
 __all__ = ["Pass", "Scheduler", "SchedulerStats"]
 
 _AGE = attrgetter("age")
-
-
-@dataclass(slots=True)
-class SchedulerStats:
-    """Counted since construction: passes with work, preemptions, tokens computed again."""
-
-    steps: int = 0
-    suspended: int = 0
-    recomputed: int = 0
-    recomputed_tokens: int = 0
 
 
 class Scheduler:
@@ -296,14 +286,26 @@ class Scheduler:
         self._enter()
         self._take_back(step)
         self.memory.arrive(step.requests)
-        for request_id in dict.fromkeys(self.memory.lost()):
-            entry = self._known.get(request_id)
-            if entry is not None and entry.started and any(entry.request is request for request in step.requests):
-                self.memory.roster.set_step(entry.age, 0)  # nothing of it leaves the engine
+        for entry in lost_of(self, step):
+            self.memory.roster.set_step(entry.age, 0)  # nothing of it leaves the engine
         self._take_lost()
         apply_outputs(self, step, given)
         self.memory.after()
         return self._take_ended()
+
+    @alone
+    def drop_lost(self, step: Step) -> list[Request]:
+        """Requests whose pages did not arrive leave the step: between `step_begin` and the launch. Returns them.
+
+        They are under `step.recompute`, and a later step computes them again. Of a step that has nothing left there is
+        nothing to launch; `update` takes it back all the same.
+        """
+        gone = lost_of(self, step)
+        step.drop([entry.request for entry in gone])
+        for entry in gone:
+            self.memory.roster.set_step(entry.age, 0)
+            self._free(entry, "a move of its pages failed")
+        return [entry.request for entry in gone]
 
     @alone
     def fail(self, step: Step, error: Exception) -> list[Request]:
@@ -337,14 +339,14 @@ class Scheduler:
     def _take_back(self, step: Step) -> None:
         if not isinstance(step, Step):
             raise ValueError(f"step: {step!r} is not a step")
-        if step:
-            if step.number not in self._steps or not self._is_mine(step):
-                raise LogicError("step: it is not outstanding; update each step of this scheduler once")
+        if step.number in self._steps and self._is_mine(step):
             self._steps.remove(step.number)
+        elif step:
+            raise LogicError("step: it is not outstanding; update each step of this scheduler once")
 
     def _is_mine(self, step: Step) -> bool:
-        entry = next(step.requests)._entry
-        return entry is not None and entry.home is self
+        request = next(chain(step.requests, step.recompute), None)  # those who left it are under recompute
+        return request is not None and request._entry is not None and request._entry.home is self
 
     def _take_ended(self) -> list[Request]:
         ended, self.ended = self.ended, []
