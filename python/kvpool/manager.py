@@ -28,7 +28,7 @@ from kvpool.batches import Batches, taken
 from kvpool.buffers import check_apart, given_buffers
 from kvpool.cache import CacheState, Closing, KVCache
 from kvpool.config import CacheConfig, Retention, Scope
-from kvpool.errors import ConfigError, InvariantError, LogicError
+from kvpool.errors import ConfigError, InvariantError, KVPoolError, LogicError
 from kvpool.mover import Mover
 from kvpool.mover.cpu_memory import CpuMemory
 from kvpool.moves import Moves
@@ -343,10 +343,13 @@ class KVCacheManager(Batches, Closing):
         """Before the launch of a step over ACTIVE caches: their slots stay fenced until `step_end`.
 
         Returns when every move that touches their slots is over. A cache whose pages did not arrive is LOST then.
+        KVPoolError: the GPU is at its end, whatever is launched there fails.
         """
         caches = _listed(caches)
         handles = self._handles(caches)
         self._ready(handles, stream, launch=True)
+        if self._moves is not None and (fault := self._moves.fault()) is not None:
+            raise KVPoolError(f"step_begin: the GPU is at its end ({fault}); end the process, and start anew")
         self._core.step_begin(handles)
         if self._moves is not None and self._moves.notes(stream):
             for cache in caches:

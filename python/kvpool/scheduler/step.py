@@ -1,4 +1,4 @@
-"""What one pass has decided."""
+"""What one pass has decided; what is counted over all of them."""
 
 from __future__ import annotations
 
@@ -7,16 +7,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from kvpool.scheduler.request import Request
-
-
-@dataclass(slots=True)
-class SchedulerStats:
-    """Counted since construction: passes with work, preemptions, tokens computed again."""
-
-    steps: int = 0
-    suspended: int = 0
-    recomputed: int = 0
-    recomputed_tokens: int = 0
 
 
 class Context(NamedTuple):
@@ -84,3 +74,13 @@ class Step:
         return (
             f"<kvpool step: {len(self.context)} contexts, {len(self.generation)} generations, {self.num_tokens} tokens>"
         )
+
+
+@dataclass(slots=True)
+class SchedulerStats:
+    """Counted since construction: passes with work, preemptions, tokens computed again."""
+
+    steps: int = 0
+    suspended: int = 0
+    recomputed: int = 0
+    recomputed_tokens: int = 0
