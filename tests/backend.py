@@ -34,6 +34,7 @@ T = TypeVar("T")
 SUITE = {
     "test_batches",
     "test_liveness",
+    "test_lost",
     "test_manager",
     "test_model_random",
     "test_mover",

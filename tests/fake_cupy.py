@@ -412,6 +412,7 @@ class Runtime:
         world.registered[ptr] = world.ranges[ptr] = size
 
     def hostUnregister(self, ptr: int) -> None:
+        self._world.check()
         if ptr not in self._world.registered:
             raise CUDARuntimeError("cudaErrorHostMemoryNotRegistered: pointer is not registered")
         del self._world.registered[ptr], self._world.ranges[ptr]

@@ -17,7 +17,17 @@ import pytest
 
 import backend
 import fake_cupy
-from kvpool import CacheConfig, ConfigError, KVCacheManager, PoolConfig
+from kvpool import (
+    CacheConfig,
+    ConfigError,
+    Engine,
+    KVCacheManager,
+    PoolConfig,
+    Request,
+    Scheduler,
+    SchedulerConfig,
+    Step,
+)
 from kvpool.mover import BooksMover, CpuMover
 from kvpool.mover.cuda import CudaMover
 from kvpool.mover.cuda_runtime import CudaRuntime
@@ -82,6 +92,34 @@ def test_a_mover_of_ones_own_is_made_from_the_pages_on_every_device(device: str,
         assert np.shares_memory(host, manager.pages("kv", "host"))
     with KVCacheManager(CONFIG, device) as manager:
         assert isinstance(manager._moves.mover, CpuMover if device == "cpu" else CudaMover)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("after", range(0, 40, 3))
+def test_when_the_gpu_is_at_its_end_an_engine_ends_its_requests_and_the_manager_closes(
+    after: int, gpu: fake_cupy.World, capfd: pytest.CaptureFixture[str]
+) -> None:
+    class Executor:
+        """Computes nothing: it would go on for ever."""
+
+        def execute(self, step: Step) -> dict[Any, list[int]]:
+            due = [chunk.request for chunk in step.context if chunk.is_last] + step.generation
+            return {request.request_id: [7] for request in due}
+
+    gpu.fault_at = after
+    with KVCacheManager(CONFIG, device="cuda") as manager:
+        scheduler = Scheduler(manager, SchedulerConfig(4, 64))
+        scheduler.outlook.expect(0.0)
+        engine = Engine(scheduler, Executor())
+        for number in range(6):  # prefixes that end inside a block are copied, and some pages go down
+            engine.submit(Request(number, [*range(10), 50 + number], 12))
+        ended = engine.run()
+        assert len(ended) == 6
+        for request in ended.values():
+            assert request.error is None or "IllegalAddress" in str(request.error)
+        assert (gpu.fault is not None) == any(request.error for request in ended.values())
+        assert not manager._caches
+    gc.collect()
+    assert capfd.readouterr().err == ""
 
 
 # -- buffers ------------------------------------------------------------------------------------------

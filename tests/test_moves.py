@@ -148,8 +148,14 @@ def test_a_failed_onboard_is_known_at_step_begin(make: Callable[..., KVCacheMana
     assert manager.lost() == [3, 4]
     assert cache.state == other.state == "LOST"
     manager.step_end([cache])
-    with pytest.raises(LogicError, match="LOST"):
-        cache.commit([99])
+    for call in (
+        lambda: cache.commit([99]),
+        lambda: cache.block_table("kv"),
+        lambda: manager.block_tables([cache], "kv"),
+        lambda: manager.block_tables_csr(iter([cache]), "kv"),
+    ):
+        with pytest.raises(LogicError, match="of request 3 is LOST"):
+            call()
     assert manager.probe([*A, 99]) == 4 * (k - 1)
     cache.close()
     other.close()
@@ -174,6 +180,43 @@ def test_a_failed_copy_of_a_partial_block_loses_only_its_owner(
     cache.close()
     assert words(manager, whole) == [t + 1000 for t in A]
     assert manager.probe([*A, 99]) == 8
+
+
+def test_tables_of_a_cache_whose_page_turns_out_not_to_have_arrived_are_not_handed_out(
+    make: Callable[..., KVCacheManager],
+) -> None:
+    manager = make()
+    compute(manager, 1, A).close()
+    mover_of(manager).fail(1, "copy")
+    lost, other = manager.create(2, [*A[:6], 90]), manager.create(3, [*A, 91])
+    assert lost.resume()
+    assert other.resume()
+    with pytest.raises(LogicError, match=r"block_tables: the cache of request 2 is LOST.*close it"):
+        manager.block_tables([other, lost], "kv")
+    with pytest.raises(LogicError, match="block_tables_csr: the cache of request 2 is LOST"):
+        manager.block_tables_csr([other, lost], "kv")
+    assert manager.block_tables([other], "kv").shape == (1, 2)
+
+
+def test_blocks_of_a_lost_cache_that_is_closed_in_flight_go_when_the_step_ends(
+    make: Callable[..., KVCacheManager],
+) -> None:
+    manager = make(device=4)
+    compute(manager, 1, A).close()
+    compute(manager, 2, [*range(40, 56)]).close()
+    mover_of(manager).fail(1, "onboard")
+    cache = manager.create(3, [*A, 99])
+    assert cache.resume()
+    manager.step_begin([cache])
+    assert manager.lost() == [3]
+    cache.close()
+    assert manager.stats().pools["kv"]["device"]["fenced"] > 0
+    manager.step_end([cache])
+    books = manager.stats().pools["kv"]
+    assert (books["device"]["active"], books["device"]["fenced"]) == (0, 0)
+    cached = books["device"]["cached"] + books["host"]["cached"]
+    assert cached == sum(manager.probe([*prompt, 98]) for prompt in (A, [*range(40, 56)])) // 4
+    manager.check()
 
 
 def test_lost_caches_get_nothing_in_a_batch_and_others_do(make: Callable[..., KVCacheManager]) -> None:

@@ -25,16 +25,18 @@ class Words:
         self.words = 0
 
     def execute(self, step: Step) -> dict[Any, list[int]]:
-        lost = set(self.manager.lost())
+        """Takes the tables of the whole step at once, as a batch's kernel needs them: a LOST one would be an error."""
+        caches = [self.manager.cache(request.request_id) for request in step.requests]
+        for name in self.names:
+            self.manager.block_tables(caches, name)
+            self.manager.block_tables_csr(caches, name)
         outputs = {}
         for chunk in step.context:
-            if chunk.request.request_id not in lost:
-                self.compute(chunk.request, chunk.start, chunk.start + chunk.num_tokens)
+            self.compute(chunk.request, chunk.start, chunk.start + chunk.num_tokens)
             if chunk.is_last:
                 outputs[chunk.request.request_id] = [word(chunk.request) % 50]
         for request, count in zip(step.generation, step.generation_tokens, strict=True):
-            if request.request_id not in lost:
-                self.compute(request, request.num_computed, request.num_computed + 1)
+            self.compute(request, request.num_computed, request.num_computed + 1)
             outputs[request.request_id] = [word(request) % 50]
             assert count >= 1
         return outputs

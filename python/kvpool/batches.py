@@ -209,6 +209,16 @@ class Batches:
             cache._lost |= hit
         moves.retire()
 
+    def _check_arrived(self, caches: Iterable[KVCache], what: str) -> None:
+        """LogicError if a page of one of them is known not to have arrived.
+
+        Not in a step that was begun for a stream of a GPU: it is on its way, and `update` discards what it yields.
+        """
+        if self._moves is not None and self._moves.failed:
+            for cache in caches:
+                if not (self._moves.on_gpu and cache._uses and cache._uses[-1][0] is not None):
+                    cache._usable(what)
+
     def _check_lost(self, caches: Iterable[KVCache]) -> None:
         """New caches may have matched blocks that another thread was just losing."""
         if self._moves is not None and self._moves.failed:

@@ -131,7 +131,10 @@ class KVCache(Closing):
 
     def _usable(self, what: str) -> None:
         if self._lost and self._state is None:
-            raise LogicError(f"{what}: the cache is LOST, a move of its pages failed: close it and compute again")
+            raise LogicError(
+                f"{what}: the cache of request {self.request_id!r} is LOST, a move of its pages failed: close it and "
+                "compute again"
+            )
 
     def commit(self, tokens: Tokens) -> bool:
         """Declare the next tokens final; full blocks enter the tree. True if a block table entry changed.

@@ -28,7 +28,7 @@ from kvpool.batches import Batches, taken
 from kvpool.buffers import check_apart, given_buffers
 from kvpool.cache import CacheState, Closing, KVCache
 from kvpool.config import CacheConfig, Retention, Scope
-from kvpool.errors import ConfigError, InvariantError, LogicError
+from kvpool.errors import ConfigError, InvariantError, KVPoolError, LogicError
 from kvpool.mover import Mover
 from kvpool.mover.cpu_memory import CpuMemory
 from kvpool.moves import Moves
@@ -306,13 +306,15 @@ class KVCacheManager(Batches, Closing):
     ) -> Int32Array:
         """Slots of ACTIVE caches, one row each: int32, C-contiguous (n, widest); stale and spare entries `fill`.
 
-        Written in place into `out` if given. ValueError: `out` too small, of another dtype or order.
+        Written in place into `out` if given. ValueError: `out` too small, of another dtype or order. LogicError: a
+        cache is LOST, known then at the latest.
         """
         caches = _listed(caches)
         index, handles = self._pool(pool), self._handles(caches)
         if isinstance(fill, bool) or not isinstance(fill, int | np.integer) or not -(2**31) <= fill < 2**31:
             raise ValueError(f"fill: {fill!r} is not an int32")
         self._ready_in_steps(caches)
+        self._check_arrived(caches, "block_tables")
         widest = self._core.widest(handles, index)
         if out is None:
             out = np.empty((len(handles), widest), np.int32)
@@ -329,11 +331,12 @@ class KVCacheManager(Batches, Closing):
     def block_tables_csr(self, caches: Sequence[KVCache], pool: str) -> tuple[Int32Array, Int32Array, Int32Array]:
         """FlashInfer's form, int32: indptr (n + 1), indices (entries; stale ones 0), last_page_len (n).
 
-        last_page_len counts capacity: 1..tokens_per_block, 0 for a cache without capacity.
+        last_page_len counts capacity: 1..tokens_per_block, 0 for a cache without capacity. LogicError: a cache is LOST.
         """
         caches = _listed(caches)
         handles, index = self._handles(caches), self._pool(pool)
         self._ready_in_steps(caches)
+        self._check_arrived(caches, "block_tables_csr")
         raw = self._core.block_tables_csr(handles, index, self.config.tokens_per_block)
         indptr, indices, last_page_len = (np.frombuffer(part, np.int32) for part in raw)
         return indptr, indices, last_page_len
@@ -343,10 +346,13 @@ class KVCacheManager(Batches, Closing):
 
         Returns when every move that touches their slots is over. A cache whose pages did not arrive is LOST then. On a
         GPU with a stream it returns at once, and the stream waits; what is LOST is known by `commit`, or `update`.
+        KVPoolError: the GPU is at its end, whatever is launched there fails.
         """
         caches = _listed(caches)
         handles = self._handles(caches)
         self._ready(handles, stream, launch=True)
+        if self._moves is not None and (fault := self._moves.fault()) is not None:
+            raise KVPoolError(f"step_begin: the GPU is at its end ({fault}); end the process, and start anew")
         self._core.step_begin(handles)
         if self._moves is not None and self._moves.notes(stream):
             for cache in caches:
@@ -361,9 +367,10 @@ class KVCacheManager(Batches, Closing):
                 self._moves.used(uses, stream)
         finally:
             released = self._core.step_end(handles)
-            for cache, gone in zip(caches, released, strict=True):
-                if gone:
-                    self._forget(cache)
+            gone = [cache for cache, is_gone in zip(caches, released, strict=True) if is_gone]
+            for cache in gone:
+                self._forget(cache)
+            self._bury(gone)
         self._after()
 
     def drain_events(self, most: int = 2**31) -> list[Event]:

@@ -176,6 +176,11 @@ class Moves:
         if flights and not self.mover.synchronize(self._timeout):
             self._give_up(flights)
 
+    def fault(self) -> str | None:
+        """Why nothing will ever be moved again; None: moves go on."""
+        found: str | None = getattr(self.mover, "fault", None)
+        return found
+
     # -- the engine's kernels --------------------------------------------------------------------
 
     def notes(self, stream: object) -> bool:

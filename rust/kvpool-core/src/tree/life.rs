@@ -376,6 +376,11 @@ impl Tree {
     /// Takes the page of a dead node, if it has one. The slot of one that is busy stays its mover's.
     pub fn strip(&self, pool: usize, dead: &Dead) -> Option<Page> {
         let word = &self.pages[pool].word[dead.index()];
+        if !self.windowed[pool] && self.by_parent.is_none() {
+            let page = self.page(pool, dead.index());
+            word.store(Page::NONE.0, Ordering::Relaxed); // Relaxed: pages of such pools change with their nodes only, and this one is ours
+            return (page.slot() != 0).then_some(page);
+        }
         let page = Page(word.swap(Page::NONE.0, Ordering::AcqRel)); // AcqRel: partner the CAS in `change_page` of who takes the page alone
         debug_assert_eq!(page.claims(), 0, "a claimed page of a dead node");
         (page.slot() != 0).then_some(page)
