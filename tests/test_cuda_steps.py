@@ -22,6 +22,8 @@ from kvpool import (
     CacheState,
     Engine,
     KVCacheManager,
+    KVPoolError,
+    LogicError,
     PoolConfig,
     Request,
     Scheduler,
@@ -150,12 +152,19 @@ def test_a_fault_of_the_gpu_is_known_when_the_tokens_are_to_be_final(gpu: fake_c
         assert again.resize(17)
         gpu.fault_at = gpu.ran + 1
         manager.step_begin([again], stream)
-        manager.step_end([again], stream)
         assert again.state is CacheState.ACTIVE
-        with pytest.raises(Exception, match="LOST"):
-            again.commit([16])
-        assert again.state is CacheState.LOST
+        with pytest.raises(RuntimeError, match="IllegalAddress"):
+            stream.synchronize()
         assert manager.lost() == ["again"]
+        assert again.state is CacheState.LOST
+        manager.block_tables([again], "kv")  # the step is on its way: what it yields is discarded
+        manager.step_end([again], stream)
+        with pytest.raises(LogicError, match="LOST"):
+            again.commit([16])
+        with pytest.raises(LogicError, match="LOST"):
+            manager.block_tables([again], "kv")
+        with pytest.raises(KVPoolError, match="GPU is at its end"):
+            manager.step_begin([again], stream)
         again.close()
 
 
