@@ -20,8 +20,8 @@ def test_import_brings_no_extra() -> None:
 
 # What kvpool is made of besides numpy. A further module is milliseconds for every program that imports kvpool.
 STANDARD = (
-    "__future__, bisect, collections.abc, contextlib, copy, dataclasses, enum, functools, itertools, math, operator, os, "
-    "threading, types, typing, weakref"
+    "__future__, bisect, collections.abc, contextlib, copy, dataclasses, enum, functools, heapq, itertools, math, "
+    "operator, os, threading, types, typing, weakref"
 )
 
 

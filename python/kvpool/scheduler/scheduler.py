@@ -14,18 +14,22 @@ import threading
 from bisect import bisect_left, insort
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from heapq import merge
+from itertools import chain
 from operator import attrgetter
 
 from kvpool.errors import ConfigError, KVPoolError, LogicError, StalledError
 from kvpool.manager import KVCacheManager
 from kvpool.scheduler.admission import Outlook, check_request
+from kvpool.scheduler.bulk import Bulk
 from kvpool.scheduler.config import SchedulerConfig
 from kvpool.scheduler.guard import alone
 from kvpool.scheduler.memory import Memory
-from kvpool.scheduler.passes import Pass, run_pass
-from kvpool.scheduler.request import Entry, Refusal, Request, RequestState
+from kvpool.scheduler.passes import Pass, run_pass, why_not, why_stalled
+from kvpool.scheduler.request import Entry, Request, RequestState
+from kvpool.scheduler.starts import LastRefused
 from kvpool.scheduler.step import Context, SchedulerStats, Step
-from kvpool.scheduler.updates import apply_outputs, as_outputs
+from kvpool.scheduler.updates import apply_outputs, as_outputs, lost_of
 
 __all__ = ["Pass", "Scheduler", "SchedulerStats"]
 
@@ -52,6 +56,7 @@ class Scheduler:
         self.manager, self.draft_manager, self.config = manager, draft_manager, config
         self.memory = Memory(manager, draft_manager, config.chunk_tokens)
         self.outlook = Outlook()
+        self.bulk = Bulk(self) if config.admission == "throughput" and not self.memory.tiered else None
         self.stats = SchedulerStats()
         self.started: list[Entry] = []
         self.contexts: list[Entry] = []  # those of them that do not generate
@@ -60,7 +65,7 @@ class Scheduler:
         self._lost: list[Request] = []  # freed because a move failed, since the last pass
         self._known: dict[int | str, Entry] = {}
         self.ages = 0  # requests that were ever seen
-        self.all_refused: tuple[Refusal | None, int] = (None, 0)  # see `starts`
+        self.last_refused: LastRefused | None = None
         self._fresh: OrderedDict[int, Entry] = OrderedDict()  # by age, never started
         self._returned: list[Entry] = []  # freed to be computed again, by age
         self._incoming: deque[Entry] = deque()  # added by any thread, not yet seen
@@ -121,23 +126,9 @@ class Scheduler:
         entry = self._known.get(request_id)
         if entry is None:
             return f"request {request_id!r} is unknown, or it has ended"
-        request = entry.request
-        if self._last is not None and any(other is request for other in self._last.requests):
+        if self._last is not None and any(other is entry.request for other in self._last.requests):
             return f"request {request_id!r} is in the last step"
-        if self._in_step(entry):
-            return f"request {request_id!r} is in a step in flight"
-        if entry.started and entry.generates and request.state is RequestState.RUNNING:
-            return f"request {request_id!r} is RUNNING: older requests used up the tokens or places of the step"
-        return f"request {request_id!r} is {request.state.value}: {entry.why}"
-
-    def _in_step(self, entry: Entry) -> bool:
-        """Whether it is in a step in flight. False where a pass runs just now: the roster is that one's."""
-        if not self._lock.acquire(blocking=False):
-            return False
-        try:
-            return entry.started and self.memory.roster.in_step(entry.age)
-        finally:
-            self._lock.release()
+        return why_not(self, entry)
 
     def _see_incoming(self) -> None:
         while self._incoming:
@@ -231,16 +222,8 @@ class Scheduler:
             return step
         moves_on = self._steps or in_flight or refused or step.recompute or not (self.started or run.waits)
         if not moves_on and not self.memory.is_returning():
-            raise StalledError(self._stalled())
+            raise StalledError(why_stalled(self))
         return step
-
-    def _stalled(self) -> str:
-        waits = [*self.started, *self._returned, *self._fresh.values()][:8]
-        parts = [f"request {entry.request.request_id!r}: {entry.why}" for entry in waits]
-        mine = {entry.request.request_id for entry in self.started}
-        strangers = [repr(request_id) for request_id in self.memory.open() if request_id not in mine]
-        outside = f"; claims of caches outside the scheduler: {', '.join(strangers)}" if strangers else ""
-        return f"nothing runs, nothing is in flight, and nothing ever can: {'; '.join(parts)}{outside}"
 
     def _world(self, requests: Sequence[Request], refused: list[tuple[Request, Exception]]) -> list[Entry]:
         """Entries of the unfinished requests of a list; new ones are seen, or refused."""
@@ -297,14 +280,26 @@ class Scheduler:
         self._enter()
         self._take_back(step)
         self.memory.arrive(step.requests)
-        for request_id in dict.fromkeys(self.memory.lost()):
-            entry = self._known.get(request_id)
-            if entry is not None and entry.started and any(entry.request is request for request in step.requests):
-                self.memory.roster.set_step(entry.age, 0)  # nothing of it leaves the engine
+        for entry in lost_of(self, step):
+            self.memory.roster.set_step(entry.age, 0)  # nothing of it leaves the engine
         self._take_lost()
         apply_outputs(self, step, given)
         self.memory.after()
         return self._take_ended()
+
+    @alone
+    def drop_lost(self, step: Step) -> list[Request]:
+        """Requests whose pages did not arrive leave the step: between `step_begin` and the launch. Returns them.
+
+        They are under `step.recompute`, and a later step computes them again. Of a step that has nothing left there is
+        nothing to launch; `update` takes it back all the same.
+        """
+        gone = lost_of(self, step)
+        step.drop([entry.request for entry in gone])
+        for entry in gone:
+            self.memory.roster.set_step(entry.age, 0)
+            self._free(entry, "a move of its pages failed")
+        return [entry.request for entry in gone]
 
     @alone
     def fail(self, step: Step, error: Exception) -> list[Request]:
@@ -338,14 +333,14 @@ class Scheduler:
     def _take_back(self, step: Step) -> None:
         if not isinstance(step, Step):
             raise ValueError(f"step: {step!r} is not a step")
-        if step:
-            if step.number not in self._steps or not self._is_mine(step):
-                raise LogicError("step: it is not outstanding; update each step of this scheduler once")
+        if step.number in self._steps and self._is_mine(step):
             self._steps.remove(step.number)
+        elif step:
+            raise LogicError("step: it is not outstanding; update each step of this scheduler once")
 
     def _is_mine(self, step: Step) -> bool:
-        entry = next(step.requests)._entry
-        return entry is not None and entry.home is self
+        request = next(chain(step.requests, step.recompute), None)  # those who left it are under recompute
+        return request is not None and request._entry is not None and request._entry.home is self
 
     def _take_ended(self) -> list[Request]:
         ended, self.ended = self.ended, []
@@ -369,16 +364,8 @@ class Scheduler:
 
     def waiting(self) -> Iterator[Entry]:
         """All that wait, the oldest first. Changes end the iteration."""
-        returned, fresh = iter(self._returned), iter(self._fresh.values())
-        one, other = next(returned, None), next(fresh, None)
-        while one is not None or other is not None:
-            if other is None or (one is not None and one.age < other.age):
-                assert one is not None
-                yield one
-                one = next(returned, None)
-            else:
-                yield other
-                other = next(fresh, None)
+        fresh = self._fresh.values()
+        return merge(self._returned, fresh, key=_AGE) if self._returned else iter(fresh)
 
     def younger(self, entry: Entry) -> Iterator[Entry]:
         """Started requests younger than this one, the newest first."""
@@ -405,8 +392,8 @@ class Scheduler:
         """A waiting request has got its first pages."""
         self._leave_waiting(entry)
         self.changes += 1
-        insort(self.started, entry, key=_AGE)
-        insort(self.contexts, entry, key=_AGE)
+        _insert(self.started, entry)
+        _insert(self.contexts, entry)
         entry.started = True
         entry.request._computed = reused
         self.memory.enter(entry, shared)
@@ -442,7 +429,6 @@ class Scheduler:
     def recompute(self, run: Pass, entry: Entry, why: str) -> None:
         """A started request loses its pages and waits, as old as it is."""
         self._free(entry, why)
-        self.outlook.recomputed()
         run.gave_way(entry)
         if entry.request in run.step.suspended:
             run.step.suspended.remove(entry.request)
@@ -466,6 +452,8 @@ class Scheduler:
         if entry.started:
             self.memory.free([entry])
             self._leave_started(entry)
+            if self.bulk:
+                self.bulk.ended()
         elif entry.age >= 0:
             self._leave_waiting(entry)
         del self._known[request.request_id]
@@ -490,6 +478,16 @@ class Scheduler:
     def _leave_waiting(self, entry: Entry) -> None:
         if self._fresh.pop(entry.age, None) is None:
             self._returned.remove(entry)
+        if self.last_refused is not None:
+            self.last_refused.leave(entry)
+
+
+def _insert(entries: list[Entry], entry: Entry) -> None:
+    """By age; most that start are the youngest."""
+    if not entries or entries[-1].age < entry.age:
+        entries.append(entry)
+    else:
+        insort(entries, entry, key=_AGE)
 
 
 def _duplicate(request: Request) -> LogicError:

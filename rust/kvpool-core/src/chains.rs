@@ -11,7 +11,7 @@
 //!
 //! find: lock-free (a restart means that a node was recycled meanwhile). publish, unlink: lock-free.
 
-use crate::sync::{weak, AtomicU64, Ordering, Weak};
+use crate::sync::{warm, weak, AtomicU64, Ordering, Weak};
 use crate::words::{Link, MARK};
 
 /// See the module.
@@ -49,6 +49,16 @@ impl Chains {
     /// The bucket of a hash.
     pub fn bucket(&self, hash: u64) -> usize {
         hash as usize & (self.heads.len() - 1)
+    }
+
+    /// Brings the head of a bucket closer.
+    pub fn warm_bucket(&self, bucket: usize) {
+        warm(&self.heads[bucket]);
+    }
+
+    /// Brings the link behind a node closer.
+    pub fn warm_next(&self, index: usize) {
+        warm(&self.next[index]);
     }
 
     /// The first link of a bucket; needed before a search whose miss is to be published.
@@ -108,6 +118,17 @@ impl Chains {
 
     /// Takes a dead node that the caller owns out of its chain; afterwards no walk that starts meets it.
     pub fn unlink(&self, bucket: usize, node: Link, is: impl Fn(Link) -> bool) {
+        // Alone in its bucket: nothing comes behind it any more, and what comes before it changes the head.
+        let next = self.next[node.index()].load(Ordering::Acquire); // Acquire: partner the CAS in `sweep`
+        let nil = Link::NIL.0;
+        // AcqRel: partner the loads in `head` and `sweep`. Relaxed on failure: the long way reads again.
+        if next == nil
+            && self.heads[bucket]
+                .compare_exchange(node.0, nil, Ordering::AcqRel, Ordering::Relaxed)
+                .is_ok()
+        {
+            return;
+        }
         if !weak(Weak::UnlinkMark) {
             self.next[node.index()].fetch_or(MARK, Ordering::AcqRel); // AcqRel: partner the CAS in `sweep`: the frozen word is the last one written
         }

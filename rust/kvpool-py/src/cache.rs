@@ -3,7 +3,7 @@
 //! Who would change a cache that another thread is changing is told so at once, by a `LogicError`. Who only looks disturbs
 //! nobody: the others come in as soon as it is out, and it waits, a bounded number of turns, until a change is over.
 
-use crate::core::outcome;
+use crate::convert::outcome;
 use kvpool_core::{Cache as CoreCache, CoreError, Result};
 use pyo3::prelude::*;
 use std::collections::HashMap;
@@ -93,4 +93,19 @@ pub fn enter_all<'a>(py: Python<'_>, caches: &'a [Py<Cache>]) -> PyResult<Vec<(E
 pub fn enter_all_soon<'a>(py: Python<'_>, caches: &'a [Py<Cache>]) -> PyResult<Vec<(Entered<'a>, u32)>> {
     let enter = |(cache, times): (&'a Cache, u32)| Ok((outcome(py, cache.enter_soon(py))?, times));
     distinct(caches).into_iter().map(enter).collect()
+}
+
+/// Runs a call of one cache.
+pub fn with<T>(
+    py: Python<'_>,
+    cache: &Bound<'_, Cache>,
+    f: impl FnOnce(&mut CoreCache) -> Result<T>,
+) -> PyResult<T> {
+    let result = cache.get().enter(py).and_then(|mut cache| f(&mut cache));
+    outcome(py, result)
+}
+
+/// Runs a call that only looks at one cache.
+pub fn look<T>(py: Python<'_>, cache: &Py<Cache>, f: impl FnOnce(&CoreCache) -> Result<T>) -> PyResult<T> {
+    outcome(py, cache.get().look(py).and_then(|cache| f(&cache)))
 }

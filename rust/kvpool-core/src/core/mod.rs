@@ -64,9 +64,11 @@ pub(crate) struct Tallies {
     pub onboarded: Counter,
 }
 
-/// Unread events that are kept. The checkers look at the ring by itself.
+/// Unread events that are kept. loom and shuttle look at the ring by itself; others make many cores.
 const EVENTS: usize = if cfg!(any(kvpool_loom, kvpool_shuttle)) {
     0
+} else if cfg!(any(kvpool_stops, fuzzing)) {
+    1 << 10
 } else {
     1 << 16
 };
@@ -229,11 +231,16 @@ impl Core {
 
     /// A page of a node that the caller has claimed is in the tree.
     fn note_stored(&self, pool: usize, index: usize) {
-        let parent = self.tree.parent(index);
-        let above = (!parent.is_nil()).then(|| self.tree.nodes[parent.index()].key.get());
-        let key = self.tree.nodes[index].key.get();
+        let (key, above) = self.keys_of(index);
         self.events
             .push(EventKind::Stored, Tier::Device, pool, key, above);
+    }
+
+    /// The key of a claimed node, and of the block before it.
+    fn keys_of(&self, index: usize) -> (u64, Option<u64>) {
+        let parent = self.tree.parent(index);
+        let above = (!parent.is_nil()).then(|| self.tree.nodes[parent.index()].key.get());
+        (self.tree.nodes[index].key.get(), above)
     }
 
     /// A page of a block is on this tier now.

@@ -10,7 +10,7 @@
 //! A node with children is never killed, and a child appears only under a claimed node; so whoever
 //! claims a node holds its ancestors too.
 
-use super::lookup::pack;
+use super::lookup::{pack, pairs_of};
 use super::{Root, Tree};
 use crate::sync::{fence, weak, Ordering, Weak};
 use crate::words::{Link, Page, State, Tier, MAX_CLAIMS, MAX_REFS};
@@ -50,6 +50,11 @@ impl Tree {
         self.free.pop().map(Dead)
     }
 
+    /// Up to `n` free nodes for blocks in one step, appended.
+    pub fn take_nodes(&self, n: usize, nodes: &mut Vec<Dead>) {
+        self.free.pop_many(n, nodes, Dead);
+    }
+
     /// Gives a dead node back.
     pub fn recycle(&self, dead: Dead) {
         if self.is_block(dead.index()) {
@@ -57,6 +62,11 @@ impl Tree {
         } else {
             self.spare.push(dead.0 - self.max_blocks);
         }
+    }
+
+    /// Gives dead blocks back, in one step.
+    pub fn recycle_all(&self, dead: impl Iterator<Item = Dead>) {
+        self.free.push_each(dead.map(|dead| dead.0));
     }
 
     /// Writes a node that nobody can see yet. Its pages are set by [`Tree::set_page`].
@@ -78,6 +88,7 @@ impl Tree {
         }
         n.key.set(key);
         n.parent.set(parent.0);
+        n.below.store(Link::NIL.0, Ordering::Relaxed); // Relaxed: nobody follows it before the node is published
         let depth = if parent.is_nil() {
             0
         } else {
@@ -89,13 +100,20 @@ impl Tree {
         n.segment.set(0);
         n.seq.set(self.seq.next());
         n.epoch.set(root.epoch);
-        n.lost.set(0);
         for (field, value) in n.scope.iter().zip(root.digest) {
             field.set(value);
         }
         let words = self.t.div_ceil(2);
-        for (field, pair) in self.tokens[index * words..].iter().zip(tokens.chunks(2)) {
-            field.set(pack(pair));
+        let stored = &self.tokens[index * words..(index + 1) * words];
+        match pairs_of(tokens) {
+            Some(pairs) => stored
+                .iter()
+                .zip(pairs)
+                .for_each(|(field, pair)| field.set(*pair)),
+            None => stored
+                .iter()
+                .zip(tokens.chunks(2))
+                .for_each(|(field, pair)| field.set(pack(pair))),
         }
         if weak(Weak::WriteBirth) {
             n.born.store(born, Ordering::Release); // Release: the planted weakness
@@ -151,6 +169,14 @@ impl Tree {
             .bucket(Self::first_hash(&root.digest, parent, tokens[0]));
         while !self.by_first.publish(first, self.by_first.head(first), link) {}
         self.adopt(parent, link);
+        if !parent.is_nil() {
+            let order = if weak(Weak::BelowOrder) {
+                Ordering::Relaxed // Relaxed: the planted weakness
+            } else {
+                Ordering::Release // Release: partner the load in `Tree::follow`: who goes down here finds the fields of this incarnation, or later ones
+            };
+            self.nodes[parent.index()].below.store(link.0, order);
+        }
         Ok(())
     }
 
@@ -191,12 +217,34 @@ impl Tree {
         }
     }
 
+    /// The first reference on a block of the device, for which the caller has a unit. `false`: it is not idle, or gone; see
+    /// `claim`. Wait-free; linearized at the CAS.
+    #[inline]
+    pub fn claim_idle(&self, link: Link) -> bool {
+        let n = &self.nodes[link.index()];
+        let now = n.state();
+        if !now.is_idle() || (n.born() != link.born() && !weak(Weak::ClaimBorn)) {
+            return false;
+        }
+        let next = now.claimed(weak(Weak::ClaimVersion));
+        // AcqRel, Relaxed on failure: as in `claim`, with the same partners.
+        let claimed = n
+            .state
+            .compare_exchange(now.0, next.0, Ordering::AcqRel, Ordering::Relaxed)
+            .is_ok();
+        if claimed {
+            self.note_claimed(Tier::Device, true);
+        }
+        claimed
+    }
+
     /// One reference less. `last` runs before a release that will be the last one (it may run in vain).
     /// If the node is unclaimed now, the tier on which it is: its unit is available there. Lock-free; linearized at the CAS.
-    pub fn release(&self, index: usize, last: impl Fn(&super::Node)) -> Option<Tier> {
+    #[inline]
+    pub fn release(&self, index: usize, mut last: impl FnMut(&super::Node)) -> Option<Tier> {
         let n = &self.nodes[index];
         loop {
-            let now = self.state(index);
+            let now = n.state();
             debug_assert!(now.is_live() && now.refs() > 0, "release of an unclaimed node");
             if now.refs() == 1 {
                 last(n);
@@ -271,12 +319,10 @@ impl Tree {
         if !self.is_block(index) {
             return parent;
         }
-        let root = [n.scope[0].get(), n.scope[1].get()];
-        let first = self.tokens(index).next().unwrap_or(0);
         self.by_key
             .unlink(self.by_key.bucket(n.key.get()), link, |link| self.is(link));
-        let bucket = self.by_first.bucket(Self::first_hash(&root, parent, first));
-        self.by_first.unlink(bucket, link, |link| self.is(link));
+        self.by_first
+            .unlink(self.first_bucket(index), link, |link| self.is(link));
         self.disown(parent, link);
         parent
     }
@@ -290,6 +336,13 @@ impl Tree {
         // AcqRel: partner the load in `page`: the slot's content was written before. Relaxed on failure: nothing is read.
         word.compare_exchange(Page::NONE.0, new.0, Ordering::AcqRel, Ordering::Relaxed)
             .is_ok()
+    }
+
+    /// As `set_page`, of a full-attention pool and a node that the caller owns: nobody else touches the word.
+    pub fn put_page(&self, pool: usize, dead: &Dead, slot: u32) {
+        debug_assert_eq!(self.page(pool, dead.index()), Page::NONE);
+        let word = &self.pages[pool].word[dead.index()];
+        word.store(Page::new(slot, 0, 0).0, Ordering::Release); // Release: partner the load in `page`: the slot's content was written before
     }
 
     /// Takes the page off a node that was written and not published.
@@ -353,6 +406,11 @@ impl Tree {
     /// Takes the page of a dead node, if it has one. The slot of one that is busy stays its mover's.
     pub fn strip(&self, pool: usize, dead: &Dead) -> Option<Page> {
         let word = &self.pages[pool].word[dead.index()];
+        if !self.windowed[pool] && self.by_parent.is_none() {
+            let page = self.page(pool, dead.index());
+            word.store(Page::NONE.0, Ordering::Relaxed); // Relaxed: pages of such pools change with their nodes only, and this one is ours
+            return (page.slot() != 0).then_some(page);
+        }
         let page = Page(word.swap(Page::NONE.0, Ordering::AcqRel)); // AcqRel: partner the CAS in `change_page` of who takes the page alone
         debug_assert_eq!(page.claims(), 0, "a claimed page of a dead node");
         (page.slot() != 0).then_some(page)

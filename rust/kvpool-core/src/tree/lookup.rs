@@ -3,7 +3,7 @@
 
 use super::{Root, Tree};
 use crate::chains::{Recycled, Visit};
-use crate::sync::{weak, Weak};
+use crate::sync::{weak, Field, Ordering, Weak};
 use crate::words::Link;
 
 impl Tree {
@@ -18,21 +18,33 @@ impl Tree {
         }
     }
 
-    /// Touches what look-ups of these keys will read, so that the misses of the cache overlap instead of queueing
-    /// (a look-up's own reads wait for each other). Reads only, and believes nothing.
-    pub fn warm(&self, keys: &[u64]) {
-        if cfg!(any(kvpool_loom, kvpool_shuttle)) {
-            return;
+    /// The live child of `parent`, or first block of `root`, with exactly these tokens: by the way down if that is the one,
+    /// else by its key.
+    #[inline]
+    pub fn below(&self, root: &Root, parent: Link, tokens: &[i32]) -> Option<Link> {
+        if parent.is_nil() {
+            return self.child(root, parent, self.extend_key(root.key(), tokens), tokens);
         }
-        let words = self.t.div_ceil(2);
-        let mut touched = 0;
-        for &key in keys {
-            let head = self.by_key.head(self.by_key.bucket(key));
-            if !head.is_nil() {
-                touched ^= self.nodes[head.index()].key.get() ^ self.tokens[head.index() * words].get();
-            }
+        self.follow(parent, tokens).or_else(|| {
+            // If the parent went since it was found, the key is another's, and finds nothing: neither would the right one.
+            let before = self.nodes[parent.index()].key.get();
+            self.child(root, parent, self.extend_key(before, tokens), tokens)
+        })
+    }
+
+    /// As `child`, of the one that was published last below `parent`, which is not nil: without a hash and a bucket.
+    /// `None` says nothing. Wait-free; linearized at the read of the state.
+    #[inline]
+    pub fn follow(&self, parent: Link, tokens: &[i32]) -> Option<Link> {
+        let link = Link(self.nodes[parent.index()].below.load(Ordering::Acquire)); // Acquire: partner the store in `Tree::publish`
+        if link.is_nil() {
+            return None;
         }
-        std::hint::black_box(touched);
+        let index = link.index();
+        let n = &self.nodes[index];
+        let same = n.parent.get() == parent.0 && self.has_tokens(index, tokens);
+        let live = same && n.state().is_live();
+        (live && self.is(link)).then_some(link)
     }
 
     /// One search from a head. `Err`: a node was recycled under it.
@@ -70,18 +82,33 @@ impl Tree {
         }
         let n = &self.nodes[index];
         n.parent.get() == parent.0
-            && n.lost.get() == 0
             && (!parent.is_nil() || n.scope.iter().zip(root.digest).all(|(a, b)| a.get() == b))
     }
 
+    #[inline]
     fn has_tokens(&self, index: usize, tokens: &[i32]) -> bool {
         debug_assert_eq!(tokens.len(), self.t);
         let words = self.t.div_ceil(2);
         let stored = &self.tokens[index * words..(index + 1) * words];
-        tokens
-            .chunks(2)
-            .zip(stored)
-            .all(|(pair, word)| word.get() == pack(pair))
+        match pairs_of(tokens) {
+            // Without a branch for each word: mostly all are equal.
+            Some(pairs) => {
+                let mut runs = pairs.chunks_exact(8);
+                let mut of = stored.chunks_exact(8);
+                let differ = |pairs: &[u64], words: &[Field]| {
+                    let both = pairs.iter().zip(words);
+                    both.fold(0, |differ, (pair, word)| differ | (pair ^ word.get())) != 0
+                };
+                !{ &mut runs }
+                    .zip(&mut of)
+                    .any(|(pairs, words)| differ(pairs, words))
+                    && !differ(runs.remainder(), of.remainder())
+            }
+            None => {
+                let mut pairs = tokens.chunks(2).zip(stored);
+                pairs.all(|(pair, word)| word.get() == pack(pair))
+            }
+        }
     }
 
     /// The child of `parent` that shares most leading tokens with `tokens` and has a page in every
@@ -115,6 +142,13 @@ impl Tree {
             }
         }
     }
+}
+
+/// The words of an even number of tokens, where they lie in memory as [`pack`] has them.
+#[inline]
+pub(super) fn pairs_of(tokens: &[i32]) -> Option<&[u64]> {
+    let pairs = bytemuck::try_cast_slice(tokens).ok()?;
+    cfg!(target_endian = "little").then_some(pairs)
 }
 
 /// Two tokens (or one) in a word.
