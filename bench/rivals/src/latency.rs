@@ -1,6 +1,7 @@
 //! How long single operations take by the wall clock: p50, p99, p99.9 and the longest, with and without a busy neighbour.
 //!
-//! The longest are mostly the machine's: interrupts, other processes. "nothing" is the clock around an empty operation.
+//! The longest are mostly the machine's: interrupts, other processes. "arithmetic" takes about 20 us without touching
+//! memory and shows how much; "nothing" is the clock around an empty operation.
 
 use crate::compare::fill;
 use crate::kvbm::Kvbm;
@@ -46,6 +47,13 @@ impl Times {
     }
 }
 
+/// What the machine does to anything that takes so long.
+fn controls(times: &mut Times) {
+    times.time("nothing", || black_box(()));
+    let step = |x: u64, i: u64| black_box(x.rotate_left(7) ^ i);
+    times.time("arithmetic", || (0..20_000).fold(1, step));
+}
+
 /// One request in its single operations: what is new is churned, then claimed again.
 fn core_operations(times: &mut Times, core: &Kvpool, prompt: &Prompt) {
     let mut request = times.time("create, nothing cached", || core.open(prompt, BLOCKS));
@@ -68,7 +76,7 @@ fn core_operations(times: &mut Times, core: &Kvpool, prompt: &Prompt) {
     times.time("close, 64 blocks claimed", || drop(request));
     times.time("evict 1 block", || core.evict(1));
     times.time("evict 64 blocks", || core.evict(BLOCKS));
-    times.time("nothing", || black_box(()));
+    controls(times);
 }
 
 fn kvbm_operations(times: &mut Times, kvbm: &Kvbm, prompt: &Prompt) {
@@ -81,7 +89,7 @@ fn kvbm_operations(times: &mut Times, kvbm: &Kvbm, prompt: &Prompt) {
     times.time("drop of 64 matched blocks", || drop(request));
     let evicted = times.time("allocate 64 blocks, evicting", || kvbm.evict(BLOCKS));
     times.time("drop of 64 empty blocks", || drop(evicted));
-    times.time("nothing", || black_box(()));
+    controls(times);
 }
 
 /// Operations of this thread, while `neighbour` does W2 in the same pool or nothing.

@@ -89,6 +89,18 @@ fn run(part: &str, given: &Given) -> Option<Value> {
     })
 }
 
+/// Where the figures come from.
+fn machine(effort: Effort) -> Value {
+    let cpu = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let model = cpu
+        .lines()
+        .find_map(|line| line.strip_prefix("model name")?.split(": ").nth(1));
+    let cores = std::thread::available_parallelism().map_or(0, usize::from);
+    let load = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    let load = load.split(' ').next().and_then(|load| load.parse::<f64>().ok());
+    json!({ "cpu": model, "cores": cores, "load_before": load, "rounds": effort.rounds, "calls": effort.calls })
+}
+
 fn main() {
     let given = given();
     let before = given
@@ -98,8 +110,7 @@ fn main() {
     let mut results: Map<String, Value> = before.map_or_else(Map::new, |text| {
         serde_json::from_str(&text).expect("JSON results")
     });
-    let effort = json!({ "rounds": given.effort.rounds, "calls": given.effort.calls });
-    results.insert("effort".into(), effort);
+    results.insert("machine".into(), machine(given.effort));
     let all = given.parts.is_empty();
     for part in PARTS
         .into_iter()
