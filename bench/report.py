@@ -21,6 +21,7 @@ import targets
 HERE = Path(__file__).parent
 SOURCES = {
     "rust": HERE / "results" / "rust.json",
+    "alone": HERE / "results" / "alone.json",
     "waiting": HERE / "results" / "waiting.json",
     "python": HERE / "rivals_py" / "results.json",
 }

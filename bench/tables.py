@@ -237,6 +237,37 @@ def python_trace(results: Results) -> str:
     return table(["blocks: hit rate, ns per block", *names], rows)
 
 
+def alone_blocks(results: Results) -> str:
+    """bench_w1_w2.py; its rounds of two threads are of 400 calls."""
+    found = results["alone"]
+    names = {
+        "W1: create, resume, block_tables, close": "w1_hot_claim_and_release[one pool]",
+        "W1 with a windowed pool besides": "w1_hot_claim_and_release[windowed pool besides]",
+        "W1, floor: dict with precomputed keys": "w1_floor_dict_of_precomputed_keys",
+        "W1, two threads (they take turns under CPython's lock)": "w1_two_threads",
+        "W2: create, resume, resize, commit, close": "w2_churn",
+        "W2, two threads, making the tokens included": "w2_two_threads",
+    }
+    rows = [
+        [name, pair([us / (400 if "threads" in test else 1) for us in found[test]])] for name, test in names.items()
+    ]
+    return table(["", "µs"], rows)
+
+
+def alone_w4(results: Results) -> str:
+    """bench_w4.py: what a case is by its test's name."""
+    found = results["alone"]
+    names = {
+        "16 waiting": "w4[{}]", "4,000 waiting": "w4_many_wait[{}, waiting 4000]",
+        "1,000 cached blocks": "w4_many_blocks[{}, cached 1000]",
+        "100,000 cached blocks": "w4_many_blocks[{}, cached 100000]", "host tier": "w4_more[{}, host]",
+        "windowed pool besides": "w4_more[{}, window]", "3 drafts": "w4_more[{}, drafts 3]",
+    }  # fmt: skip
+    kinds = ("A", "B asked", "C")
+    rows = [[name, *[pair(found.get(test.format(kind))) for kind in kinds]] for name, test in names.items()]
+    return table(["", "A", "B, asked in each step", "C"], rows)
+
+
 def readme(results: Results) -> str:
     """What README.md shows."""
     rows = []
@@ -259,5 +290,5 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "rust": rust, "threads": threads, "sizes": sizes, "chains": chains, "leaves": leaves, "pools": pools,
     "waiting": waiting, "latency": latency, "memory": memory, "allocations": allocations, "floors": floors,
     "rust-trace": rust_trace, "python-blocks": python_blocks, "w4": w4, "short": short, "python-trace": python_trace,
-    "readme": readme,
+    "alone-blocks": alone_blocks, "alone-w4": alone_w4, "readme": readme,
 }  # fmt: skip
