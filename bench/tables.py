@@ -22,8 +22,10 @@ def pair(ends: Sequence[float] | None) -> str:
 
 
 def bold(cells: dict[str, Sequence[float]], least: float | None = None) -> dict[str, str]:
-    """Pairs as text, the least median bold."""
+    """Pairs as text, the least median bold; a system alone wins nothing."""
     best = min(ends[1] for ends in cells.values()) if least is None else least
+    if least is None and len(cells) == 1:
+        best = -1.0
     return {name: f"**{pair(ends)}**" if ends[1] == best else pair(ends) for name, ends in cells.items()}
 
 
