@@ -1,6 +1,7 @@
 """When memory is short: what a pool smaller than the need costs in steps and in tokens computed twice.
 
     .venv/bin/python bench/memory_short.py [--json PATH] [--chunk N] [--tiers none,full] [--ratios 0.8,0.7,0.5]
+                                           [--victims newest,cheapest] [--admissions latency,throughput]
 
 256 requests of 1,024 prompt tokens (no two alike) and 512 outputs arrive at once; a step has at most 8,192 tokens and
 256 requests, blocks have 16 tokens. The pool has a share of the 256 * 96 blocks that all requests need together. The
@@ -10,6 +11,8 @@ executor computes nothing: every figure is a count and repeats exactly.
 
 A second table has requests of 256 to 2,047 prompt tokens that stop by themselves after 64 to 511 of 512 outputs: the
 scheduler learns how long outputs get, and errs. It shows what the choice of the victim is worth.
+
+Admission "throughput" is another rule without a host tier, and says nothing with one: there it has no row.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import argparse
 import json
 import time
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +54,7 @@ class Outcome:
     ratio: float
     host: str
     victim: str
+    admission: str
     steps: int
     extra_tokens: int
     extra_percent: float
@@ -61,12 +66,12 @@ class Outcome:
     cpu_s: float
 
 
-def build(slots: int, tiered: bool, victim: str, chunk: int | None) -> Scheduler:
+def build(slots: int, tiered: bool, victim: str, chunk: int | None, admission: str) -> Scheduler:
     """A scheduler over one full-attention pool, books only."""
     config = CacheConfig(T, [PoolConfig("kv", 1)], slots + 1, hash_seed=1)
     plan = PoolPlan({"kv": 1}, {"kv": slots}, {"kv": slots if tiered else 0}, config.device_bytes)
     manager = KVCacheManager(config, None, plan=plan)
-    return Scheduler(manager, SchedulerConfig(MAX_BATCH, MAX_TOKENS, chunk, victim=victim))
+    return Scheduler(manager, SchedulerConfig(MAX_BATCH, MAX_TOKENS, chunk, victim=victim, admission=admission))
 
 
 def execute(step: Step, lengths: Lengths) -> dict[int | str, list[int]]:
@@ -78,9 +83,16 @@ def execute(step: Step, lengths: Lengths) -> dict[int | str, list[int]]:
     }
 
 
-def run(ratio: float, tiered: bool, victim: str, chunk: int | None, lengths: Lengths = EQUAL) -> Outcome:
+def run(
+    ratio: float,
+    tiered: bool = False,
+    victim: str = "newest",
+    admission: str = "latency",
+    lengths: Lengths = EQUAL,
+    chunk: int | None = T,
+) -> Outcome:
     """All requests to their ends."""
-    scheduler = build(int(blocks(lengths) * ratio), tiered, victim, chunk)
+    scheduler = build(int(blocks(lengths) * ratio), tiered, victim, chunk, admission)
     rng = np.random.default_rng(0)
     requests = [
         Request(i, rng.integers(0, 2**31 - 1, prompt, np.int32), OUTPUT, stop_token_ids=[STOP])
@@ -106,7 +118,7 @@ def run(ratio: float, tiered: bool, victim: str, chunk: int | None, lengths: Len
     stats = scheduler.stats
     assert extra == stats.recomputed_tokens, f"{extra} tokens executed twice, {stats.recomputed_tokens} counted"
     return Outcome(
-        ratio, "full" if tiered else "none", victim, steps, extra, round(100 * extra / tokens, 2),
+        ratio, "full" if tiered else "none", victim, admission, steps, extra, round(100 * extra / tokens, 2),
         round(ends / REQUESTS, 1), stats.recomputed, stats.suspended,
         scheduler.manager.stats().onboarded, most, round(cpu, 2),
     )  # fmt: skip
@@ -115,7 +127,7 @@ def run(ratio: float, tiered: bool, victim: str, chunk: int | None, lengths: Len
 def report(o: Outcome) -> Outcome:
     """Print a row."""
     print(
-        f"| {o.ratio} | {o.host} | {o.victim} | {o.steps} | {o.extra_percent} % | {o.mean_end} "
+        f"| {o.ratio} | {o.host} | {o.victim} | {o.admission} | {o.steps} | {o.extra_percent} % | {o.mean_end} "
         f"| {o.recomputed} | {o.suspended} | {o.onboarded} | {o.cpu_s} |",
         flush=True,
     )
@@ -129,18 +141,26 @@ def main() -> None:
     parser.add_argument("--ratios", default="1,0.8,0.7,0.5")
     parser.add_argument("--tiers", default="none,full", help="host tier: none, or full (as large as the device pool)")
     parser.add_argument("--victims", default="newest,cheapest")
+    parser.add_argument("--admissions", default="latency,throughput")
     given = parser.parse_args()
+    rules = [
+        (tier == "full", float(ratio), victim, admission)
+        for tier, ratio, victim, admission in product(
+            given.tiers.split(","), given.ratios.split(","), given.victims.split(","), given.admissions.split(",")
+        )
+        if (tier, admission) != ("full", "throughput")
+    ]
     outcomes = {}
     for name, lengths in (("equal", EQUAL), ("mixed", mixed())):
         print(f"\n{name} lengths, {blocks(lengths):,} blocks needed in all\n")
-        columns = "pool / need, host tier, victim, steps, extra, mean end, recomputes, suspensions, onboarded, CPU s"
-        print(f"| {columns.replace(', ', ' | ')} |")
-        print("| --- " * 10 + "|")
+        columns = (
+            "pool / need, host tier, victim, admission, steps, extra, mean end, recomputes, suspensions, onboarded"
+        )
+        print(f"| {columns.replace(', ', ' | ')} | CPU s |")
+        print("| --- " * 11 + "|")
         outcomes[name] = [
-            asdict(report(run(ratio, tier == "full", victim, given.chunk or None, lengths)))
-            for tier in given.tiers.split(",")
-            for ratio in map(float, given.ratios.split(","))
-            for victim in given.victims.split(",")
+            asdict(report(run(ratio, tiered, victim, admission, lengths, given.chunk or None)))
+            for tiered, ratio, victim, admission in rules
         ]
     if given.json:
         given.json.write_text(json.dumps(outcomes, indent=1) + "\n")

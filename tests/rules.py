@@ -8,6 +8,7 @@ from typing import Any
 from unittest.mock import patch
 
 from kvpool.scheduler import config, passes, scheduler, starts, victims
+from kvpool.scheduler.bulk import Bulk
 from kvpool.scheduler.memory import Memory
 from kvpool.scheduler.scheduler import Scheduler
 
@@ -72,12 +73,12 @@ def whatever_tiers_exist() -> Iterator[None]:
 @contextmanager
 def suspended_ones_included() -> Iterator[None]:
     """Suspended requests are never freed."""
-    candidates = victims._candidates
+    candidates = victims.candidates
 
     def running(world: Any, run: Any, entry: Any) -> Iterator[Any]:
         return (other for other in candidates(world, run, entry) if other.request.state == "RUNNING")
 
-    with patch.object(victims, "_candidates", running):
+    with patch.object(victims, "candidates", running):
         yield
 
 
@@ -146,6 +147,14 @@ def all_or_nothing() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def kept_out_until_an_end() -> Iterator[None]:
+    """Where many gave way together nobody starts ever after."""
+    for_ever = property(lambda bulk: bulk._gone is not None)
+    with patch.multiple(Bulk, ended=lambda *_: None, go_on=lambda *_: None, keeps_out=for_ever):
+        yield
+
+
 class _NoVictim(Exception):
     pass
 
@@ -164,6 +173,6 @@ RULES: dict[str, Leaving] = {
     for rule in (
         age, fits_alone, nothing_before_the_start, older_wins, whatever_tiers_exist, suspended_ones_included,
         later_chunks, no_start_past_a_refused_one, not_in_the_same_pass, bounded_bypass, bounded_starts,
-        fenced_means_wait, all_or_nothing,
+        fenced_means_wait, all_or_nothing, kept_out_until_an_end,
     )
 }  # fmt: skip

@@ -66,6 +66,7 @@ class Scenario:
     optimism: float = 1.0  # share of max_new_tokens that the scheduler expects at first
     as_list: bool = False  # requests are given to each schedule call
     victim: str = "newest"
+    admission: str = "latency"
     jobs: tuple[Job, ...] = ()
 
 
@@ -123,7 +124,25 @@ def generate(seed: int) -> Scenario:
     if r.random() < 0.1:  # one at a time, several in flight, and cancelled there: slots come back late
         jobs = tuple(replace(job, cancel=r.choice([None, r.randint(2, 20)])) for job in scenario.jobs)
         scenario = replace(scenario, batch=1, started=5, depth=2, optimism=0.0, reservation="none", jobs=jobs)
-    return scenario
+    if r.random() < 0.5:
+        return scenario
+    scenario = replace(scenario, admission="throughput")
+    return _crowded(scenario, r) if r.random() < 0.3 else scenario
+
+
+def _crowded(scenario: Scenario, r: random.Random) -> Scenario:
+    """All contexts fit at first, and not all ends: many give way together."""
+    number, prompt, new = r.randint(3, 7), r.randint(1, 2 * scenario.t), r.randint(4, 6 * scenario.t)
+    first, last = ((-(-tokens // scenario.t)) for tokens in (prompt + 1, prompt + new))
+    device = tuple(r.randint(max(last, number * first), max(last, number * last)) for _ in scenario.windows)
+    jobs = tuple(
+        Job(prompt, max(1, new - r.choice([0, 0, 0, 1, new // 2])), family=i, arrival=r.choice([0, 0, 0, 0, 4]))
+        for i in range(number)
+    )
+    return replace(
+        scenario, device=device, host=(0,) * len(device), batch=8, started=None, tokens=max(scenario.tokens, 48),
+        draft_model=device if scenario.draft_model else (), optimism=1.0, jobs=jobs,
+    )  # fmt: skip
 
 
 class Broken(AssertionError):
@@ -151,7 +170,9 @@ class World:
         draft = max((job.draft for job in s.jobs), default=0)
         self.managers = [manager_of(s, slots, draft) for slots in (s.device, s.draft_model) if slots]
         adapters = None if s.adapters is None else AdapterBudget({1: 1, 2: 1, 3: 1}, s.adapters)
-        config = SchedulerConfig(s.batch, s.tokens, s.chunk, s.bypass, s.started, adapters, victim=s.victim)
+        config = SchedulerConfig(
+            s.batch, s.tokens, s.chunk, s.bypass, s.started, adapters, victim=s.victim, admission=s.admission
+        )
         self.scheduler = Scheduler(self.managers[0], config, self.managers[1] if s.draft_model else None)
         self.scheduler.outlook.expect(s.optimism)
         self.config = config
@@ -305,6 +326,7 @@ class World:
         adapters = {request.lora_id for request in started} - {None}
         expect(self.config.adapters is None or len(adapters) <= self.config.adapters.budget, "adapters over budget")
         self.counts.update(suspended=len(step.suspended), recomputed=len(step.recompute))
+        self.counts["together"] += self.scenario.admission == "throughput" and len(step.recompute) > 1
 
     def launch(self, step: Step) -> None:
         self.steps += 1
@@ -389,7 +411,8 @@ def run(scenario: Scenario) -> World:
 
 PLAIN = {
     "draft_model": (), "optimism": 1.0, "as_list": False, "faults": 0.0, "depth": 1, "adapters": None, "chunk": None,
-    "started": None, "victim": "newest", "reservation": "none", "bypass": 16, "batch": 8, "tokens": 64,
+    "started": None, "victim": "newest", "admission": "latency", "reservation": "none", "bypass": 16, "batch": 8,
+    "tokens": 64,
 }  # fmt: skip
 
 

@@ -52,7 +52,7 @@ def test_random_scenarios_end_within_the_bound_or_are_refused_and_never_stall() 
                 pytest.fail(f"seed {failing} fails; shrunk: {small}: {fails(small)!r}")
     print(dict(counts))
     assert counts["scenarios"] == SCENARIOS
-    for kind in ("length", "stop", "cancelled", "error", "refused", "suspended", "recomputed"):
+    for kind in ("length", "stop", "cancelled", "error", "refused", "suspended", "recomputed", "together"):
         assert counts[kind] >= 50, kind
 
 
@@ -81,6 +81,7 @@ BREAKS: dict[str, Scenario] = {
     "all_or_nothing": Scenario(
         t=3, device=(10,), host=(20,), chunk=3, draft_model=(9,), jobs=(J(1, 2), J(10, 2), J(13, 1, family=2))
     ),
+    "kept_out_until_an_end": Scenario(device=(6,), admission="throughput", jobs=(J(2, 12), J(1, 12))),
 }  # fmt: skip
 
 

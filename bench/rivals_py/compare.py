@@ -26,6 +26,7 @@ SYSTEMS = {
     "vLLM 0.33.0": [str(RIVALS), str(HERE / "vllm_worker.py")],
     "SGLang 0.5.23": [str(RIVALS), str(HERE / "sglang_worker.py")],
 }
+THROUGHPUT = "kvpool, throughput"  # SchedulerConfig.admission; the first of SYSTEMS
 CASES: dict[str, dict[str, Any]] = {
     "A": {"kind": "A"},
     "B": {"kind": "B memory"},
@@ -113,10 +114,14 @@ def blocks(workers: list[Worker], rounds: int) -> dict[str, dict[str, list[int]]
 
 def short(workers: list[Worker]) -> dict[str, dict[str, Any]]:
     """{"lengths, pool / need": {system: {"steps": ..., "extra_percent": ..., "mean_end": ...}}}"""
+    asked: list[tuple[str, Worker, dict[str, str]]] = [(worker.name, worker, {}) for worker in workers]
+    asked.insert(1, (THROUGHPUT, workers[0], {"admission": "throughput"}))
     table: dict[str, dict[str, Any]] = {}
     for name, lengths in (("equal", memory_short.EQUAL), ("mixed", memory_short.mixed())):
         for ratio in (1.0, 0.8, 0.7, 0.5):
-            answers = {worker.name: worker.ask(do="short", ratio=ratio, lengths=lengths) for worker in workers}
+            answers = {
+                system: worker.ask(do="short", ratio=ratio, lengths=lengths, **more) for system, worker, more in asked
+            }
             table[f"{name}, {ratio}"] = {system: answer for system, answer in answers.items() if answer}
     return table
 

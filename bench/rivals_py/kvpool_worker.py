@@ -22,9 +22,9 @@ def w4_steps(number: int, warm: int, **case: Any) -> list[tuple[int, int]]:
     return steps(w4.World(w4.Case(**case)), number, warm)
 
 
-def short(ratio: float, lengths: list[tuple[int, int]]) -> dict[str, Any]:
+def short(ratio: float, lengths: list[tuple[int, int]], admission: str = "latency") -> dict[str, Any]:
     """See ../memory_short.py."""
-    outcome = memory_short.run(ratio, False, "newest", memory_short.T, lengths)
+    outcome = memory_short.run(ratio, admission=admission, lengths=lengths)
     return {name: getattr(outcome, name) for name in ("steps", "extra_percent", "mean_end")}
 
 

@@ -1,8 +1,8 @@
 """Who runs in the next step, with how many tokens, in which pages: one interleaved pass.
 
-`scheduler.py` wires the pass; `generation.py`, `contexts.py` and `starts.py` are its three phases; `victims.py` decides
-who gives way, `admission.py` who fits at all and who may start; `memory.py` is the way to the managers, `engine.py` the
-loop around it all. docs/LIVENESS.md has the rules and why they never stall.
+`scheduler.py` wires it; `passes.py` has two of its phases, `starts.py` the third; `victims.py` decides who gives way,
+`admission.py` who fits at all and who may start, `bulk.py` both for throughput; `memory.py` is the way to the managers,
+`engine.py` the loop around it all. docs/LIVENESS.md has the rules and why they never stall.
 """
 
 from kvpool.scheduler.config import AdapterBudget, SchedulerConfig

@@ -7,11 +7,14 @@ assumed to grow to its expected output.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from kvpool._core import Roster
 from kvpool.batches import scope_of
 from kvpool.errors import ConfigError, RequestTooLargeError
 from kvpool.scheduler.config import SchedulerConfig
 from kvpool.scheduler.memory import Claimed, Memory
-from kvpool.scheduler.request import Request
+from kvpool.scheduler.request import Entry, Request
 from kvpool.sizing import peak_slots
 
 
@@ -86,6 +89,7 @@ class Outlook:
         self._ended = 0
         self._share = 1.0
         self._caution = 0.0
+        self.error = 0.0  # mean, of the shares expected of those that ended
 
     @property
     def share(self) -> float:
@@ -102,6 +106,7 @@ class Outlook:
         """A request ended by itself."""
         self._ended += 1
         share = len(request.output_tokens) / request.max_new_tokens
+        self.error += (abs(share - self._share) - self.error) / min(self._ended, 256)
         self._share += (share - self._share) / min(self._ended, 256)
         self._caution *= 0.98
 
@@ -111,11 +116,19 @@ class Outlook:
 
 
 class Forecast:
-    """Started requests as they will grow, by pool; asked before each start of a pass."""
+    """Requests as they will grow, by pool: those of a roster, and those that are added."""
 
-    def __init__(self, memory: Memory, outlook: Outlook) -> None:
-        self._memory, self._share = memory, outlook.share
-        self._rows = memory.roster.forecast(self._share)
+    def __init__(self, memory: Memory, roster: Roster, share: float) -> None:
+        self._memory, self._share = memory, share
+        self._rows = roster.forecast(share)
+
+    def add(self, entry: Entry, available: list[int] | None = None) -> tuple[int, int, int] | None:
+        """A request that holds nothing counts from here on.
+
+        available: per pool, slots that can be had. If some pool would overflow it is not added: (pool, step, missing).
+        """
+        nothing = self._memory.nothing
+        return self._start(entry, self._memory.most(entry), nothing, nothing, available)
 
     def refuses(self, claim: Claimed, available: list[int]) -> str | None:
         """Why the claimed request must not start yet, or None: then it counts as started from here on.
@@ -123,7 +136,7 @@ class Forecast:
         available: per pool, slots that can be had besides what the claim has and was promised.
         """
         entry, at = claim.entry, 0
-        most = self._memory.most(entry, self._memory.chunk)
+        most = self._memory.most(entry)
         held = [s + t for s, t in zip(claim.shared, claim.taken, strict=True)]
         for side in self._memory.sides:
             blocks = -(-entry.length // side.config.tokens_per_block)
@@ -133,7 +146,7 @@ class Forecast:
                     name = self._memory.names()[at]
                     return f"{name} has {available[at]} slots for the {now} that its context needs now"
                 at += 1
-        over = self._start(claim, most, held, available)
+        over = self._start(entry, most, held, claim.taken, available)
         if over is None:
             return None
         pool, step, missing = over
@@ -145,13 +158,14 @@ class Forecast:
     def start(self, claim: Claimed) -> None:
         """The claimed request counts as started from here on."""
         held = [s + t for s, t in zip(claim.shared, claim.taken, strict=True)]
-        self._start(claim, self._memory.most(claim.entry, self._memory.chunk), held, None)
+        most = self._memory.most(claim.entry)
+        self._start(claim.entry, most, held, claim.taken, None)
 
     def _start(
-        self, claim: Claimed, most: list[int], held: list[int], available: list[int] | None
+        self, entry: Entry, most: list[int], held: list[int], back: Sequence[int], available: list[int] | None
     ) -> tuple[int, int, int] | None:
-        request = claim.entry.request
+        request = entry.request
         produced = len(request.output_tokens)
         return self._rows.start(
-            self._share, claim.entry.length, request.max_new_tokens, produced, most, held, list(claim.taken), available
+            self._share, entry.length, request.max_new_tokens, produced, most, held, back, available
         )

@@ -9,6 +9,7 @@ from kvpool.config import _int, _opt_int
 from kvpool.errors import ConfigError
 
 VICTIMS = ("newest", "cheapest")
+ADMISSIONS = ("latency", "throughput")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,12 @@ class SchedulerConfig:
     waiting one while it is refused. max_started: requests that hold pages, running or suspended (None: max_batch_size).
     adapters: None for no limit. victim: which of the younger requests gives way, "newest" or "cheapest" (the one whose
     return costs the fewest tokens).
+
+    admission: what starts where there is no tier below to suspend requests to; with one it says nothing. "latency": as
+    many as can grow to their expected ends together, so that hardly anything is computed again. "throughput": all that
+    wait, if their contexts fit now, else as "latency"; where memory runs short many give way at once, and return when
+    a request has ended. Work that is all there at once ends in fewer steps, at the cost of some tokens computed again
+    and of a later mean end. It gains where outputs become as long as expected.
     """
 
     max_batch_size: int
@@ -48,6 +55,7 @@ class SchedulerConfig:
     max_started: int | None = None
     adapters: AdapterBudget | None = None
     victim: str = field(default="newest", kw_only=True)
+    admission: str = field(default="latency", kw_only=True)
 
     def __post_init__(self) -> None:
         _int("max_batch_size", self.max_batch_size, 1)
@@ -64,6 +72,8 @@ class SchedulerConfig:
             raise ConfigError(f"adapters: {self.adapters!r} is not an AdapterBudget")
         if self.victim not in VICTIMS:
             raise ConfigError(f"victim: {self.victim!r} is none of {', '.join(VICTIMS)}")
+        if self.admission not in ADMISSIONS:
+            raise ConfigError(f"admission: {self.admission!r} is none of {', '.join(ADMISSIONS)}")
 
     @property
     def most_started(self) -> int:

@@ -26,8 +26,8 @@ class Claimed:
     entry: Entry
     why: str
     reused: int = 0
-    taken: tuple[int, ...] = ()  # per pool: slots that the claim and its promise took off what was available
-    shared: tuple[int, ...] = ()  # per pool: its pages that others had claimed
+    taken: Sequence[int] = ()  # per pool: slots that the claim and its promise took off what was available
+    shared: Sequence[int] = ()  # per pool: its pages that others had claimed
 
 
 class Side:
@@ -54,13 +54,17 @@ class Side:
     def claim(self, entries: Sequence[Entry], unit: int | None, budget: int, most: int | None = None) -> list[Claimed]:
         """See `Memory.claim`; reuses at most `most` tokens."""
         given = [(entry.request.token_slice(0, entry.length), *entry.key, entry.spec, most) for entry in entries]
-        results = self.view.claim(given, unit, budget)
-        ids = [entry.request.request_id for entry in entries[: len(results)]]
-        self.manager._enter(ids, [handle for _, handle, _, _, _ in results])
-        return [
-            Claimed(entry, why, reused, tuple(taken), tuple(shared))
-            for entry, (why, _, reused, taken, shared) in zip(entries, results, strict=False)
-        ]
+        claims, ids, handles = [], [], []
+        for entry, (why, handle, reused, taken, shared) in zip(
+            entries, self.view.claim(given, unit, budget), strict=False
+        ):
+            claims.append(Claimed(entry, why, reused, taken, shared))
+            if handle is not None:
+                ids.append(entry.request.request_id)
+                handles.append(handle)
+        if handles:
+            self.manager._enter(ids, handles)
+        return claims
 
     def provide(self, work: Sequence[Work], leave: Sequence[int]) -> list[int]:
         """See `Memory.provide`."""
@@ -86,7 +90,7 @@ class Memory:
     """All managers of a scheduler."""
 
     def __init__(self, manager: KVCacheManager, draft_manager: KVCacheManager | None, chunk: int | None = None) -> None:
-        self.chunk = chunk
+        self._chunk = chunk
         self.sides = [Side(manager)] + ([] if draft_manager is None else [Side(draft_manager)])
         self.alone = self.sides[0] if draft_manager is None else None
         self.slots = [slots for side in self.sides for slots in side.slots]
@@ -94,9 +98,10 @@ class Memory:
         self.reserves = any(self.decode_slots)
         self.nothing = [0] * len(self.slots)
         pools = [(side, pool) for side in self.sides for pool in side.pools]
-        self._tokens_per_block = [side.config.tokens_per_block for side, _ in pools]
+        self.tokens_per_block = [side.config.tokens_per_block for side, _ in pools]
         self._windowed = [(at, side, pool) for at, (side, pool) in enumerate(pools) if pool.window is not None]
-        self.roster = Roster([side.manager._core for side in self.sides])
+        cores = [side.manager._core for side in self.sides]
+        self.roster, self.no_roster = Roster(cores), Roster(cores)
         # A victim can be suspended to some use only if there is something below every pool.
         self.tiered = all(side.tiered for side in self.sides)
 
@@ -197,7 +202,10 @@ class Memory:
 
     def is_closing(self, entry: Entry) -> bool:
         """Whether an earlier cache of this id is closed and still in flight."""
-        return any(entry.request.request_id in side.manager._caches for side in self.sides)
+        request_id = entry.request.request_id
+        if self.alone:
+            return request_id in self.alone.manager._caches
+        return any(request_id in side.manager._caches for side in self.sides)
 
     # -- changes --------------------------------------------------------------------------------
 
@@ -234,8 +242,8 @@ class Memory:
             refused = next((claimed for claimed in both if claimed.why != "kept"), None)
             reused = [claimed.reused for claimed in both]
             if refused is None and min(reused) == max(reused):
-                taken = both[0].taken + both[1].taken
-                return Claimed(entry, "kept", reused[0], taken, both[0].shared + both[1].shared)
+                target, draft = both
+                return Claimed(entry, "kept", reused[0], [*target.taken, *draft.taken], [*target.shared, *draft.shared])
             self.free([entry])
             if refused is not None:
                 return refused
@@ -291,18 +299,24 @@ class Memory:
         handles = [side.cache(entry)._handle for side in self.sides]
         self.roster.insert(
             entry.age, request, request.request_id, handles, request.output_tokens, request._stops, len(entry.prompt),
-            request.max_new_tokens, request.draft_tokens, shared, self.most(entry, self.chunk),
+            request.max_new_tokens, request.draft_tokens, shared, self.most(entry),
         )  # fmt: skip
 
     def generates(self, entry: Entry) -> None:
         """From here on only its last token is to be computed."""
         entry.request._generates = True
-        self.roster.set_generates(entry.age, self.most(entry, 0))
+        self.roster.set_generates(entry.age, self.most(entry, generates=True))
 
-    def most(self, entry: Entry, chunk: int | None) -> list[int]:
-        """Per pool: slots that a request can come to hold with chunks of so many tokens (None: not chunked)."""
-        most = [-(-entry.limit // t) for t in self._tokens_per_block]
-        if self._windowed and chunk is not None:
+    def most(self, entry: Entry, generates: bool = False) -> list[int]:
+        """Per pool: slots that a request can come to hold with chunks of a context, or once it generates."""
+        if entry.most is None:
+            context = self._most(entry, self._chunk)
+            entry.most = (context, self._most(entry, 0) if self._windowed else context)
+        return entry.most[generates]
+
+    def _most(self, entry: Entry, chunk: int | None) -> list[int]:
+        most = [-(-entry.limit // t) for t in self.tokens_per_block]
+        if chunk is not None:
             k = max(chunk, 1 + entry.request.draft_tokens)
             for at, side, pool in self._windowed:
                 most[at] = min(most[at], window_slots(pool, side.config, k))

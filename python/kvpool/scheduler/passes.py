@@ -56,6 +56,8 @@ class Pass:
 
 def run_pass(scheduler: Scheduler, run: Pass) -> None:
     """Fills `run.step`."""
+    if scheduler.bulk:
+        scheduler.bulk.go_on(run)
     _generations(scheduler, run)
     _contexts(scheduler, run)
     if not run.started_refused:

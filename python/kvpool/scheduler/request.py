@@ -131,9 +131,13 @@ class Refusal:
         self.tokens = tokens  # that the step had left
         self.available = available  # per pool
 
+    def is_old(self, number: int) -> bool:
+        """Whether it does not hold any more in this pass, even if nothing has changed."""
+        return number - self.number >= RETRY
+
     def holds(self, now: Refusal) -> bool:
         """Whether nothing has got better since, and it is not long ago."""
-        same = self.changes == now.changes and now.number - self.number < RETRY and now.tokens <= self.tokens
+        same = self.changes == now.changes and now.tokens <= self.tokens and not self.is_old(now.number)
         return same and all(n <= before for n, before in zip(now.available, self.available, strict=True))
 
 
@@ -141,8 +145,8 @@ class Entry:
     """What the scheduler knows of an unfinished request."""
 
     __slots__ = (
-        "adapter", "age", "bypassed", "home", "key", "limit", "lost", "prompt", "refusal", "request", "spec", "started",
-        "why",
+        "adapter", "age", "bypassed", "home", "key", "limit", "lost", "most", "prompt", "refusal", "request", "spec",
+        "started", "why",
     )  # fmt: skip
 
     def __init__(self, request: Request, age: int, home: object) -> None:
@@ -151,6 +155,7 @@ class Entry:
         self.age = age  # in the order in which the scheduler first saw them
         self.prompt = request._prompt
         self.limit = len(self.prompt) + request.max_new_tokens - 1  # tokens that are ever computed
+        self.most: tuple[list[int], list[int]] | None = None  # see `Memory.most`
         self.adapter = request.lora_id
         self.key: tuple[bytes, int | None] = scope_key(scope_of(request))
         self.spec: RetentionSpec | None = retention_spec(request.retention)
@@ -169,6 +174,11 @@ class Entry:
     def rest(self) -> int:
         """Tokens to be computed before the next one comes out."""
         return self.length - self.request.num_computed
+
+    def left(self, share: float) -> int:
+        """Outputs until it ends, as expected; at least one."""
+        request = self.request
+        return max(1, round(share * request.max_new_tokens) - len(request.output_tokens))
 
     @property
     def generates(self) -> bool:

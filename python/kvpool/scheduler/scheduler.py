@@ -14,33 +14,25 @@ import threading
 from bisect import bisect_left, insort
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from heapq import merge
 from operator import attrgetter
 
 from kvpool.errors import ConfigError, KVPoolError, LogicError, StalledError
 from kvpool.manager import KVCacheManager
 from kvpool.scheduler.admission import Outlook, check_request
+from kvpool.scheduler.bulk import Bulk
 from kvpool.scheduler.config import SchedulerConfig
 from kvpool.scheduler.guard import alone
 from kvpool.scheduler.memory import Memory
 from kvpool.scheduler.passes import Pass, run_pass
-from kvpool.scheduler.request import Entry, Refusal, Request, RequestState
-from kvpool.scheduler.step import Context, Step
+from kvpool.scheduler.request import Entry, Request, RequestState
+from kvpool.scheduler.starts import LastRefused
+from kvpool.scheduler.step import Context, SchedulerStats, Step
 from kvpool.scheduler.updates import apply_outputs, as_outputs
 
 __all__ = ["Pass", "Scheduler", "SchedulerStats"]
 
 _AGE = attrgetter("age")
-
-
-@dataclass(slots=True)
-class SchedulerStats:
-    """Counted since construction: passes with work, preemptions, tokens computed again."""
-
-    steps: int = 0
-    suspended: int = 0
-    recomputed: int = 0
-    recomputed_tokens: int = 0
 
 
 class Scheduler:
@@ -63,6 +55,7 @@ class Scheduler:
         self.manager, self.draft_manager, self.config = manager, draft_manager, config
         self.memory = Memory(manager, draft_manager, config.chunk_tokens)
         self.outlook = Outlook()
+        self.bulk = Bulk(self) if config.admission == "throughput" and not self.memory.tiered else None
         self.stats = SchedulerStats()
         self.started: list[Entry] = []
         self.contexts: list[Entry] = []  # those of them that do not generate
@@ -71,7 +64,7 @@ class Scheduler:
         self._lost: list[Request] = []  # freed because a move failed, since the last pass
         self._known: dict[int | str, Entry] = {}
         self.ages = 0  # requests that were ever seen
-        self.all_refused: tuple[Refusal | None, int] = (None, 0)  # see `starts`
+        self.last_refused: LastRefused | None = None
         self._fresh: OrderedDict[int, Entry] = OrderedDict()  # by age, never started
         self._returned: list[Entry] = []  # freed to be computed again, by age
         self._incoming: deque[Entry] = deque()  # added by any thread, not yet seen
@@ -139,6 +132,8 @@ class Scheduler:
             return f"request {request_id!r} is in a step in flight"
         if entry.started and entry.generates and request.state is RequestState.RUNNING:
             return f"request {request_id!r} is RUNNING: older requests used up the tokens or places of the step"
+        if not entry.started and self.bulk and self.bulk.keeps_out:
+            return f"request {request_id!r} is WAITING: memory ran short, and nobody starts before a request has ended"
         return f"request {request_id!r} is {request.state.value}: {entry.why}"
 
     def _see_incoming(self) -> None:
@@ -368,16 +363,8 @@ class Scheduler:
 
     def waiting(self) -> Iterator[Entry]:
         """All that wait, the oldest first. Changes end the iteration."""
-        returned, fresh = iter(self._returned), iter(self._fresh.values())
-        one, other = next(returned, None), next(fresh, None)
-        while one is not None or other is not None:
-            if other is None or (one is not None and one.age < other.age):
-                assert one is not None
-                yield one
-                one = next(returned, None)
-            else:
-                yield other
-                other = next(fresh, None)
+        fresh = self._fresh.values()
+        return merge(self._returned, fresh, key=_AGE) if self._returned else iter(fresh)
 
     def younger(self, entry: Entry) -> Iterator[Entry]:
         """Started requests younger than this one, the newest first."""
@@ -404,8 +391,8 @@ class Scheduler:
         """A waiting request has got its first pages."""
         self._leave_waiting(entry)
         self.changes += 1
-        insort(self.started, entry, key=_AGE)
-        insort(self.contexts, entry, key=_AGE)
+        _insert(self.started, entry)
+        _insert(self.contexts, entry)
         entry.started = True
         entry.request._computed = reused
         self.memory.enter(entry, shared)
@@ -441,7 +428,6 @@ class Scheduler:
     def recompute(self, run: Pass, entry: Entry, why: str) -> None:
         """A started request loses its pages and waits, as old as it is."""
         self._free(entry, why)
-        self.outlook.recomputed()
         run.gave_way(entry)
         if entry.request in run.step.suspended:
             run.step.suspended.remove(entry.request)
@@ -465,6 +451,8 @@ class Scheduler:
         if entry.started:
             self.memory.free([entry])
             self._leave_started(entry)
+            if self.bulk:
+                self.bulk.ended()
         elif entry.age >= 0:
             self._leave_waiting(entry)
         del self._known[request.request_id]
@@ -489,6 +477,14 @@ class Scheduler:
     def _leave_waiting(self, entry: Entry) -> None:
         if self._fresh.pop(entry.age, None) is None:
             self._returned.remove(entry)
+
+
+def _insert(entries: list[Entry], entry: Entry) -> None:
+    """By age; most that start are the youngest."""
+    if not entries or entries[-1].age < entry.age:
+        entries.append(entry)
+    else:
+        insort(entries, entry, key=_AGE)
 
 
 def _duplicate(request: Request) -> LogicError:

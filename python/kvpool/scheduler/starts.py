@@ -7,11 +7,12 @@ for every younger one that starts in the same pass; after `max_bypass` of them n
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvpool.scheduler.admission import Forecast
 from kvpool.scheduler.memory import Claimed, first_chunk
-from kvpool.scheduler.request import Entry, Refusal
+from kvpool.scheduler.request import Entry, Refusal, RequestState
 
 if TYPE_CHECKING:
     from kvpool.scheduler.scheduler import Pass, Scheduler
@@ -22,18 +23,32 @@ MOST_REFUSED = 16
 
 def start_waiting(scheduler: Scheduler, run: Pass) -> None:
     """First chunks for as many as there are places, tokens and pages for."""
-    starts = _Starts(scheduler, run)
-    if starts.all_wait_still():
+    if scheduler.bulk and scheduler.bulk.keeps_out:
         return
+    starts = _Starts(scheduler, run)
+    if starts.recall():
+        return
+    starts.see_whether_all_fit()
     while starts.may_go_on():
         batch = starts.next_batch()
         if not batch:
             break
         claims = scheduler.memory.claim(batch, scheduler.config.chunk_tokens, run.tokens)
-        starts.provide(starts.admit(claims))
+        if admitted := starts.admit(claims):
+            starts.provide(admitted)
         if len(claims) < len(batch):
             return  # the tokens are used up
     starts.remember()
+
+
+@dataclass(slots=True)
+class LastRefused:
+    """Of a pass in which nobody started: who was refused."""
+
+    entries: list[Entry]
+    may_be_blocked: bool
+    seen: int  # age of the youngest of them
+    ages: int  # requests that had been seen by then
 
 
 class _Starts:
@@ -48,11 +63,15 @@ class _Starts:
         self._now: Refusal | None = None
         self._same: tuple[Refusal | None, bool] = (None, False)
         self._started = 0
+        self._all_fit = False
+        self._ask_all = False
+        self._may_be_blocked = False  # some of them must not be overtaken; false alarms where they have gone
+        self._passed_over = False  # some that may be refused no more in the next pass
         self._in_vain = 0.0  # refused, those for their adapter counted as a quarter
 
     def _is_refused_still(self, entry: Entry) -> bool:
         """Whether its last refusal stands unasked. Never while nobody is started: then somebody has to be."""
-        if entry.refusal is None or not self._scheduler.started:
+        if entry.refusal is None or self._ask_all or not self._scheduler.started:
             return False
         if self._same[0] is not entry.refusal:
             if self._now is None:
@@ -60,24 +79,44 @@ class _Starts:
             self._same = (entry.refusal, entry.refusal.holds(self._now))
         return self._same[1] and not self._run.patient
 
-    def all_wait_still(self) -> bool:
-        """Whether the last pass looked at all that it may look at, in vain, and nothing has changed since."""
+    def recall(self) -> bool:
+        """Those whom the last pass refused, if it started nobody, are not asked if all would be again.
+
+        True: there is nobody else to look at.
+        """
         scheduler, run = self._scheduler, self._run
-        if run.world is not None or not scheduler.started or run.places <= 0 or run.patient:
+        last = scheduler.last_refused
+        if last is None or run.world is not None or not scheduler.started or run.places <= 0 or run.patient:
             return False
-        refusal, ages = scheduler.all_refused
-        if refusal is None or ages != scheduler.ages or not refusal.holds(self._refusal_now()):
-            return False
+        now, holds = self._refusal_now(), None
+        for entry in last.entries:
+            if entry.request.state is not RequestState.WAITING:
+                continue
+            refusal = entry.refusal
+            if refusal is None or (refusal is not holds and not refusal.holds(now)):
+                self._ask_all = refusal is not None and refusal.is_old(now.number)  # one pass for all of them
+                self._refused.clear()
+                return False
+            holds = refusal
+            self._refused.append(entry)
         run.waits = run.gave_up = True
-        return True
+        self._in_vain, self._may_be_blocked, self._seen = len(self._refused), last.may_be_blocked, last.seen
+        return last.ages == scheduler.ages and len(self._refused) == len(last.entries)
+
+    def see_whether_all_fit(self) -> None:
+        """Under admission "throughput": then no forecast is asked."""
+        scheduler = self._scheduler
+        if scheduler.bulk and self.may_go_on():
+            most = self._config.most_started - len(scheduler.started)
+            self._all_fit = scheduler.bulk.all_fit(self._waiting(), most)
 
     def remember(self) -> None:
-        """For `all_wait_still`."""
-        scheduler, run = self._scheduler, self._run
-        refusals = [entry.refusal for entry in self._refused if entry.refusal is not None]
-        in_vain = run.world is None and len(refusals) == len(self._refused) > 0 and not self._started
-        oldest = min(refusals, key=lambda refusal: refusal.number) if in_vain else None
-        scheduler.all_refused = (oldest, scheduler.ages)
+        """For `recall`."""
+        self._scheduler.last_refused = (
+            LastRefused(self._refused, self._may_be_blocked, self._seen, self._scheduler.ages)
+            if self._refused and not self._started and not self._passed_over and self._run.world is None
+            else None
+        )
 
     def _refusal_now(self) -> Refusal:
         run, scheduler = self._run, self._scheduler
@@ -107,11 +146,15 @@ class _Starts:
         batch: list[Entry] = []
         adapters = set(self._scheduler.adapters)
         for entry in self._waiting():
-            if entry.age <= self._seen or entry.age in run.gone or entry.request.request_id in run.busy:
+            if entry.age <= self._seen:
+                continue
+            if entry.age in run.gone or entry.request.request_id in run.busy:
+                self._passed_over = True
                 continue
             run.waits = True
             if self._memory.is_closing(entry):
                 entry.why = "its former pages are still in flight"
+                self._passed_over = True
                 continue
             if len(batch) >= most or self._is_blocked(None) or self._gives_up():
                 break
@@ -120,8 +163,7 @@ class _Starts:
                 break  # it depends on whether those of the batch start
             self._seen = entry.age
             if self._is_refused_still(entry):
-                self._refused.append(entry)
-                self._in_vain += 1
+                self._note(entry)
             elif not fits:
                 self._refuse_adapter(entry)
             else:
@@ -153,12 +195,17 @@ class _Starts:
         if self._now is None or self._now.changes != self._scheduler.changes:
             self._now = self._refusal_now()
         entry.refusal = None if again else self._now
+        self._note(entry)
+
+    def _note(self, entry: Entry) -> None:
+        """It is refused in this pass."""
         self._refused.append(entry)
         self._in_vain += 1
+        self._may_be_blocked |= entry.bypassed >= self._config.max_bypass
 
     def _is_blocked(self, entry: Entry | None) -> bool:
         """Whether an older one (None: any) was refused that must not be overtaken any more."""
-        if not self._refused:
+        if not self._may_be_blocked:
             return False
         most = self._config.max_bypass
         return any(r.bypassed >= most and (entry is None or r.age < entry.age) for r in self._refused)
@@ -195,6 +242,7 @@ class _Starts:
         for older in self._refused:
             if older.age < entry.age:
                 older.bypassed += 1
+                self._may_be_blocked |= older.bypassed >= self._config.max_bypass
 
     def _refusal(self, claim: Claimed, room: list[int], debts: list[int], first: bool) -> str | None:
         """Why a claim that was kept must not start, or None: then it counts as started."""
@@ -208,10 +256,10 @@ class _Starts:
                 if debt + more > n and not alone:
                     return f"{name} keeps {debt + more} decode slots for the started requests, {n} can be had"
             debts[:] = [debt + more for debt, more in zip(debts, own, strict=True)]
-        if self._memory.tiered:
+        if self._memory.tiered or self._all_fit:
             return None
         if self._forecast is None:
-            self._forecast = Forecast(self._memory, self._scheduler.outlook)
+            self._forecast = Forecast(self._memory, self._memory.roster, self._scheduler.outlook.share)
         if alone:
             self._forecast.start(claim)
             return None

@@ -1,8 +1,9 @@
-"""What one pass has decided."""
+"""What one pass has decided; what is counted over all of them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from kvpool.scheduler.request import Request
@@ -62,3 +63,13 @@ class Step:
         return (
             f"<kvpool step: {len(self.context)} contexts, {len(self.generation)} generations, {self.num_tokens} tokens>"
         )
+
+
+@dataclass(slots=True)
+class SchedulerStats:
+    """Counted since construction: passes with work, preemptions, tokens computed again."""
+
+    steps: int = 0
+    suspended: int = 0
+    recomputed: int = 0
+    recomputed_tokens: int = 0

@@ -1,14 +1,14 @@
 """What comes back from the executor: inputs are committed, outputs appended, requests end.
 
-Generations are the roster's, all in one call; here are last chunks, and whatever goes wrong.
+Generations are the roster's, all in one call; here are chunks, and whatever goes wrong.
 """
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from kvpool.arguments import Int32Array
 from kvpool.errors import LogicError
 from kvpool.scheduler.request import Entry
 from kvpool.scheduler.step import Context, Step
@@ -53,36 +53,25 @@ def _fail_strangers(scheduler: Scheduler, step: Step, given: Mapping[Any, Any]) 
 
 
 def _take_chunk(scheduler: Scheduler, entry: Entry, chunk: Context, given: Any) -> None:
+    request = entry.request
+    end = chunk.start + chunk.num_tokens
+    inputs = request.token_slice(chunk.start, end)
     if not chunk.is_last:
         if _count(given):
             _fail(scheduler, entry, f"{given!r} for a chunk that is not its last")
-        else:
-            _commit(scheduler, entry, chunk.num_tokens)
+        elif _commit(scheduler, entry, inputs):
+            request._computed = end
         return
-    request = entry.request
-    most = 1 + request.draft_tokens
-    try:
-        tokens = [operator.index(token) for token in given]
-    except Exception:  # whatever an executor's object raises: it fails that request alone
-        _fail(scheduler, entry, f"a {type(given).__name__}, which is not a list of tokens")
+    produced = len(request.output_tokens)
+    reason, wrong = scheduler.memory.roster.take(entry.age, given, inputs)
+    if wrong is not None:
+        _fail(scheduler, entry, wrong)
         return
-    if not 1 <= len(tokens) <= most:
-        _fail(scheduler, entry, f"{len(tokens)} tokens where 1 to {most} are due" if tokens else "no tokens")
-        return
-    if min(tokens) < 0 or max(tokens) >= 2**31:
-        _fail(scheduler, entry, f"{tokens!r}, which are not all in 0..2**31-1")
-        return
-    if not _commit(scheduler, entry, chunk.num_tokens):
-        return
-    tokens = tokens[: request.max_new_tokens - len(request.output_tokens)]
-    stop = None
-    if request._stops:
-        stop = next((at for at, token in enumerate(tokens) if token in request._stops), None)
-    request.output_tokens += tokens if stop is None else tokens[: stop + 1]
-    if stop is not None or len(request.output_tokens) >= request.max_new_tokens:
+    request._computed = end
+    if reason is not None:
         scheduler.outlook.ended(request)
-        scheduler.end(entry, "length" if stop is None else "stop")
-    elif len(tokens) == 1:
+        scheduler.end(entry, reason)
+    elif len(request.output_tokens) == produced + 1:
         scheduler.generates(entry)  # else what came out besides the next token is a chunk of its own
 
 
@@ -93,17 +82,14 @@ def _count(given: Any) -> int:
         return 1
 
 
-def _commit(scheduler: Scheduler, entry: Entry, num_tokens: int) -> bool:
+def _commit(scheduler: Scheduler, entry: Entry, inputs: Int32Array) -> bool:
     """Inputs whose pages the step wrote are final. False: the request failed."""
-    request = entry.request
-    start = request.num_computed
     try:
-        scheduler.memory.commit(entry, entry.request.token_slice(start, start + num_tokens))
+        scheduler.memory.commit(entry, inputs)
     except (KeyError, LogicError) as caught:
         error = caught if isinstance(caught, LogicError) else LogicError("its cache was closed by others")
         scheduler.end(entry, "error", error)
         return False
-    request._computed = start + num_tokens
     return True
 
 

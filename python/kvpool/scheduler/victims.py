@@ -58,7 +58,7 @@ def _comes_back(scheduler: Scheduler, short: Sequence[int]) -> bool:
     return any(short) and all(n <= returning for n, (_, returning) in zip(short, pressure, strict=True))
 
 
-def _candidates(scheduler: Scheduler, run: Pass, entry: Entry) -> Iterator[Entry]:
+def candidates(scheduler: Scheduler, run: Pass, entry: Entry) -> Iterator[Entry]:
     """Younger started requests that may give way, the newest first."""
     for other in scheduler.younger(entry):
         if not scheduler.is_busy(run, other) and not scheduler.memory.is_fenced(other):
@@ -67,23 +67,26 @@ def _candidates(scheduler: Scheduler, run: Pass, entry: Entry) -> Iterator[Entry
 
 def _give_way(scheduler: Scheduler, run: Pass, entry: Entry, short: Sequence[int]) -> bool:
     """One younger request gives way. False: there is none."""
-    candidates = list(_candidates(scheduler, run, entry))
+    younger = list(candidates(scheduler, run, entry))
     why = f"it gave way to the older request {entry.request.request_id!r}"
     if scheduler.memory.tiered:
-        for other in candidates:
+        for other in younger:
             if other.request.state is not RequestState.RUNNING:
                 continue
             pages = scheduler.memory.below(other)
             if pages is not None and any(n and moved for n, moved in zip(short, pages, strict=True)):
                 scheduler.suspend(run, other, why)
                 return True
-    victims = _worth_freeing(scheduler, candidates, short)
+    victims = _worth_freeing(scheduler, younger, short)
     if not victims:
         return False
     victim = victims[0]
     if scheduler.config.victim == "cheapest":
         victim = min(victims, key=lambda other: (other.request.num_computed, -other.age))
     scheduler.recompute(run, victim, why)
+    scheduler.outlook.recomputed()
+    if scheduler.bulk:
+        scheduler.bulk.gave_way(run, victim, entry)
     return True
 
 

@@ -15,6 +15,8 @@ use crate::pool::Owner;
 use crate::tree::{Holder, Root};
 use crate::types::{CacheState, Retain, RetentionSpec};
 use crate::words::Link;
+use std::borrow::Cow;
+use std::cell::Cell;
 
 /// State of one request's cache. To be given to `Core::close` in the end: dropping it loses its pages.
 #[derive(Debug)]
@@ -87,6 +89,63 @@ pub struct Cache {
     pub(crate) segment: u8,
 }
 
+/// The tables of a cache without their content.
+#[derive(Debug, Default)]
+struct Shell {
+    prompt: Vec<i32>,
+    tail: Vec<i32>,
+    nodes: Vec<Link>,
+    tables: Vec<Vec<u32>>,
+    stale_end: Vec<usize>,
+    units: [Vec<u32>; 7],
+    onboards: Vec<(u32, u32, u32)>,
+    lent: Vec<(u32, u32)>,
+    fenced: Vec<(u32, u32)>,
+}
+
+/// Shells that a thread keeps.
+const SHELLS: usize = 64;
+/// Tokens for which a shell keeps room.
+const MOST_KEPT: usize = 1 << 15;
+
+thread_local! {
+    static KEPT: Cell<Vec<Shell>> = const { Cell::new(Vec::new()) };
+}
+
+impl Shell {
+    /// One that was kept, or a new one, empty, for so many pools.
+    fn take(pools: usize) -> Self {
+        let mut kept = KEPT.take();
+        let mut shell = kept.pop().unwrap_or_default();
+        KEPT.set(kept);
+        shell.tables.resize_with(pools, Vec::new);
+        shell.stale_end.resize(pools, 0);
+        shell.units.iter_mut().for_each(|units| units.resize(pools, 0));
+        shell
+    }
+
+    /// Keeps it for the next cache, if there is a place.
+    fn give(mut self) {
+        if self.prompt.capacity() > MOST_KEPT {
+            self.prompt = Vec::new();
+        }
+        self.prompt.clear();
+        self.tail.clear();
+        self.nodes.clear();
+        self.tables.iter_mut().for_each(Vec::clear);
+        self.stale_end.clear();
+        self.units.iter_mut().for_each(Vec::clear);
+        self.onboards.clear();
+        self.lent.clear();
+        self.fenced.clear();
+        let mut kept = KEPT.take();
+        if kept.len() < SHELLS {
+            kept.push(self);
+        }
+        KEPT.set(kept);
+    }
+}
+
 /// How a cache was before a batch gave it slots.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Undo {
@@ -102,47 +161,94 @@ pub(crate) struct Undo {
 
 impl Cache {
     /// A SUSPENDED cache that holds nothing. Allocates what its later life needs.
-    pub(crate) fn new(core: &Core, root: Root, tokens: &[i32], retention: Option<RetentionSpec>) -> Self {
+    pub(crate) fn new(
+        core: &Core,
+        root: Root,
+        tokens: Cow<'_, [i32]>,
+        retention: Option<RetentionSpec>,
+    ) -> Self {
         let t = core.config.tokens_per_block as usize;
         let pools = core.pools.len();
         let most = core.config.max_seq_len.unwrap_or(0).div_ceil(t as u64) as usize;
         let room = most.max(tokens.len().div_ceil(t) + 1);
+        let mut shell = Shell::take(pools);
+        shell.nodes.reserve(room);
+        shell.tail.reserve(t);
+        shell.tables.iter_mut().for_each(|table| table.reserve(room));
+        shell.fenced.reserve(room * pools);
+        if core.tiered {
+            shell.onboards.reserve(room * pools);
+            shell.lent.reserve(pools);
+        }
+        let prompt = match tokens {
+            Cow::Owned(tokens) => tokens,
+            Cow::Borrowed(tokens) => {
+                shell.prompt.extend_from_slice(tokens);
+                shell.prompt
+            }
+        };
+        let [purse, promise, promise_before, far, debt, returning, paid] = shell.units;
         Self {
             core: core.id,
             state: CacheState::Suspended,
             key: root.key(),
             root,
-            prompt: tokens.to_vec(),
-            tail: Vec::with_capacity(t),
+            prompt,
+            tail: shell.tail,
             reused: 0,
             committed: 0,
             history: 0,
             capacity: 0,
-            nodes: Vec::with_capacity(room),
+            nodes: shell.nodes,
             detached: false,
             source: Link::NIL,
             source_pools: 0,
             copying: false,
-            tables: (0..pools).map(|_| Vec::with_capacity(room)).collect(),
-            stale_end: vec![0; pools],
-            purse: vec![0; pools],
-            promise: vec![0; pools],
-            promise_before: vec![0; pools],
+            tables: shell.tables,
+            stale_end: shell.stale_end,
+            purse,
+            promise,
+            promise_before,
             in_work: false,
             undo: None,
             pinned: false,
             parked: 0,
-            onboards: Vec::with_capacity(if core.tiered { room * pools } else { 0 }),
-            lent: Vec::with_capacity(if core.tiered { pools } else { 0 }),
-            far: vec![0; pools],
-            debt: vec![0; pools],
+            onboards: shell.onboards,
+            lent: shell.lent,
+            far,
+            debt,
             in_flight: 0,
-            returning: vec![0; pools],
-            paid: vec![0; pools],
-            fenced: Vec::with_capacity(room * pools),
+            returning,
+            paid,
+            fenced: shell.fenced,
             retention,
             segment: 0,
         }
+    }
+
+    /// A closed cache that holds nothing lends its tables to the next one of this thread.
+    pub(crate) fn shed(&mut self) {
+        use std::mem::take;
+        Shell {
+            prompt: take(&mut self.prompt),
+            tail: take(&mut self.tail),
+            nodes: take(&mut self.nodes),
+            tables: take(&mut self.tables),
+            stale_end: take(&mut self.stale_end),
+            units: [
+                take(&mut self.purse),
+                take(&mut self.promise),
+                take(&mut self.promise_before),
+                take(&mut self.far),
+                take(&mut self.debt),
+                take(&mut self.returning),
+                take(&mut self.paid),
+            ],
+            onboards: take(&mut self.onboards),
+            lent: take(&mut self.lent),
+            fenced: take(&mut self.fenced),
+        }
+        .give();
     }
 
     /// The deepest node of its path.

@@ -11,7 +11,7 @@
 //!
 //! find: lock-free (a restart means that a node was recycled meanwhile). publish, unlink: lock-free.
 
-use crate::sync::{weak, AtomicU64, Ordering, Weak};
+use crate::sync::{warm, weak, AtomicU64, Ordering, Weak};
 use crate::words::{Link, MARK};
 
 /// See the module.
@@ -49,6 +49,16 @@ impl Chains {
     /// The bucket of a hash.
     pub fn bucket(&self, hash: u64) -> usize {
         hash as usize & (self.heads.len() - 1)
+    }
+
+    /// Brings the head of a bucket closer.
+    pub fn warm_bucket(&self, bucket: usize) {
+        warm(&self.heads[bucket]);
+    }
+
+    /// Brings the link behind a node closer.
+    pub fn warm_next(&self, index: usize) {
+        warm(&self.next[index]);
     }
 
     /// The first link of a bucket; needed before a search whose miss is to be published.

@@ -67,7 +67,7 @@ fn check_tree(core: &Core) -> Result<()> {
             "node {i}: depth {} != {depth}",
             node.depth.get()
         );
-        if block && node.lost.get() == 0 {
+        if block && !tree.is_lost(i) {
             let tokens: Vec<i32> = tree.tokens(i).collect();
             let found = tree.child(&tree.root_of(i), parent, node.key.get(), &tokens);
             ensure!(found == Some(tree.at(i)), "node {i}: look-up finds {found:?}");
@@ -214,7 +214,9 @@ fn check_claims(core: &Core, caches: &[&Cache], pool: usize) -> Result<()> {
         for (&node, &slot) in cache.nodes.iter().zip(&cache.tables[pool]) {
             if slot != 0 {
                 let page = tree.page(pool, node.index()).slot();
-                let moves = core.tiered && cache.state != CacheState::Active;
+                // Copies that are out: another cache may have brought the page up first.
+                let waits = cache.state != CacheState::Active || cache.undo.is_some();
+                let moves = core.tiered && waits;
                 ensure!(
                     page == slot || (moves && page != 0),
                     "pool {pool}: a cache holds slot {slot} of {node:?}, which has {page}"

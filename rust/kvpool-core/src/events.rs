@@ -82,10 +82,23 @@ impl Events {
 
     /// Adds an event. Wait-free.
     pub fn push(&self, kind: EventKind, tier: Tier, pool: usize, key: u64, parent: Option<u64>) {
-        if self.slots.is_empty() {
+        if !self.slots.is_empty() {
+            self.put(self.last.next(), kind, tier, pool, key, parent);
+        }
+    }
+
+    /// Adds `n` events: pages of these pools (pool, key, parent) are in the tree, on the device. Wait-free.
+    pub fn push_stored(&self, n: usize, pages: impl Iterator<Item = (usize, u64, Option<u64>)>) {
+        if self.slots.is_empty() || n == 0 {
             return;
         }
-        let number = self.last.next();
+        let first = self.last.next_run(n as u64);
+        for (number, (pool, key, parent)) in (first..first + n as u64).zip(pages) {
+            self.put(number, EventKind::Stored, Tier::Device, pool, key, parent);
+        }
+    }
+
+    fn put(&self, number: u64, kind: EventKind, tier: Tier, pool: usize, key: u64, parent: Option<u64>) {
         let slot = &self.slots[number as usize % self.slots.len()];
         let before = slot.state.load(Ordering::Relaxed); // Relaxed: the CAS below decides
         if before & WRITING != 0 || before >> 1 > number {

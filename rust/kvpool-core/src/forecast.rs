@@ -34,32 +34,67 @@ impl Growth {
     }
 }
 
-/// The first step in which `rows` need more than `available` slots besides what they have, and how many more.
-///
-/// Sorts `rows` by their ends. Of n rows, n log n; n * n in the worst case where it is close.
-pub fn overflow(rows: &mut [Growth], tokens_per_block: u64, available: u64) -> Option<(u64, u64)> {
-    let t = tokens_per_block;
-    rows.sort_by_key(|row| row.steps);
-    let mut base: u64 = rows.iter().map(|row| row.extra(0, t)).sum();
-    let mut back = 0;
-    let mut at = 0;
-    while at < rows.len() {
-        let step = rows[at].steps;
-        let alive = &rows[at..];
-        let most = base + alive.len() as u64 * step.div_ceil(t);
-        if most > available + back {
-            let exact: u64 = alive.iter().map(|row| row.extra(step, t)).sum();
-            if exact > available + back {
-                return Some((step, exact - available - back));
-            }
-        }
-        while at < rows.len() && rows[at].steps == step {
-            base -= rows[at].extra(0, t);
-            back += rows[at].back;
-            at += 1;
+/// Requests that grow in one pool.
+#[derive(Debug)]
+pub struct Forecast {
+    tokens_per_block: u64,
+    /// By their ends, with `extra(0)` of each: a division that no question repeats.
+    rows: Vec<(Growth, u64)>,
+    /// The sum of those.
+    base: u64,
+}
+
+impl Forecast {
+    /// Of requests in any order.
+    pub fn new(tokens_per_block: u64, rows: Vec<Growth>) -> Self {
+        let extra = |row: Growth| (row, row.extra(0, tokens_per_block));
+        let mut rows: Vec<_> = rows.into_iter().map(extra).collect();
+        rows.sort_by_key(|(row, _)| row.steps);
+        let base = rows.iter().map(|(_, extra)| extra).sum();
+        Self {
+            tokens_per_block,
+            rows,
+            base,
         }
     }
-    None
+
+    /// One more; returns its place, for `remove`.
+    pub fn insert(&mut self, row: Growth) -> usize {
+        let extra = row.extra(0, self.tokens_per_block);
+        let at = self.rows.partition_point(|(other, _)| other.steps <= row.steps);
+        self.rows.insert(at, (row, extra));
+        self.base += extra;
+        at
+    }
+
+    /// Takes back the last insert.
+    pub fn remove(&mut self, at: usize) {
+        self.base -= self.rows.remove(at).1;
+    }
+
+    /// The first step in which they need more than `available` slots besides what they have, and how many more.
+    ///
+    /// Of n requests, n; n * n in the worst case where it is close.
+    pub fn overflow(&self, available: u64) -> Option<(u64, u64)> {
+        let t = self.tokens_per_block;
+        let (mut base, mut back, mut at) = (self.base, 0, 0);
+        while let Some(&(Growth { steps, .. }, _)) = self.rows.get(at) {
+            let alive = &self.rows[at..];
+            let most = base + alive.len() as u64 * steps.div_ceil(t);
+            if most > available + back {
+                let exact: u64 = alive.iter().map(|(row, _)| row.extra(steps, t)).sum();
+                if exact > available + back {
+                    return Some((steps, exact - available - back));
+                }
+            }
+            for (row, extra) in alive.iter().take_while(|(row, _)| row.steps == steps) {
+                base -= extra;
+                back += row.back;
+                at += 1;
+            }
+        }
+        None
+    }
 }
 
 #[cfg(all(test, not(any(kvpool_loom, kvpool_shuttle))))]
@@ -92,7 +127,7 @@ mod tests {
         let (mut over, mut runs) = (0, 0);
         while runs < 3000 {
             let t = 1 + random(5);
-            let mut rows: Vec<Growth> = (0..random(7))
+            let rows: Vec<Growth> = (0..random(7))
                 .map(|_| {
                     let tokens = 1 + random(20);
                     let held = random(tokens.div_ceil(t) + 1);
@@ -111,8 +146,19 @@ mod tests {
                 .collect();
             let available = random(20);
             let walked = walk(&rows, t, available);
-            let found = overflow(&mut rows, t, available);
+            let found = Forecast::new(t, rows.clone()).overflow(available);
             assert_eq!(found.is_some(), walked.is_some(), "{rows:?}, {t}, {available}");
+            let mut one_by_one = Forecast::new(t, vec![]);
+            for &row in &rows {
+                let at = one_by_one.insert(row);
+                one_by_one.remove(at);
+                one_by_one.insert(row);
+            }
+            assert_eq!(
+                one_by_one.overflow(available),
+                found,
+                "{rows:?}, {t}, {available}"
+            );
             over += usize::from(found.is_some());
             runs += 1;
         }

@@ -142,6 +142,16 @@ impl SlotPool {
         Some(slot)
     }
 
+    /// As `take`, up to `n` slots, appended.
+    pub fn take_many(&self, n: usize, slots: &mut Vec<u32>) {
+        let before = slots.len();
+        self.free.pop_many(n, slots, |index| index + 1);
+        let taken = (slots.len() - before) as u64;
+        if taken > 0 {
+            self.taken.add(taken);
+        }
+    }
+
     /// Remembers how many slots are not free by now.
     pub fn note_peak(&self) {
         self.peak.raise(self.taken.get());
@@ -203,23 +213,30 @@ impl SlotPool {
     /// Takes a free slot out of use for good, with its unit. `false`: it is not free now, or what is free is promised; or
     /// another thread was faster. O(free slots).
     pub fn retire(&self, slot: u32) -> bool {
-        if self.owner(slot) != Owner::Free || !self.reserve(1) {
+        if self.owner(slot) != Owner::Free {
             return false;
         }
         let mut others = Vec::new();
+        // A unit for each slot in hand: no promise rests on what nobody else can find meanwhile.
         let found = loop {
+            if !self.reserve(1) {
+                break false;
+            }
             match self.take() {
-                None => break false,
+                None => {
+                    self.unreserve(1);
+                    break false;
+                }
                 Some(other) if other == slot => break true,
                 Some(other) => others.push(other),
             }
         };
-        others.into_iter().rev().for_each(|other| self.give(other));
         if found {
             self.set_owner(slot, Owner::Retired);
-        } else {
-            self.unreserve(1);
         }
+        let units = others.len() as u32;
+        others.into_iter().rev().for_each(|other| self.give(other));
+        self.unreserve(units);
         found
     }
 

@@ -86,7 +86,7 @@ impl Core {
 
     /// The last claim on a node is about to end.
     pub(crate) fn record_use(&self, index: usize, stamp: Stamp) {
-        self.tree.nodes[index].used.raise(stamp.count);
+        self.tree.nodes[index].used.advance(stamp.count);
         if self.is_timed() && stamp != Stamp::NONE {
             let timing = &self.timing[index];
             timing.time.raise(stamp.time);

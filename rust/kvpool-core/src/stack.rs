@@ -62,20 +62,48 @@ impl Stack {
         }
     }
 
+    /// Takes up to `n` indices in one step, appended from the top down.
+    pub fn pop_many<T>(&self, n: usize, into: &mut Vec<T>, own: impl Fn(u32) -> T) {
+        let before = into.len();
+        let mut head = self.head.load(Ordering::Acquire); // Acquire: partner the CAS in `push_chain`
+        loop {
+            into.truncate(before);
+            let mut at = head as u32;
+            while at != NIL && into.len() - before < n {
+                into.push(own(at));
+                at = self.next[at as usize].load(Ordering::Relaxed); // Relaxed: a value of another turn fails the CAS by its tag
+            }
+            if into.len() == before {
+                return;
+            }
+            let (old, new) = (head, step(head, at));
+            // Acquire, on failure too: partner the CAS in `push_chain`.
+            match self
+                .head
+                .compare_exchange_weak(old, new, Ordering::Acquire, Ordering::Acquire)
+            {
+                Ok(_) => return,
+                Err(now) => head = now,
+            }
+        }
+    }
+
     /// Gives an index that the caller owns back.
     pub fn push(&self, index: u32) {
         self.push_chain(index, index);
     }
 
     /// Gives several back at once, the last on top.
-    pub fn push_all(&self, indices: &[u32]) {
-        let (Some(&first), Some(&last)) = (indices.first(), indices.last()) else {
+    pub fn push_each(&self, mut indices: impl Iterator<Item = u32>) {
+        let Some(first) = indices.next() else {
             return;
         };
-        for pair in indices.windows(2) {
-            self.next[pair[1] as usize].store(pair[0], Ordering::Relaxed); // Relaxed: published by the CAS in `push_chain`
+        let mut top = first;
+        for index in indices {
+            self.next[index as usize].store(top, Ordering::Relaxed); // Relaxed: published by the CAS in `push_chain`
+            top = index;
         }
-        self.push_chain(last, first);
+        self.push_chain(top, first);
     }
 
     fn push_chain(&self, top: u32, bottom: u32) {

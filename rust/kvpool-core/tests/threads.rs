@@ -141,7 +141,7 @@ impl Run<'_> {
             .map(|_| (0..2 + rng.below(12)).map(|_| rng.below(2) as i32).collect())
             .collect();
         let claims = prompts.iter().map(|tokens| Claim {
-            tokens,
+            tokens: tokens.into(),
             scope: [b"a".as_slice(), b"b"][scope],
             epoch: Some(epoch),
             retention: None,

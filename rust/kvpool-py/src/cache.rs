@@ -1,6 +1,6 @@
 //! The `Cache` class: one request's claims and pages, entered by one thread at a time.
 
-use crate::core::outcome;
+use crate::convert::outcome;
 use kvpool_core::{Cache as CoreCache, CoreError, Result};
 use pyo3::prelude::*;
 use std::collections::HashMap;
@@ -47,4 +47,14 @@ type Entered<'a> = MutexGuard<'a, CoreCache>;
 pub fn enter_all<'a>(py: Python<'_>, caches: &'a [Py<Cache>]) -> PyResult<Vec<(Entered<'a>, u32)>> {
     let enter = |(cache, times): (&'a Cache, u32)| Ok((outcome(py, cache.enter())?, times));
     distinct(caches).into_iter().map(enter).collect()
+}
+
+/// Runs a call of one cache.
+pub fn with<T>(
+    py: Python<'_>,
+    cache: &Bound<'_, Cache>,
+    f: impl FnOnce(&mut CoreCache) -> Result<T>,
+) -> PyResult<T> {
+    let result = cache.get().enter().and_then(|mut cache| f(&mut cache));
+    outcome(py, result)
 }

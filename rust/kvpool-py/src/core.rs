@@ -4,80 +4,19 @@
 //! one inside gets a `LogicError` instead of waiting. Calls of microseconds keep the GIL (letting it go costs more
 //! than it gives); those that walk all blocks let it go.
 
-use crate::cache::{distinct, enter_all, Cache};
-use crate::recorded::Recorded;
+use crate::cache::{distinct, enter_all, with, Cache};
+use crate::convert::{claim, int32s, outcome, plan, raise, retention, Copies, Ranges};
+use crate::recorded::{Offload, Recorded};
+use crate::tables;
 use kvpool_core::events::{Event, EventKind};
-use kvpool_core::types::{
-    CoreConfig, Mover, NoMover, PageCopy, PolicyKind, PoolSpec, RangeSpec, Retain, RetentionSpec,
-};
+use kvpool_core::types::{CoreConfig, Mover, NoMover, PageCopy, PolicyKind, PoolSpec, RetentionSpec};
 use kvpool_core::words::Tier;
-use kvpool_core::{Claim, CoreError};
 use pyo3::buffer::PyBuffer;
-use pyo3::exceptions::{PyMemoryError, PyValueError};
+use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedBytes;
-use pyo3::types::{PyByteArray, PyDict};
+use pyo3::types::PyDict;
 use std::collections::HashSet;
-
-pub fn raise(py: Python<'_>, error: CoreError) -> PyErr {
-    let (class, message) = match error {
-        CoreError::Value(message) => return PyValueError::new_err(message),
-        CoreError::Memory(message) => return PyMemoryError::new_err(message),
-        CoreError::State(message) => ("LogicError", message),
-        CoreError::Invariant(message) => ("InvariantError", message),
-    };
-    match py
-        .import("kvpool.errors")
-        .and_then(|errors| errors.getattr(class))
-    {
-        Ok(class) => match class.call1((message,)) {
-            Ok(error) => PyErr::from_value(error),
-            Err(error) => error,
-        },
-        Err(error) => error,
-    }
-}
-
-pub fn int32s(py: Python<'_>, tokens: &PyBuffer<i32>) -> PyResult<Vec<i32>> {
-    if tokens.dimensions() != 1 {
-        return Err(PyValueError::new_err("tokens must be one-dimensional"));
-    }
-    let tokens = tokens.to_vec(py)?;
-    match tokens.iter().position(|&token| token < 0) {
-        None => Ok(tokens),
-        Some(at) => Err(PyValueError::new_err(format!(
-            "tokens: {} at position {at} is not in 0..2**31-1",
-            tokens[at]
-        ))),
-    }
-}
-
-fn bytes_of(values: &[i32]) -> Vec<u8> {
-    values.iter().flat_map(|value| value.to_ne_bytes()).collect()
-}
-
-/// (pool, whether the source is on the host, source slot, destination slot)
-pub type Copies = Vec<(u32, bool, u32, u32)>;
-pub fn plan(copies: &[PageCopy]) -> Copies {
-    let copy = |c: &PageCopy| (c.pool, c.tier == Tier::Host, c.src, c.dst);
-    copies.iter().map(copy).collect()
-}
-
-/// Pages to the host by a Python callable (pool, device slot, host slot) -> whether it is done, both slots from 1.
-#[derive(Debug)]
-struct Offload(Py<PyAny>);
-
-impl Mover for Offload {
-    fn offload(&self, pool: usize, src: u32, dst: u32) -> bool {
-        Python::attach(|py| {
-            let done = self.0.call1(py, (pool, src, dst));
-            done.and_then(|done| done.extract(py)).unwrap_or(false)
-        })
-    }
-}
-
-/// ([(start, end, priority, seconds)], decode priority, decode seconds)
-pub type Ranges = (Vec<(u64, Option<u64>, u8, Option<f64>)>, u8, Option<f64>);
 
 /// Tree, pools and their books. `core()` before a call in which the time counts.
 #[pyclass(frozen, module = "kvpool._core")]
@@ -121,62 +60,10 @@ impl Core {
     }
 }
 
-fn retention((ranges, priority, duration): Ranges) -> RetentionSpec {
-    RetentionSpec {
-        ranges: ranges
-            .into_iter()
-            .map(|(start, end, priority, duration)| RangeSpec {
-                start,
-                end: end.unwrap_or(u64::MAX),
-                retain: retain(priority, duration),
-            })
-            .collect(),
-        decode: retain(priority, duration),
-    }
-}
-
-fn retain(priority: u8, duration: Option<f64>) -> Retain {
-    Retain {
-        priority,
-        duration: duration.unwrap_or(f64::INFINITY),
-    }
-}
-
-/// A claim of a batch: (epoch, retention), (fewest new tokens, most reused ones).
-pub fn claim<'a>(
-    tokens: &'a [i32],
-    scope: &'a [u8],
-    (epoch, ranges): (Option<u64>, &Option<Ranges>),
-    (least, most): (Option<u64>, Option<u64>),
-) -> Claim<'a> {
-    Claim {
-        tokens,
-        scope,
-        epoch,
-        retention: ranges.clone().map(retention),
-        least,
-        most,
-    }
-}
-
-/// Runs a call of one cache.
-fn with<T>(
-    py: Python<'_>,
-    cache: &Bound<'_, Cache>,
-    f: impl FnOnce(&mut kvpool_core::Cache) -> kvpool_core::Result<T>,
-) -> PyResult<T> {
-    let result = cache.get().enter().and_then(|mut cache| f(&mut cache));
-    outcome(py, result)
-}
-
 /// Per cache of a list: whether it is in a set.
 fn listed(caches: &[Py<Cache>], set: &HashSet<*const Cache>) -> Vec<bool> {
     let cache = |cache: &Py<Cache>| set.contains(&std::ptr::from_ref(cache.get()));
     caches.iter().map(cache).collect()
-}
-
-pub fn outcome<T>(py: Python<'_>, result: kvpool_core::Result<T>) -> PyResult<T> {
-    result.map_err(|error| raise(py, error))
 }
 
 #[pymethods]
@@ -260,7 +147,7 @@ impl Core {
         if self.core.is_timed() || retention.as_ref().is_some_and(RetentionSpec::is_timed) {
             self.read_clock(py)?;
         }
-        let cache = self.core.create(&tokens, scope, epoch, retention);
+        let cache = self.core.create(tokens, scope, epoch, retention);
         outcome(py, cache).map(Cache::new)
     }
 
@@ -306,7 +193,7 @@ impl Core {
             tokens.push(int32s(py, given)?);
         }
         let mut claims = Vec::with_capacity(requests.len());
-        for ((_, scope, epoch, ranges, least), tokens) in requests.iter().zip(&tokens) {
+        for ((_, scope, epoch, ranges, least), tokens) in requests.iter().zip(tokens) {
             let claim = claim(tokens, scope, (*epoch, ranges), (*least, None));
             timed |= claim.retention.as_ref().is_some_and(RetentionSpec::is_timed);
             claims.push(claim);
@@ -429,14 +316,7 @@ impl Core {
 
     /// Entries that the widest table of these caches has.
     fn widest(&self, py: Python<'_>, caches: Vec<Py<Cache>>, pool: usize) -> PyResult<usize> {
-        let mut widest = 0;
-        for cache in &caches {
-            let length = with(py, cache.bind(py), |cache| {
-                Ok(self.core.table(cache, pool)?.len())
-            })?;
-            widest = widest.max(length);
-        }
-        Ok(widest)
+        tables::widest(py, &self.core, &caches, pool)
     }
 
     /// Writes one row of slots per cache into `out` (C-contiguous, two-dimensional); the rest is `fill`.
@@ -448,39 +328,7 @@ impl Core {
         out: PyBuffer<i32>,
         fill: i32,
     ) -> PyResult<()> {
-        let columns = match out.shape() {
-            [rows, columns] if *rows >= caches.len() => *columns,
-            shape => {
-                return Err(PyValueError::new_err(format!(
-                    "out: shape {shape:?} has no room for {} rows",
-                    caches.len()
-                )))
-            }
-        };
-        if out.readonly() || !out.is_c_contiguous() {
-            return Err(PyValueError::new_err(
-                "out must be a writable C-contiguous int32 array",
-            ));
-        }
-        let mut cells = vec![fill; out.item_count()];
-        for (cache, row) in caches.iter().zip(cells.chunks_mut(columns.max(1))) {
-            with(py, cache.bind(py), |cache| {
-                let table = self.core.table(cache, pool)?;
-                if table.len() > columns {
-                    return Err(CoreError::Value(format!(
-                        "out: {columns} columns are narrower than a table of {} entries",
-                        table.len()
-                    )));
-                }
-                for (cell, &slot) in row.iter_mut().zip(table) {
-                    if slot != 0 {
-                        *cell = slot as i32;
-                    }
-                }
-                Ok(())
-            })?;
-        }
-        out.copy_from_slice(py, &cells)
+        tables::rows(py, &self.core, &caches, pool, &out, fill)
     }
 
     /// -> (indptr, indices, last_page_len) as int32 in native byte order
@@ -490,26 +338,8 @@ impl Core {
         caches: Vec<Py<Cache>>,
         pool: usize,
         tokens_per_block: u64,
-    ) -> PyResult<(
-        Bound<'py, PyByteArray>,
-        Bound<'py, PyByteArray>,
-        Bound<'py, PyByteArray>,
-    )> {
-        let (mut indptr, mut indices, mut last) = (vec![0i32], Vec::new(), Vec::new());
-        for cache in &caches {
-            with(py, cache.bind(py), |cache| {
-                indices.extend(self.core.table(cache, pool)?.iter().map(|&slot| slot as i32));
-                indptr.push(indices.len() as i32);
-                let capacity = self.core.info(cache)?.capacity;
-                last.push(match capacity {
-                    0 => 0,
-                    _ => ((capacity - 1) % tokens_per_block + 1) as i32,
-                });
-                Ok(())
-            })?;
-        }
-        let array = |values: &[i32]| PyByteArray::new(py, &bytes_of(values));
-        Ok((array(&indptr), array(&indices), array(&last)))
+    ) -> PyResult<tables::Csr<'py>> {
+        tables::csr(py, &self.core, &caches, pool, tokens_per_block)
     }
 
     /// All are fenced, or none.

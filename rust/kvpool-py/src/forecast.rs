@@ -1,19 +1,17 @@
 //! The `Forecast` class: started requests as they will grow, by pool.
 
-use crate::roster::steps;
-use kvpool_core::forecast::{overflow, Growth};
+use kvpool_core::forecast::Growth;
 use pyo3::prelude::*;
 use std::sync::Mutex;
 
 /// Asked before each start of a pass.
 #[pyclass(frozen, module = "kvpool._core")]
 pub struct Forecast {
-    /// Tokens per block, and rows; by pool.
-    pools: Mutex<Vec<(u64, Vec<Growth>)>>,
+    pools: Mutex<Vec<kvpool_core::forecast::Forecast>>,
 }
 
 impl Forecast {
-    pub fn new(pools: Vec<(u64, Vec<Growth>)>) -> Self {
+    pub fn new(pools: Vec<kvpool_core::forecast::Forecast>) -> Self {
         Self {
             pools: Mutex::new(pools),
         }
@@ -39,25 +37,32 @@ impl Forecast {
     ) -> Option<(usize, u64, u64)> {
         let mut pools = self.pools.try_lock().ok()?;
         let mut over = None;
-        for (pool, (t, rows)) in pools.iter_mut().enumerate() {
-            rows.push(Growth {
+        let mut places = Vec::with_capacity(pools.len());
+        for (pool, rows) in pools.iter_mut().enumerate() {
+            places.push(rows.insert(Growth {
                 steps: steps(share, new, produced),
                 tokens: length,
                 most: most[pool],
                 held: held[pool],
                 back: back[pool],
-            });
-            if over.is_none() {
-                let available = available.as_ref().and_then(|available| available.get(pool));
-                let found = available.and_then(|&available| overflow(&mut rows.clone(), *t, available));
+            }));
+            if let (None, Some(available)) = (over, &available) {
+                let found = rows.overflow(available[pool]);
                 over = found.map(|(step, missing)| (pool, step, missing));
             }
         }
         if over.is_some() {
-            pools.iter_mut().for_each(|(_, rows)| {
-                rows.pop();
-            });
+            for (rows, place) in pools.iter_mut().zip(places) {
+                rows.remove(place);
+            }
         }
         over
     }
+}
+
+/// Steps until a request ends, as expected; at least one.
+pub fn steps(share: f64, new: u64, produced: u64) -> u64 {
+    ((share * new as f64).round() as u64)
+        .saturating_sub(produced)
+        .max(1)
 }

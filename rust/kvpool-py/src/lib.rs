@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 mod cache;
+mod convert;
 mod core;
 mod forecast;
 mod kernels;
@@ -10,6 +11,7 @@ mod mover;
 mod recorded;
 mod roster;
 mod started;
+mod tables;
 
 use pyo3::prelude::*;
 

@@ -1,6 +1,6 @@
 //! The `Mover` and `Ticket` classes: page arrays and slots in, tickets out. Waits let the GIL go.
 
-use crate::core::raise;
+use crate::convert::raise;
 use kvpool_core::CoreError;
 use kvpool_mover::hazard::Hazard;
 use kvpool_mover::memory::{Pool, Region};

@@ -1,4 +1,5 @@
-//! The `Recorder` class: offloads that a core has decided on and nobody has made yet, and what becomes of bad pages.
+//! How a core's offloads are made: at once by a callable, or later by whoever takes the record of them; and what becomes of
+//! bad pages (the `Recorder` class).
 
 use crate::cache::Cache;
 use crate::core::Core;
@@ -24,6 +25,19 @@ impl Mover for Recorded {
     fn offload(&self, pool: usize, src: u32, dst: u32) -> bool {
         self.all().push((pool, src, dst));
         true
+    }
+}
+
+/// Pages to the host by a Python callable (pool, device slot, host slot) -> whether it is done, both slots from 1.
+#[derive(Debug)]
+pub struct Offload(pub Py<PyAny>);
+
+impl Mover for Offload {
+    fn offload(&self, pool: usize, src: u32, dst: u32) -> bool {
+        Python::attach(|py| {
+            let done = self.0.call1(py, (pool, src, dst));
+            done.and_then(|done| done.extract(py)).unwrap_or(false)
+        })
     }
 }
 

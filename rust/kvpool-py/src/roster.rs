@@ -6,10 +6,12 @@
 //! Items are sorted by age. `step == 0`: in no step; else the number of the step that it is in.
 
 use crate::cache::Cache;
-use crate::core::{outcome, plan, Copies, Core};
-use crate::forecast::Forecast;
+use crate::convert::{outcome, plan, Copies};
+use crate::core::Core;
+use crate::forecast::{steps, Forecast};
 use kvpool_core::forecast::Growth;
 use kvpool_core::types::{CacheState, PageCopy};
+use pyo3::buffer::PyBuffer;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyFrozenSet, PyList};
@@ -132,18 +134,23 @@ impl Roster {
         Ok(Some(resumed))
     }
 
-    /// Appends what came back for one generation and commits its inputs. `Ok(Some(reason))`: it ends.
-    fn take(
+    /// Appends what came back for a generation or a last chunk and commits its inputs: those of a chunk; of a generation
+    /// (None) its last token and what came back but the last. `Ok(Some(reason))`: it ends.
+    fn take_outputs(
         &self,
         py: Python<'_>,
         item: &Item,
         given: &Bound<'_, PyAny>,
+        chunk: Option<&[i32]>,
     ) -> PyResult<Result<Option<&'static str>, String>> {
         let Some(mut tokens) = read(given) else {
             return Ok(Err(format!("{}, which is not a list of tokens", given.repr()?)));
         };
         let most = 1 + item.drafts as usize;
-        if tokens.is_empty() || tokens.len() > most {
+        if tokens.is_empty() {
+            return Ok(Err("no tokens".to_owned()));
+        }
+        if tokens.len() > most {
             return Ok(Err(format!("{} tokens where 1 to {most} are due", tokens.len())));
         }
         if tokens
@@ -166,18 +173,24 @@ impl Roster {
                 }
             }
         }
-        let mut inputs = [0i32; 16];
+        let mut few = [0i32; 16];
         let mut long = Vec::new();
-        let inputs = if tokens.len() <= inputs.len() {
-            &mut inputs[..tokens.len()]
-        } else {
-            long.resize(tokens.len(), 0);
-            &mut long[..]
+        let inputs = match chunk {
+            Some(chunk) => chunk,
+            None => {
+                let inputs = if tokens.len() <= few.len() {
+                    &mut few[..tokens.len()]
+                } else {
+                    long.resize(tokens.len(), 0);
+                    &mut long[..]
+                };
+                inputs[0] = outputs.get_item(produced - 1)?.extract()?;
+                for (input, &token) in inputs[1..].iter_mut().zip(&tokens) {
+                    *input = token as i32;
+                }
+                inputs
+            }
         };
-        inputs[0] = outputs.get_item(produced - 1)?.extract()?;
-        for (input, &token) in inputs[1..].iter_mut().zip(&tokens) {
-            *input = token as i32;
-        }
         for (core, cache) in self.cores.iter().zip(&item.caches) {
             let mut entered = outcome(py, cache.get().enter())?;
             let core = core.get().core(py)?;
@@ -197,7 +210,7 @@ impl Roster {
 
 /// A short list of tokens; `None`: it is none.
 fn read(given: &Bound<'_, PyAny>) -> Option<Vec<i64>> {
-    if let Ok(list) = given.cast::<PyList>() {
+    if let Ok(list) = given.cast_exact::<PyList>() {
         return list.iter().map(|token| token.extract().ok()).collect();
     }
     given
@@ -404,7 +417,7 @@ impl Roster {
                 continue;
             };
             found += 1;
-            match self.take(py, item, &given)? {
+            match self.take_outputs(py, item, &given, None)? {
                 Ok(None) => {}
                 Ok(Some(reason)) => ended.push((item.age, reason)),
                 Err(what) => failed.push((item.age, what)),
@@ -413,10 +426,28 @@ impl Roster {
         Ok((found, ended, failed))
     }
 
+    /// What came back for a last chunk: its inputs are committed, outputs appended -> (why it ends or None, what was wrong
+    /// or None).
+    fn take(
+        &self,
+        py: Python<'_>,
+        age: u64,
+        given: &Bound<'_, PyAny>,
+        inputs: PyBuffer<i32>,
+    ) -> PyResult<(Option<&'static str>, Option<String>)> {
+        let items = self.items()?;
+        let item = &items[Self::find(&items, age)?];
+        let inputs = inputs.to_vec(py)?;
+        Ok(match self.take_outputs(py, item, given, Some(&inputs))? {
+            Ok(reason) => (reason, None),
+            Err(what) => (None, Some(what)),
+        })
+    }
+
     /// Started requests as they grow to the share of their new tokens that is expected.
     fn forecast(&self, py: Python<'_>, share: f64) -> PyResult<Forecast> {
         let items = self.items()?;
-        let mut pools: Vec<(u64, Vec<Growth>)> = Vec::new();
+        let mut pools = Vec::new();
         let mut at = 0;
         for (side, core) in self.cores.iter().enumerate() {
             let core = &core.get().core;
@@ -434,7 +465,7 @@ impl Roster {
                         back: held.saturating_sub(u64::from(item.shared[at])),
                     });
                 }
-                pools.push((t, rows));
+                pools.push(kvpool_core::forecast::Forecast::new(t, rows));
                 at += 1;
             }
         }
@@ -461,11 +492,4 @@ impl Roster {
         }
         Ok(debts)
     }
-}
-
-/// Steps until a request ends, as expected; at least one.
-pub fn steps(share: f64, new: u64, produced: u64) -> u64 {
-    ((share * new as f64).round() as u64)
-        .saturating_sub(produced)
-        .max(1)
 }

@@ -1,7 +1,8 @@
 //! The `Started` class: what the scheduler asks of a core, one call per phase.
 
 use crate::cache::{enter_all, Cache};
-use crate::core::{claim, int32s, outcome, plan, raise, Copies, Core, Ranges};
+use crate::convert::{claim, int32s, outcome, plan, raise, Copies, Ranges};
+use crate::core::Core;
 use kvpool_core::types::{PageCopy, RetentionSpec};
 use kvpool_core::Refusal;
 use pyo3::buffer::PyBuffer;
@@ -79,7 +80,7 @@ impl Started {
         }
         let mut timed = core.core.is_timed();
         let mut claims = Vec::with_capacity(requests.len());
-        for ((_, scope, epoch, ranges, most), tokens) in requests.iter().zip(&tokens) {
+        for ((_, scope, epoch, ranges, most), tokens) in requests.iter().zip(tokens) {
             let claim = claim(tokens, scope, (*epoch, ranges), (None, *most));
             timed |= claim.retention.as_ref().is_some_and(RetentionSpec::is_timed);
             claims.push(claim);

@@ -15,12 +15,13 @@ use crate::cache::Cache;
 use crate::error::Result;
 use crate::pool::SlotPool;
 use crate::types::RetentionSpec;
+use std::borrow::Cow;
 
 /// One request of a batch.
 #[derive(Debug, Clone)]
 pub struct Claim<'a> {
     /// Its tokens.
-    pub tokens: &'a [i32],
+    pub tokens: Cow<'a, [i32]>,
     /// Under which reuse is allowed.
     pub scope: &'a [u8],
     /// The manager's if `None`.
@@ -239,7 +240,7 @@ mod tests {
             }
             let prompts: [&[i32]; 3] = [&[1, 2, 3, 9, 9], &[1, 2, 3, 4, 5], &[6, 7]];
             let claims = prompts.iter().map(|&tokens| Claim {
-                tokens,
+                tokens: tokens.into(),
                 scope: b"",
                 epoch: None,
                 retention: None,

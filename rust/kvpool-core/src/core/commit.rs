@@ -1,12 +1,26 @@
 //! Commit: full blocks enter the tree, or give way to what the tree has.
 
+use super::create::{with_scratch, Scratch};
 use super::Core;
 use crate::cache::Cache;
 use crate::error::{CoreError, Result};
 use crate::pool::Owner;
-use crate::tree::Claimed;
+use crate::tree::{Claimed, Dead};
 use crate::types::Retain;
 use crate::words::{Link, Stamp, Tier, MAX_CLAIMS};
+
+/// Nodes that a commit takes at once.
+const AHEAD: usize = 32;
+/// Blocks whose memory is fetched side by side.
+const RUN: usize = 8;
+
+/// How a block is in the tree.
+enum Entered {
+    /// With the cache's own pages: no table entry changes.
+    New,
+    /// As the one that was there; `changed`: a table entry.
+    Joined { changed: bool },
+}
 
 /// Why a block did not enter the tree.
 enum Refused {
@@ -32,7 +46,9 @@ impl Core {
             )));
         }
         let prompt = cache.prompt.get(cache.committed as usize..).unwrap_or(&[]);
-        if let Some(at) = prompt.iter().zip(tokens).position(|(a, b)| a != b) {
+        let both = prompt.len().min(tokens.len());
+        if prompt[..both] != tokens[..both] {
+            let at = prompt.iter().zip(tokens).take_while(|(a, b)| a == b).count();
             return Err(CoreError::State(format!(
                 "commit: token {} at position {} differs from the prompt's {}",
                 tokens[at],
@@ -40,19 +56,7 @@ impl Core {
                 prompt[at]
             )));
         }
-        let t = self.config.tokens_per_block as usize;
-        let mut changed = false;
-        let mut rest = tokens;
-        while !rest.is_empty() {
-            let run = rest.len().min(t - cache.tail.len());
-            cache.tail.extend_from_slice(&rest[..run]);
-            cache.committed += run as u64;
-            rest = &rest[run..];
-            if cache.tail.len() == t {
-                changed |= self.commit_block(cache);
-                cache.tail.clear();
-            }
-        }
+        let mut changed = with_scratch(|scratch| self.commit_blocks(scratch, cache, tokens));
         if cache.committed > cache.history {
             cache.history = cache.committed;
             changed |= self.make_stale(cache);
@@ -61,23 +65,110 @@ impl Core {
         Ok(changed)
     }
 
-    /// The block in `tail` enters the tree, or the cache takes the tree's pages for it.
-    fn commit_block(&self, cache: &mut Cache) -> bool {
+    /// The full blocks among what is final now enter the tree; the rest waits in `tail`.
+    fn commit_blocks(&self, scratch: &mut Scratch, cache: &mut Cache, tokens: &[i32]) -> bool {
+        let t = self.config.tokens_per_block as usize;
+        let before = cache.deepest();
+        let mut left = (cache.tail.len() + tokens.len()) / t;
+        let mut changed = false;
+        let mut rest = tokens;
+        if !cache.tail.is_empty() {
+            let run = rest.len().min(t - cache.tail.len());
+            cache.tail.extend_from_slice(&rest[..run]);
+            rest = &rest[run..];
+            if cache.tail.len() == t {
+                let mut block = std::mem::take(&mut cache.tail);
+                changed |= self.commit_block(scratch, cache, &block, left);
+                left -= 1;
+                block.clear();
+                cache.tail = block;
+            }
+        }
+        let (whole, tail) = rest.split_at(rest.len() / t * t);
+        for run in whole.chunks(RUN * t) {
+            self.warm_run(scratch, cache, run, left);
+            for block in run.chunks_exact(t) {
+                changed |= self.commit_block(scratch, cache, block, left);
+                left -= 1;
+            }
+        }
+        cache.tail.extend_from_slice(tail);
+        cache.committed += tokens.len() as u64;
+        self.end_blocks(scratch, cache, before);
+        changed
+    }
+
+    /// Keys and nodes of the next blocks, and what will be touched to put them into the tree.
+    fn warm_run(&self, scratch: &mut Scratch, cache: &Cache, run: &[i32], left: usize) {
+        if cache.detached {
+            return;
+        }
+        let t = self.config.tokens_per_block as usize;
+        let mut key = cache.key;
+        scratch.ahead.clear();
+        for block in run.chunks_exact(t) {
+            key = self.tree.extend_key(key, block);
+            scratch.ahead.push(key);
+        }
+        self.stock(scratch, left);
+        let births = run
+            .chunks_exact(t)
+            .zip(&scratch.ahead)
+            .zip(scratch.nodes.iter().rev());
+        let births = births.map(|((block, &key), node)| (key, block[0], node.index() as u32));
+        self.tree.warm_births(&cache.root, cache.deepest(), births);
+        scratch.ahead.reverse();
+    }
+
+    /// What the blocks of a commit have in common: nodes that were too many, who holds the path, and what is told.
+    fn end_blocks(&self, scratch: &mut Scratch, cache: &Cache, before: Link) {
+        self.tree.recycle_all(scratch.nodes.drain(..));
+        let holder = cache.holder() as u64;
+        if before != cache.deepest() {
+            if !before.is_nil() {
+                self.tree.nodes[before.index()].holders.sub(holder);
+            }
+            self.tree.nodes[cache.deepest().index()].holders.add(holder);
+        }
+        let pages = scratch.entered.iter().flat_map(|&i| {
+            let pools = (0..self.pools.len()).filter(move |&pool| cache.tables[pool][i] != 0);
+            pools.map(move |pool| (pool, cache.nodes[i].index()))
+        });
+        self.events.push_stored(
+            pages.clone().count(),
+            pages.map(|(pool, index)| {
+                let (key, above) = self.keys_of(index);
+                (pool, key, above)
+            }),
+        );
+        scratch.entered.clear();
+        scratch.ahead.clear();
+    }
+
+    /// The next block enters the tree, or the cache takes the tree's pages for it. `left`: blocks to come, with this one.
+    fn commit_block(&self, scratch: &mut Scratch, cache: &mut Cache, block: &[i32], left: usize) -> bool {
         if cache.detached || cache.root.epoch < self.epoch() {
             cache.detached = true;
             return false;
         }
         let parent = cache.deepest();
-        let key = self.tree.extend_key(cache.key, &cache.tail);
+        let known = scratch.ahead.pop();
+        let key = known.unwrap_or_else(|| self.tree.extend_key(cache.key, block));
         let first = (cache.nodes.len() * self.config.tokens_per_block as usize) as u64;
         let retain = cache.retain(first);
         let changed = loop {
-            let done = match self.tree.child(&cache.root, parent, key, &cache.tail) {
+            let done = match self.tree.child(&cache.root, parent, key, block) {
                 Some(node) => self.join(cache, parent, node, retain),
-                None => self.enter(cache, parent, key, retain),
+                None => self
+                    .node_for(scratch, left)
+                    .and_then(|dead| self.enter(cache, dead, (parent, key), block, retain)),
             };
             match done {
-                Ok(changed) => break changed,
+                Ok(Entered::New) => {
+                    scratch.entered.push(cache.nodes.len() - 1);
+                    break false;
+                }
+                Ok(Entered::Joined { changed }) => break changed,
                 Err(Refused::Changed) => {}
                 Err(Refused::Full) => {
                     cache.detached = true;
@@ -85,46 +176,55 @@ impl Core {
                 }
             }
         };
-        let holder = cache.holder() as u64;
-        if !parent.is_nil() {
-            self.tree.nodes[parent.index()].holders.sub(holder);
-        }
-        self.tree.nodes[cache.deepest().index()].holders.add(holder);
         cache.key = key;
         changed
     }
 
-    /// A new node with the cache's own pages; no table entry changes.
+    fn stock(&self, scratch: &mut Scratch, left: usize) {
+        if scratch.nodes.is_empty() {
+            self.tree.take_nodes(left.min(AHEAD), &mut scratch.nodes);
+            scratch.nodes.reverse();
+        }
+    }
+
+    /// A node for the next of `left` blocks: those for all of them are taken at once.
+    fn node_for(&self, scratch: &mut Scratch, left: usize) -> std::result::Result<Dead, Refused> {
+        self.stock(scratch, left);
+        let dead = scratch.nodes.pop().or_else(|| self.take_node());
+        dead.ok_or(Refused::Full)
+    }
+
+    /// A new node with the cache's own pages.
     fn enter(
         &self,
         cache: &mut Cache,
-        parent: Link,
-        key: u64,
+        dead: Dead,
+        (parent, key): (Link, u64),
+        block: &[i32],
         retain: Retain,
-    ) -> std::result::Result<bool, Refused> {
+    ) -> std::result::Result<Entered, Refused> {
         let i = cache.nodes.len();
-        let dead = self.take_node().ok_or(Refused::Full)?;
         let index = dead.index();
         let link = self
             .tree
-            .write(&dead, &cache.root, parent, key, &cache.tail, retain.priority);
+            .write(&dead, &cache.root, parent, key, block, retain.priority);
         self.first_retain(index, retain);
         for pool in 0..self.pools.len() {
             let own = cache.tables[pool][i];
             if own != 0 {
-                let windowed = self.tree.windowed[pool];
                 self.pools[pool].set_key(own, key);
-                let active = u64::from(windowed && self.tiered);
-                self.tree.set_page(pool, index, own, u64::from(windowed), active);
+                if self.tree.windowed[pool] {
+                    let active = u64::from(self.tiered);
+                    self.tree.set_page(pool, index, own, 1, active);
+                } else {
+                    self.tree.put_page(pool, &dead, own);
+                }
             }
         }
         if self.tiered {
             self.tree.pin_first(&dead);
         }
-        if let Err((dead, _)) = self
-            .tree
-            .publish(dead, link, &cache.root, parent, key, &cache.tail)
-        {
+        if let Err((dead, _)) = self.tree.publish(dead, link, &cache.root, parent, key, block) {
             for pool in 0..self.pools.len() {
                 self.tree.unset_page(pool, &dead);
             }
@@ -138,14 +238,13 @@ impl Core {
             let own = cache.tables[pool][i];
             if own != 0 {
                 self.pools[pool].set_owner(own, Owner::Node(index as u32));
-                self.note_stored(pool, index);
                 if self.tree.windowed[pool] {
                     self.tree.pages[pool].holders[index].add(cache.holder() as u64);
                 }
             }
         }
         cache.nodes.push(link);
-        Ok(false)
+        Ok(Entered::New)
     }
 
     /// Claims the tree's node for the block and switches to its pages. Returns whether a table entry changed.
@@ -155,7 +254,7 @@ impl Core {
         parent: Link,
         node: Link,
         retain: Retain,
-    ) -> std::result::Result<bool, Refused> {
+    ) -> std::result::Result<Entered, Refused> {
         let (i, index) = (cache.nodes.len(), node.index());
         let crowded = |pool: usize| self.tree.page(pool, index).claims() > MAX_CLAIMS / 2;
         if (0..self.pools.len()).any(crowded) || (cache.in_flight > 0 && !self.prepay(cache, node)) {
@@ -214,7 +313,7 @@ impl Core {
             }
         }
         cache.nodes.push(node);
-        Ok(changed)
+        Ok(Entered::Joined { changed })
     }
 
     /// The caller's own pages become those of a block that it pins, where the block's are on the host.

@@ -3,9 +3,10 @@
 use super::Core;
 use crate::cache::Cache;
 use crate::error::{CoreError, Result};
-use crate::tree::{Claimed, Root};
+use crate::tree::{Claimed, Dead, Root};
 use crate::types::{CacheState, RetentionSpec};
 use crate::words::{Link, Stamp, Tier};
+use std::borrow::Cow;
 use std::cell::Cell;
 
 /// The longest valid match of a prompt.
@@ -20,16 +21,19 @@ const NOTHING: Match = Match {
     source: Link::NIL,
 };
 
-/// Blocks that are looked up side by side.
-const RUN: usize = 16;
-
 /// Room for one look-up, kept per thread.
 #[derive(Debug, Default)]
 pub(super) struct Scratch {
     /// The whole blocks of the match, top down.
     pub path: Vec<Link>,
-    /// Their keys; with a policy that wants them, those of the blocks behind too.
-    pub keys: Vec<u64>,
+    /// Keys of all blocks of a prompt, for a policy that wants them.
+    keys: Vec<u64>,
+    /// Nodes for the blocks of a commit.
+    pub nodes: Vec<Dead>,
+    /// Keys of the next blocks of a commit, the next one last.
+    pub ahead: Vec<u64>,
+    /// Which blocks of its cache a commit has put into the tree.
+    pub entered: Vec<usize>,
     /// Per pool `runs[i] = (from, sinks)`: pages are present in blocks `[from, i)` and `[0, sinks)`.
     runs: Vec<Vec<(u32, u32)>>,
 }
@@ -52,26 +56,14 @@ impl Core {
     /// The longest valid match within the first `most` tokens; leaves its blocks in `scratch.path`.
     fn find(&self, scratch: &mut Scratch, root: &Root, tokens: &[i32], most: usize) -> Match {
         scratch.path.clear();
-        scratch.keys.clear();
         let t = self.config.tokens_per_block as usize;
-        let mut key = root.key();
         let mut parent = Link::NIL;
-        // Keys of a run of blocks first, so that the memory behind them is fetched side by side.
-        'runs: for run in tokens[..most / t * t].chunks(RUN * t) {
-            let mut keys = [0; RUN];
-            for (block, out) in run.chunks_exact(t).zip(&mut keys) {
-                key = self.tree.extend_key(key, block);
-                *out = key;
-            }
-            self.tree.warm(&keys[..run.len() / t]);
-            for (block, &key) in run.chunks_exact(t).zip(&keys) {
-                let Some(node) = self.tree.child(root, parent, key, block) else {
-                    break 'runs;
-                };
-                scratch.path.push(node);
-                scratch.keys.push(key);
-                parent = node;
-            }
+        for block in tokens[..most / t * t].chunks_exact(t) {
+            let Some(node) = self.tree.below(root, parent, block) else {
+                break;
+            };
+            scratch.path.push(node);
+            parent = node;
         }
         self.count_runs(scratch);
         for blocks in (0..=scratch.path.len()).rev() {
@@ -86,7 +78,6 @@ impl Core {
                 if let Some((source, common)) = self.tree.closest_child(root, parent, rest) {
                     if self.serves(scratch, blocks, (at + common) as u64) {
                         scratch.path.truncate(blocks);
-                        scratch.keys.truncate(blocks);
                         return Match {
                             tokens: (at + common) as u64,
                             source,
@@ -96,7 +87,6 @@ impl Core {
             }
             if self.serves(scratch, blocks, at as u64) {
                 scratch.path.truncate(blocks);
-                scratch.keys.truncate(blocks);
                 return Match {
                     tokens: at as u64,
                     source: Link::NIL,
@@ -104,7 +94,6 @@ impl Core {
             }
         }
         scratch.path.clear();
-        scratch.keys.clear();
         NOTHING
     }
 
@@ -160,14 +149,14 @@ impl Core {
     ///
     /// While other threads hold promises on the last slots, the match may be shorter than what the tree has:
     /// it ends where its pages would have to be taken from those promises.
-    pub fn create(
+    pub fn create<'t>(
         &self,
-        tokens: &[i32],
+        tokens: impl Into<Cow<'t, [i32]>>,
         scope: &[u8],
         epoch: Option<u64>,
         retention: Option<RetentionSpec>,
     ) -> Result<Cache> {
-        let mut cache = self.claim(tokens, usize::MAX, scope, epoch, retention, false)?;
+        let mut cache = self.claim(tokens.into(), usize::MAX, scope, epoch, retention, false)?;
         self.settle(&mut cache);
         Ok(cache)
     }
@@ -175,7 +164,7 @@ impl Core {
     /// As `create`, of at most `most` tokens, but nothing of it lasts until [`Core::settle`].
     pub(super) fn claim(
         &self,
-        tokens: &[i32],
+        tokens: Cow<'_, [i32]>,
         most: usize,
         scope: &[u8],
         epoch: Option<u64>,
@@ -196,12 +185,13 @@ impl Core {
         }
         let root = self.root(scope, epoch);
         let mut cache = Cache::new(self, root, tokens, retention);
+        let tokens = std::mem::take(&mut cache.prompt);
         cache.in_work = in_work;
         self.in_work.add(u64::from(in_work));
         if epoch < self.epoch() {
             cache.detached = true;
         } else {
-            with_scratch(|scratch| self.claim_match(scratch, &mut cache, tokens, most));
+            with_scratch(|scratch| self.claim_match(scratch, &mut cache, &tokens, most));
         }
         let counters = &self.counters;
         counters.requests.add(1);
@@ -211,6 +201,7 @@ impl Core {
             .prompt_blocks
             .add((tokens.len() as u64).div_ceil(self.t()));
         counters.reused_blocks.add(cache.nodes.len() as u64);
+        cache.prompt = tokens;
         Ok(cache)
     }
 
@@ -260,6 +251,9 @@ impl Core {
         let m = found.tokens;
         let blocks = scratch.path.len();
         if self.keeper.wants_keys() {
+            scratch.keys.clear();
+            let key_of = |node: &Link| self.tree.nodes[node.index()].key.get();
+            scratch.keys.extend(scratch.path.iter().map(key_of));
             let mut key = scratch.keys.last().copied().unwrap_or_else(|| cache.root.key());
             for block in tokens[blocks * t..].chunks_exact(t) {
                 key = self.tree.extend_key(key, block);
@@ -267,15 +261,12 @@ impl Core {
             }
             cache.segment = self.keeper.request(&scratch.keys, blocks);
         }
-        if blocks > 0 {
-            cache.key = scratch.keys[blocks - 1];
-        }
         cache.tail.extend_from_slice(&tokens[blocks * t..m as usize]);
         (cache.reused, cache.committed, cache.history, cache.capacity) = (m, m, m, m);
         if let Some(deepest) = cache.nodes.last() {
-            self.tree.nodes[deepest.index()]
-                .holders
-                .add(cache.holder() as u64);
+            let node = &self.tree.nodes[deepest.index()];
+            node.holders.add(cache.holder() as u64);
+            cache.key = node.key.get();
         }
     }
 

@@ -34,7 +34,7 @@ impl Core {
             let (node, page) = (self.tree.at(index), self.tree.page(pool, index));
             if self.tree.is_live(node) && page.slot() == slot && page.tier() == tier {
                 bad.node = Some(node);
-                self.tree.nodes[index].lost.set(1);
+                self.tree.lose(index);
                 self.drop_if_unclaimed(index);
             }
         }
@@ -56,7 +56,7 @@ impl Core {
     pub fn is_lost(&self, cache: &Cache) -> bool {
         let source = (!cache.source.is_nil()).then_some(cache.source);
         let mut path = cache.nodes.iter().chain(&source);
-        path.any(|node| self.tree.nodes[node.index()].lost.get() == 1)
+        path.any(|node| self.tree.is_lost(node.index()))
     }
 
     /// Takes a slot out of use for good, counted as fenced: a move that was given up may still write it. `false`: it is not
@@ -68,7 +68,7 @@ impl Core {
     /// Drops lost blocks that nobody claims any more, with all that is below them. O(nodes).
     pub fn drop_lost(&self) {
         for index in 0..self.tree.nodes.len() {
-            if self.tree.state(index).is_live() && self.tree.nodes[index].lost.get() == 1 {
+            if self.tree.state(index).is_live() && self.tree.is_lost(index) {
                 self.drop_if_unclaimed(index);
             }
         }

@@ -229,11 +229,16 @@ impl Core {
 
     /// A page of a node that the caller has claimed is in the tree.
     fn note_stored(&self, pool: usize, index: usize) {
-        let parent = self.tree.parent(index);
-        let above = (!parent.is_nil()).then(|| self.tree.nodes[parent.index()].key.get());
-        let key = self.tree.nodes[index].key.get();
+        let (key, above) = self.keys_of(index);
         self.events
             .push(EventKind::Stored, Tier::Device, pool, key, above);
+    }
+
+    /// The key of a claimed node, and of the block before it.
+    fn keys_of(&self, index: usize) -> (u64, Option<u64>) {
+        let parent = self.tree.parent(index);
+        let above = (!parent.is_nil()).then(|| self.tree.nodes[parent.index()].key.get());
+        (self.tree.nodes[index].key.get(), above)
     }
 
     /// A page of a block is on this tier now.

@@ -88,7 +88,12 @@ impl Core {
     /// Whether `provide` takes these arguments.
     pub fn can_provide(&self, cache: &Cache, capacity: u64) -> Result<()> {
         self.ready(cache)?;
-        self.check_capacity(cache, capacity.max(cache.capacity), cache.history)
+        self.check_capacity(cache, Self::least_capacity(cache, capacity), cache.history)
+    }
+
+    /// `capacity`, or what the cache has; a `resize` that was broken off may have left its history ahead of that.
+    fn least_capacity(cache: &Cache, capacity: u64) -> u64 {
+        capacity.max(cache.capacity).max(cache.history)
     }
 
     /// ACTIVE, with at least `capacity` tokens of storage; or `false`, and the cache is as it was.
@@ -96,7 +101,7 @@ impl Core {
     /// Copies are appended; the caller makes them and reports by [`Core::copies_done`] or [`Core::copies_failed`].
     pub fn provide(&self, cache: &mut Cache, capacity: u64, copies: &mut Vec<PageCopy>) -> Result<bool> {
         self.can_provide(cache, capacity)?;
-        let capacity = capacity.max(cache.capacity);
+        let capacity = Self::least_capacity(cache, capacity);
         let new = capacity.div_ceil(self.t()) as usize;
         let pinned = cache.pinned;
         if !self.pin(cache) {
@@ -446,24 +451,33 @@ impl Core {
     /// Slots for blocks `[old, new)` out of the purse. `false`: they could not be found.
     fn grow(&self, cache: &mut Cache, pool: usize, old: usize, new: usize) -> bool {
         let (s, e) = self.config.pools[pool].stale(cache.history, self.t());
-        for i in old..new {
-            let mut slot = 0;
-            if i < s || i >= e {
-                // A page counted as coming back may have found another claimant since.
-                if cache.purse[pool] == 0 && !self.pools[pool].reserve(1) {
-                    return false;
-                }
-                cache.purse[pool] = cache.purse[pool].max(1);
-                let Some(taken) = self.take_slot(pool) else {
-                    return false;
-                };
-                cache.purse[pool] -= 1;
-                self.pools[pool].set_owner(taken, Owner::Active);
-                slot = taken;
-            }
-            cache.tables[pool].push(slot);
+        let (s, e) = (s.clamp(old, new.max(old)), e.clamp(old, new.max(old)));
+        let grown = self.fill(cache, pool, s - old) && {
+            let stale = cache.tables[pool].len() + (e - s);
+            cache.tables[pool].resize(stale, 0);
+            self.fill(cache, pool, new.saturating_sub(e))
+        };
+        if grown {
+            self.pools[pool].note_peak();
         }
-        self.pools[pool].note_peak();
-        true
+        grown
+    }
+
+    /// Slots for the next `n` blocks out of the purse.
+    fn fill(&self, cache: &mut Cache, pool: usize, n: usize) -> bool {
+        // A page counted as coming back may have found another claimant since.
+        let lacking = (n as u32).saturating_sub(cache.purse[pool]);
+        if !self.pools[pool].reserve(lacking) {
+            return false;
+        }
+        cache.purse[pool] += lacking;
+        let from = cache.tables[pool].len();
+        let found = self.take_slots(pool, n, &mut cache.tables[pool]);
+        let taken = &cache.tables[pool][from..];
+        cache.purse[pool] -= taken.len() as u32;
+        for &slot in taken {
+            self.pools[pool].set_owner(slot, Owner::Active);
+        }
+        found
     }
 }

@@ -195,22 +195,18 @@ impl Core {
         let nodes = std::mem::take(&mut cache.nodes);
         for pool in 0..self.pools.len() {
             let table = std::mem::take(&mut cache.tables[pool]);
-            for (i, &slot) in table.iter().enumerate().rev() {
-                if slot == 0 {
-                    continue;
-                }
-                match nodes.get(i) {
-                    None => {
-                        self.pools[pool].give(slot);
-                        cache.purse[pool] += 1;
-                    }
-                    Some(node) if self.tree.windowed[pool] => {
-                        let idle = self.release_page(cache, pool, node.index(), stamp, false);
-                        self.refund(cache, pool, idle);
-                    }
-                    Some(_) => {}
+            for &slot in table.iter().skip(nodes.len()).rev().filter(|&&slot| slot != 0) {
+                self.pools[pool].give(slot);
+                cache.purse[pool] += 1;
+            }
+            if self.tree.windowed[pool] {
+                let live = nodes.iter().zip(&table).rev().filter(|(_, &slot)| slot != 0);
+                for (node, _) in live {
+                    let idle = self.release_page(cache, pool, node.index(), stamp, false);
+                    self.refund(cache, pool, idle);
                 }
             }
+            cache.tables[pool] = table;
         }
         if let Some(&deepest) = nodes.last() {
             self.tree.nodes[deepest.index()]
@@ -223,7 +219,8 @@ impl Core {
         }
         self.drop_fence(cache);
         self.empty_purse(cache);
-        cache.prompt = Vec::new();
+        cache.nodes = nodes;
+        cache.shed();
     }
 
     fn drop_fence(&self, cache: &mut Cache) {

@@ -127,7 +127,7 @@ impl Core {
         }
     }
 
-    fn rebuild_leaves(&self, orders: &mut Orders, tier: Tier) {
+    pub(super) fn rebuild_leaves(&self, orders: &mut Orders, tier: Tier) {
         let order = &mut orders.leaves[tier as usize];
         order.clear();
         for index in 0..self.tree.nodes.len() {
@@ -180,12 +180,12 @@ impl Core {
         }
     }
 
-    fn queue_expiry(&self, orders: &mut Orders, index: usize) {
+    pub(super) fn queue_expiry(&self, orders: &mut Orders, index: usize) {
         let when = self.expiry(index);
         if when == 0 || self.tree.state(index).refs() > 0 {
             return; // who releases it reports it again
         }
-        if orders.expiries.len() == orders.expiries.capacity() {
+        if orders.expiries.len() == orders.most_expiries {
             orders.expiries.clear();
             for index in 0..self.tree.nodes.len() {
                 let state = self.tree.state(index);
@@ -285,7 +285,9 @@ impl Core {
                 gone = Some(self.bury(dead, keep));
                 break;
             }
-            orders.aside.push((now, node)); // claimed meanwhile: it may move down yet
+            if self.tiered {
+                orders.aside.push((now, node)); // claimed meanwhile: it may move down yet
+            }
         }
         self.put_back(orders, |orders| &mut orders.leaves[0]);
         gone
@@ -336,7 +338,9 @@ impl Core {
                 gone = Some(page.slot());
                 break;
             }
-            orders.aside.push((now, node)); // claimed meanwhile: it may move down yet
+            if self.tiered {
+                orders.aside.push((now, node)); // claimed meanwhile: it may move down yet
+            }
         }
         self.put_back(orders, |orders| &mut orders.pages[0][pool]);
         gone

@@ -5,6 +5,7 @@
 //! never decides *whether* a page may go: that is the CAS in `Tree::kill` or `Tree::take_page`.
 
 mod exact;
+mod many;
 pub mod order;
 pub mod policy;
 mod room;
@@ -16,7 +17,7 @@ pub use policy::{Lru, Policy, Slru};
 use crate::core::Core;
 use crate::events::EventKind;
 use crate::inbox::{Inbox, IDLE, LOWERED, ROSE};
-use crate::sync::{Counter, Sole};
+use crate::sync::{weak, Counter, Sole, Weak};
 use crate::tree::Dead;
 use crate::types::PolicyKind;
 use crate::words::{Link, Page, Tier};
@@ -30,6 +31,18 @@ const ROUNDS: usize = 16;
 /// A page on its way: pool, device slot, host slot.
 type Way = (usize, u32, u32);
 
+/// What became of a killed node.
+struct Stripped {
+    /// The slot that was kept for the caller.
+    kept: u32,
+    /// Pages that left the device.
+    near: u64,
+    /// Pages that left the host.
+    far: u64,
+    /// Its former parent, which may be gone by now.
+    parent: Link,
+}
+
 /// What only the thread inside may touch.
 #[derive(Debug)]
 struct Orders {
@@ -37,7 +50,7 @@ struct Orders {
     leaves: [Order; 2],
     /// By tier, by pool.
     pages: [Vec<Order>; 2],
-    /// Entries that could not go, to be put back.
+    /// Entries that could not go, to be put back. With a host tier only: without one who releases a leaf reports it.
     aside: Vec<(Key, Link)>,
     /// Descendants that are still to be looked at.
     below: Vec<Link>,
@@ -46,8 +59,10 @@ struct Orders {
     /// Its pages of windowed pools that go along.
     pages_along: Vec<Way>,
     policy: Box<dyn Policy>,
-    /// (expiry, node); those that do not hold any more are skipped.
+    /// (expiry, node); those that do not hold any more are skipped. Grows with the blocks that have a duration.
     expiries: BinaryHeap<Reverse<(u64, Link)>>,
+    /// Expiries with which that heap is built anew.
+    most_expiries: usize,
     epoch: u64,
     reports: Vec<u32>,
 }
@@ -85,12 +100,13 @@ impl Keeper {
                         .map(|&windowed| Order::new(if windowed { far as usize } else { 0 }))
                         .collect(),
                 ],
-                aside: Vec::with_capacity(nodes as usize),
+                aside: Vec::with_capacity(far as usize),
                 below: Vec::with_capacity(far as usize),
                 ways: Vec::with_capacity(windowed.len()),
                 pages_along: Vec::with_capacity(windowed.len()),
                 policy,
-                expiries: BinaryHeap::with_capacity(2 * nodes as usize + 64),
+                expiries: BinaryHeap::new(),
+                most_expiries: 2 * nodes as usize + 64,
                 epoch: 0,
                 reports: Vec::with_capacity(nodes as usize),
             }),
@@ -198,6 +214,19 @@ impl Core {
     /// Frees the pages of a killed node, keeps the device slot of one pool for the caller, and takes it out of the tables.
     /// Returns that slot and the pages that left the device.
     fn strip(&self, dead: &Dead, keep: Option<usize>) -> (u32, u64) {
+        let stripped = self.strip_pages(dead, keep);
+        if self.tree.is_block(dead.index()) {
+            self.counters.dropped.add(stripped.near + stripped.far);
+        }
+        if !stripped.parent.is_nil() {
+            self.keeper.report_leaf(stripped.parent.index(), false);
+            self.remove_if_empty(stripped.parent);
+        }
+        (stripped.kept, stripped.near)
+    }
+
+    /// As `strip`, without telling anybody.
+    fn strip_pages(&self, dead: &Dead, keep: Option<usize>) -> Stripped {
         let (mut kept, mut near, mut far) = (0, 0, 0);
         let block = self.tree.is_block(dead.index()); // a private block was in no cache of others
         for pool in 0..self.pools.len() {
@@ -227,13 +256,12 @@ impl Core {
             }
             self.pools[pool].unreserve(u32::from(covered));
         }
-        self.counters.dropped.add(if block { near + far } else { 0 });
-        let parent = self.tree.bury(dead);
-        if !parent.is_nil() {
-            self.keeper.report_leaf(parent.index(), false);
-            self.remove_if_empty(parent);
+        Stripped {
+            kept,
+            near,
+            far,
+            parent: self.tree.bury(dead),
         }
-        (kept, near)
     }
 
     /// Without a full-attention pool a node can lose its last page before it is a leaf.
@@ -319,7 +347,7 @@ impl Core {
             }
         }
         let mut round = 0;
-        while round < ROUNDS {
+        while round < ROUNDS || weak(Weak::TakeWaits) {
             if let Some(slot) = self.pools[pool].take() {
                 return Some(slot);
             }
@@ -337,6 +365,30 @@ impl Core {
             }
         }
         None
+    }
+
+    /// As `take_slot`, `n` of them, appended to `slots`. `false`: fewer; the promises for those that are missing are still
+    /// the caller's.
+    pub(crate) fn take_slots(&self, pool: usize, n: usize, slots: &mut Vec<u32>) -> bool {
+        let full = slots.len() + n;
+        #[cfg(test)]
+        let alone = self.fault.get() != 0;
+        #[cfg(not(test))]
+        let alone = false;
+        if !alone {
+            self.pools[pool].take_many(n, slots);
+        }
+        let many = !alone && !self.tree.windowed[pool] && !self.tiered;
+        while slots.len() < full {
+            if many && self.evict_leaves(Some(pool), full - slots.len(), slots) > 0 {
+                continue;
+            }
+            let Some(slot) = self.take_slot(pool) else {
+                return false;
+            };
+            slots.push(slot);
+        }
+        true
     }
 
     /// A node for a new block: a free one, else that of the next leaf. `None`: all are claimed.
@@ -363,6 +415,10 @@ impl Core {
     /// each alone. Returns how many did; fewer if the rest is promised to an operation that runs meanwhile.
     pub fn evict(&self, blocks: u64) -> u64 {
         let mut done = 0;
+        if let (Some(pool), false) = (self.first_full, self.tiered) {
+            let most = blocks.min(u64::from(self.pools[pool].available()));
+            done = self.evict_leaves(None, most as usize, &mut Vec::new()) as u64;
+        }
         while done < blocks && !self.is_all_promised() && self.evict_next() {
             done += 1;
         }

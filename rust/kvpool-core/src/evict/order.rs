@@ -36,7 +36,7 @@ pub struct Order {
 impl Order {
     /// For the pages of so many nodes; never allocates afterwards as long as [`Order::is_full`] is obeyed.
     pub fn new(nodes: usize) -> Self {
-        let limit = 2 * nodes + 64;
+        let limit = Self::limit(nodes);
         Self {
             heap: BinaryHeap::with_capacity(if nodes == 0 { 0 } else { limit }),
             queued: vec![Link::NIL; nodes],
@@ -46,7 +46,12 @@ impl Order {
 
     /// Bytes for one node, for the question whether they can be had.
     pub fn bytes_per_node() -> usize {
-        2 * std::mem::size_of::<(Key, Link)>() + std::mem::size_of::<Link>()
+        std::mem::size_of::<(Key, Link)>() * 5 / 4 + std::mem::size_of::<Link>()
+    }
+
+    /// A quarter more than there can be: it is built anew that often at most.
+    fn limit(nodes: usize) -> usize {
+        nodes + nodes / 4 + 64
     }
 
     /// Whether a push would grow the heap: rebuild it first.
@@ -81,6 +86,11 @@ impl Order {
     pub fn push(&mut self, key: Key, node: Link) {
         self.queued[node.index()] = node;
         self.heap.push(Reverse((key, node)));
+    }
+
+    /// The least key.
+    pub fn least(&self) -> Option<Key> {
+        self.heap.peek().map(|Reverse((key, _))| *key)
     }
 
     /// Takes the least entry.

@@ -174,7 +174,8 @@ impl<'a> OnPaper<'a> {
             pages.retain(|&index| {
                 core.is_idle(Tier::Device, pool, index) && core.tree.page(pool, index).is_held()
             });
-            pages.sort_by_key(|&index| core.page_key(pool, index));
+            // Cached: a key that another thread changes meanwhile would be no order, and the sort would panic.
+            pages.sort_by_cached_key(|&index| core.page_key(pool, index));
             pages.dedup();
         }
         paper

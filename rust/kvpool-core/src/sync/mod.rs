@@ -1,5 +1,5 @@
 //! The only module that names atomics: std's, loom's under `cfg(kvpool_loom)`, shuttle's under
-//! `cfg(kvpool_shuttle)`.
+//! `cfg(kvpool_shuttle)`; under `cfg(kvpool_stops)` std's, where a thread can be stopped at each access.
 //!
 //! Words that carry a protocol are used as plain atomics, with an ordering and its partner named at
 //! each use. Three wrappers stand for the uses that need no thought per line: [`Field`] (written by
@@ -8,6 +8,10 @@
 
 #[cfg(kvpool_loom)]
 mod explored;
+#[cfg(kvpool_stops)]
+pub mod stops;
+#[cfg(any(kvpool_loom, kvpool_stops))]
+mod wrapped;
 
 #[cfg(kvpool_loom)]
 pub use explored::{AtomicU32, AtomicU64, AtomicU8};
@@ -15,15 +19,27 @@ pub use explored::{AtomicU32, AtomicU64, AtomicU8};
 pub use loom::sync::atomic::{fence, Ordering};
 #[cfg(kvpool_shuttle)]
 pub use shuttle::sync::atomic::{fence, AtomicU32, AtomicU64, AtomicU8, Ordering};
-#[cfg(not(any(kvpool_loom, kvpool_shuttle)))]
+#[cfg(not(any(kvpool_loom, kvpool_shuttle, kvpool_stops)))]
 pub use std::sync::atomic::{fence, AtomicU32, AtomicU64, AtomicU8, Ordering};
+#[cfg(kvpool_stops)]
+pub use std::sync::atomic::{fence, Ordering};
+#[cfg(kvpool_stops)]
+pub use stops::{AtomicU32, AtomicU64, AtomicU8};
 
 #[cfg(kvpool_loom)]
 use loom::sync::{Mutex, MutexGuard};
 #[cfg(kvpool_shuttle)]
 use shuttle::sync::{Mutex, MutexGuard};
 #[cfg(not(any(kvpool_loom, kvpool_shuttle)))]
-use std::sync::{Mutex, MutexGuard};
+use std::sync::Mutex;
+#[cfg(not(any(kvpool_loom, kvpool_shuttle, kvpool_stops)))]
+use std::sync::MutexGuard;
+
+/// What is inside a [`Sole`], until it is dropped.
+#[cfg(not(kvpool_stops))]
+type Inside<'a, T> = MutexGuard<'a, T>;
+#[cfg(kvpool_stops)]
+use stops::Inside;
 
 /// The word below [`Field`] and [`Counter`]: no point at which a checker need switch threads.
 #[cfg(kvpool_loom)]
@@ -56,6 +72,12 @@ impl Field {
             .compare_exchange(seen, value, Ordering::Relaxed, Ordering::Relaxed);
         // Relaxed: a hint, nothing is read through it
     }
+    /// As `raise` without a locked instruction: of two at the same moment either stays.
+    pub fn advance(&self, value: u64) {
+        if self.get() < value {
+            self.set(value);
+        }
+    }
     /// Raises it to at least `value`; a hint for the order of eviction.
     pub fn raise(&self, value: u64) {
         if self.get() < value {
@@ -87,6 +109,10 @@ impl Counter {
     pub fn next(&self) -> u64 {
         self.0.fetch_add(1, Ordering::Relaxed) + 1 // Relaxed: uniqueness comes from the RMW, partner none
     }
+    /// The first of the next `n` numbers, unique like those of `next`.
+    pub fn next_run(&self, n: u64) -> u64 {
+        self.0.fetch_add(n, Ordering::Relaxed) + 1 // Relaxed: uniqueness comes from the RMW, partner none
+    }
     /// The value now.
     pub fn get(&self) -> u64 {
         self.0.load(Ordering::Relaxed) // Relaxed: a statistic, partner none
@@ -104,8 +130,28 @@ impl<T> Sole<T> {
         Self(Mutex::new(value))
     }
     /// Enters, unless another thread is inside (or panicked there).
-    pub fn enter(&self) -> Option<MutexGuard<'_, T>> {
+    #[cfg(not(kvpool_stops))]
+    pub fn enter(&self) -> Option<Inside<'_, T>> {
         self.0.try_lock().ok()
+    }
+    /// As without the checker; both sides are points.
+    #[cfg(kvpool_stops)]
+    pub fn enter(&self) -> Option<Inside<'_, T>> {
+        loop {
+            stops::point();
+            let inside = self.0.try_lock().ok().map(Inside);
+            if inside.is_some() || !weak(Weak::EnterWaits) {
+                return inside;
+            }
+        }
+    }
+}
+
+/// Brings the memory of a word closer; a hint that the checkers do without.
+#[inline(always)]
+pub fn warm<T>(at: &T) {
+    if !cfg!(any(kvpool_loom, kvpool_shuttle)) {
+        kvpool_prefetch::read(at);
     }
 }
 
@@ -115,7 +161,7 @@ pub fn unique() -> u64 {
     LAST.fetch_add(1, std::sync::atomic::Ordering::Relaxed) + 1 // Relaxed: uniqueness comes from the RMW, partner none
 }
 
-/// A planted weakness: each makes one loom model fail. Outside the models it is always `false`.
+/// A planted weakness: each makes one model, or the test of stopped threads, fail. Outside of them it is always `false`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[allow(dead_code)]
 #[repr(u8)]
@@ -144,6 +190,8 @@ pub enum Weak {
     PublishOrder,
     /// An unlinked node is not marked first.
     UnlinkMark,
+    /// The way down to a child is not ordered behind its fields.
+    BelowOrder,
     /// A child is believed without a look at its parent link.
     ParentLink,
     /// A claim takes its unit after the reference.
@@ -180,13 +228,19 @@ pub enum Weak {
     ChildrenStale,
     /// Who reads a host slot does not look again whether the page is still there.
     LendOnce,
+    /// Who finds another thread inside waits for it.
+    EnterWaits,
+    /// A pin waits for the mover that has the node.
+    PinWaits,
+    /// A search for a slot that was promised goes on until there is one.
+    TakeWaits,
 }
 
-#[cfg(any(kvpool_loom, kvpool_shuttle))]
+#[cfg(any(kvpool_loom, kvpool_shuttle, kvpool_stops))]
 static PLANTED: std::sync::atomic::AtomicU8 = std::sync::atomic::AtomicU8::new(0);
 
 /// Plants a weakness for the models that follow in this process.
-#[cfg(any(kvpool_loom, kvpool_shuttle))]
+#[cfg(any(kvpool_loom, kvpool_shuttle, kvpool_stops))]
 pub fn plant(weak: Weak) {
     PLANTED.store(weak as u8, std::sync::atomic::Ordering::SeqCst); // SeqCst: set before the model's threads start, partner `weak`
 }
@@ -194,10 +248,10 @@ pub fn plant(weak: Weak) {
 /// Whether this weakness is planted.
 #[inline(always)]
 pub fn weak(_which: Weak) -> bool {
-    #[cfg(any(kvpool_loom, kvpool_shuttle))]
+    #[cfg(any(kvpool_loom, kvpool_shuttle, kvpool_stops))]
     {
         PLANTED.load(std::sync::atomic::Ordering::SeqCst) == _which as u8 // SeqCst: partner `plant`
     }
-    #[cfg(not(any(kvpool_loom, kvpool_shuttle)))]
+    #[cfg(not(any(kvpool_loom, kvpool_shuttle, kvpool_stops)))]
     false
 }

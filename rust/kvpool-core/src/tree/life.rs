@@ -50,6 +50,11 @@ impl Tree {
         self.free.pop().map(Dead)
     }
 
+    /// Up to `n` free nodes for blocks in one step, appended.
+    pub fn take_nodes(&self, n: usize, nodes: &mut Vec<Dead>) {
+        self.free.pop_many(n, nodes, Dead);
+    }
+
     /// Gives a dead node back.
     pub fn recycle(&self, dead: Dead) {
         if self.is_block(dead.index()) {
@@ -57,6 +62,11 @@ impl Tree {
         } else {
             self.spare.push(dead.0 - self.max_blocks);
         }
+    }
+
+    /// Gives dead blocks back, in one step.
+    pub fn recycle_all(&self, dead: impl Iterator<Item = Dead>) {
+        self.free.push_each(dead.map(|dead| dead.0));
     }
 
     /// Writes a node that nobody can see yet. Its pages are set by [`Tree::set_page`].
@@ -78,6 +88,7 @@ impl Tree {
         }
         n.key.set(key);
         n.parent.set(parent.0);
+        n.below.store(Link::NIL.0, Ordering::Relaxed); // Relaxed: nobody follows it before the node is published
         let depth = if parent.is_nil() {
             0
         } else {
@@ -89,7 +100,6 @@ impl Tree {
         n.segment.set(0);
         n.seq.set(self.seq.next());
         n.epoch.set(root.epoch);
-        n.lost.set(0);
         for (field, value) in n.scope.iter().zip(root.digest) {
             field.set(value);
         }
@@ -151,6 +161,14 @@ impl Tree {
             .bucket(Self::first_hash(&root.digest, parent, tokens[0]));
         while !self.by_first.publish(first, self.by_first.head(first), link) {}
         self.adopt(parent, link);
+        if !parent.is_nil() {
+            let order = if weak(Weak::BelowOrder) {
+                Ordering::Relaxed // Relaxed: the planted weakness
+            } else {
+                Ordering::Release // Release: partner the load in `Tree::follow`: who goes down here finds the fields of this incarnation, or later ones
+            };
+            self.nodes[parent.index()].below.store(link.0, order);
+        }
         Ok(())
     }
 
@@ -271,12 +289,10 @@ impl Tree {
         if !self.is_block(index) {
             return parent;
         }
-        let root = [n.scope[0].get(), n.scope[1].get()];
-        let first = self.tokens(index).next().unwrap_or(0);
         self.by_key
             .unlink(self.by_key.bucket(n.key.get()), link, |link| self.is(link));
-        let bucket = self.by_first.bucket(Self::first_hash(&root, parent, first));
-        self.by_first.unlink(bucket, link, |link| self.is(link));
+        self.by_first
+            .unlink(self.first_bucket(index), link, |link| self.is(link));
         self.disown(parent, link);
         parent
     }
@@ -290,6 +306,13 @@ impl Tree {
         // AcqRel: partner the load in `page`: the slot's content was written before. Relaxed on failure: nothing is read.
         word.compare_exchange(Page::NONE.0, new.0, Ordering::AcqRel, Ordering::Relaxed)
             .is_ok()
+    }
+
+    /// As `set_page`, of a full-attention pool and a node that the caller owns: nobody else touches the word.
+    pub fn put_page(&self, pool: usize, dead: &Dead, slot: u32) {
+        debug_assert_eq!(self.page(pool, dead.index()), Page::NONE);
+        let word = &self.pages[pool].word[dead.index()];
+        word.store(Page::new(slot, 0, 0).0, Ordering::Release); // Release: partner the load in `page`: the slot's content was written before
     }
 
     /// Takes the page off a node that was written and not published.

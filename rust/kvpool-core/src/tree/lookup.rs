@@ -3,7 +3,7 @@
 
 use super::{Root, Tree};
 use crate::chains::{Recycled, Visit};
-use crate::sync::{weak, Weak};
+use crate::sync::{weak, Ordering, Weak};
 use crate::words::Link;
 
 impl Tree {
@@ -18,21 +18,30 @@ impl Tree {
         }
     }
 
-    /// Touches what look-ups of these keys will read, so that the misses of the cache overlap instead of queueing
-    /// (a look-up's own reads wait for each other). Reads only, and believes nothing.
-    pub fn warm(&self, keys: &[u64]) {
-        if cfg!(any(kvpool_loom, kvpool_shuttle)) {
-            return;
+    /// The live child of `parent`, or first block of `root`, with exactly these tokens: by the way down if that is the one,
+    /// else by its key.
+    pub fn below(&self, root: &Root, parent: Link, tokens: &[i32]) -> Option<Link> {
+        if parent.is_nil() {
+            return self.child(root, parent, self.extend_key(root.key(), tokens), tokens);
         }
-        let words = self.t.div_ceil(2);
-        let mut touched = 0;
-        for &key in keys {
-            let head = self.by_key.head(self.by_key.bucket(key));
-            if !head.is_nil() {
-                touched ^= self.nodes[head.index()].key.get() ^ self.tokens[head.index() * words].get();
-            }
+        self.follow(parent, tokens).or_else(|| {
+            // If the parent went since it was found, the key is another's, and finds nothing: neither would the right one.
+            let before = self.nodes[parent.index()].key.get();
+            self.child(root, parent, self.extend_key(before, tokens), tokens)
+        })
+    }
+
+    /// As `child`, of the one that was published last below `parent`, which is not nil: without a hash and a bucket.
+    /// `None` says nothing. Wait-free; linearized at the read of the state.
+    pub fn follow(&self, parent: Link, tokens: &[i32]) -> Option<Link> {
+        let link = Link(self.nodes[parent.index()].below.load(Ordering::Acquire)); // Acquire: partner the store in `Tree::publish`
+        if link.is_nil() {
+            return None;
         }
-        std::hint::black_box(touched);
+        let index = link.index();
+        let same = self.nodes[index].parent.get() == parent.0 && self.has_tokens(index, tokens);
+        let live = same && self.state(index).is_live();
+        (live && self.is(link)).then_some(link)
     }
 
     /// One search from a head. `Err`: a node was recycled under it.
@@ -70,7 +79,6 @@ impl Tree {
         }
         let n = &self.nodes[index];
         n.parent.get() == parent.0
-            && n.lost.get() == 0
             && (!parent.is_nil() || n.scope.iter().zip(root.digest).all(|(a, b)| a.get() == b))
     }
 
@@ -78,10 +86,19 @@ impl Tree {
         debug_assert_eq!(tokens.len(), self.t);
         let words = self.t.div_ceil(2);
         let stored = &self.tokens[index * words..(index + 1) * words];
-        tokens
-            .chunks(2)
-            .zip(stored)
-            .all(|(pair, word)| word.get() == pack(pair))
+        // Eight tokens at a time without a branch: mostly they are equal.
+        let mut runs = tokens.chunks_exact(8);
+        let equal = { &mut runs }.zip(stored.chunks_exact(4)).all(|(run, words)| {
+            let pairs = run.chunks_exact(2).zip(words);
+            pairs.fold(0, |differ, (pair, word)| differ | (word.get() ^ pack(pair))) == 0
+        });
+        let rest = runs.remainder();
+        let behind = &stored[words - rest.len().div_ceil(2)..];
+        equal
+            && rest
+                .chunks(2)
+                .zip(behind)
+                .all(|(pair, word)| word.get() == pack(pair))
     }
 
     /// The child of `parent` that shares most leading tokens with `tokens` and has a page in every

@@ -22,7 +22,7 @@ pub use life::{Claimed, Dead};
 
 use crate::chains::Chains;
 use crate::stack::Stack;
-use crate::sync::{fence, weak, AtomicU32, AtomicU64, Counter, Field, Ordering, Weak};
+use crate::sync::{fence, warm, weak, AtomicU32, AtomicU64, Counter, Field, Ordering, Weak};
 use crate::words::{Link, Page, State};
 use siphasher::sip128::{Hasher128, SipHasher24};
 use std::hash::Hasher;
@@ -38,12 +38,13 @@ pub struct Node {
     born: AtomicU64,
     /// Hash of the whole prefix.
     pub key: Field,
-    /// [`Link`] to the parent, nil for the first block of a root.
+    /// [`Link`] to the parent, nil for the first block of a root. Marked: a page of the block is bad, and no look-up
+    /// finds it any more.
     parent: Field,
+    /// [`Link`] to the child that was published last; it may be gone since.
+    below: AtomicU64,
     /// Stamp of the last release.
     pub used: Field,
-    /// Segment of the policy.
-    pub segment: Field,
     /// Claims whose deepest block this is, by [`Holder`].
     pub holders: Counter,
     /// Nodes below.
@@ -56,12 +57,12 @@ pub struct Node {
     pub depth: Field,
     /// Retention priority.
     pub priority: Field,
+    /// Segment of the policy.
+    pub segment: Field,
     /// Insertion number.
     pub seq: Field,
     /// Weights epoch of its root.
     pub epoch: Field,
-    /// 1: a page of it is bad; no look-up finds it any more.
-    pub lost: Field,
     /// Digest of its root; compared for first blocks only.
     scope: [Field; 2],
 }
@@ -165,6 +166,7 @@ impl Tree {
             born: AtomicU64::new(0),
             key: Field::new(0),
             parent: Field::new(Link::NIL.0),
+            below: AtomicU64::new(Link::NIL.0),
             children: AtomicU32::new(0),
             near: AtomicU32::new(0),
             pins: AtomicU64::new(0),
@@ -174,7 +176,6 @@ impl Tree {
             segment: Field::new(0),
             seq: Field::new(0),
             epoch: Field::new(0),
-            lost: Field::new(0),
             scope: [Field::new(0), Field::new(0)],
             holders: Counter::default(),
         };
@@ -235,15 +236,7 @@ impl Tree {
         if self.collide {
             return 0;
         }
-        // Hash bytes without unsafe: tokens go through a small stack buffer.
-        let mut hash = self.seed;
-        let mut buffer = [0u8; 256];
-        for run in tokens.chunks(64) {
-            for (out, token) in buffer.chunks_exact_mut(4).zip(run) {
-                out.copy_from_slice(&token.to_le_bytes());
-            }
-            hash = xxh3_64_with_seed(&buffer[..run.len() * 4], hash);
-        }
+        let hash = xxh3_64_with_seed(bytemuck::cast_slice(tokens), self.seed);
         let mut key = (before.rotate_left(23) ^ hash).wrapping_mul(0x9E37_79B9_7F4A_7C15);
         key ^= key >> 32;
         key = key.wrapping_mul(0xBF58_476D_1CE4_E5B9);
@@ -255,6 +248,52 @@ impl Tree {
         let x = above ^ u64::from(first as u32).wrapping_mul(0x9E37_79B9_7F4A_7C15);
         let x = (x ^ (x >> 31)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
         x ^ (x >> 29)
+    }
+
+    // -- memory on its way ------------------------------------------------------------------
+
+    /// Brings all lines of a node closer.
+    pub fn warm_node(&self, index: usize) {
+        let node = &self.nodes[index];
+        warm(&node.state);
+        warm(&node.pins);
+        warm(&self.pages[0].word[index]);
+        if self.is_block(index) {
+            warm(&self.tokens[index * self.t.div_ceil(2)]);
+            self.by_key.warm_next(index);
+            self.by_first.warm_next(index);
+        }
+    }
+
+    /// Brings what the burial of a node will touch closer: its own lines are here.
+    pub fn warm_burial(&self, index: usize) {
+        if self.is_block(index) {
+            let n = &self.nodes[index];
+            self.by_key.warm_bucket(self.by_key.bucket(n.key.get()));
+            self.by_first.warm_bucket(self.first_bucket(index));
+        }
+    }
+
+    /// Brings the buckets closer into which blocks with these keys will be put, below each other, as these nodes.
+    pub fn warm_births(&self, root: &Root, above: Link, births: impl Iterator<Item = (u64, i32, u32)>) {
+        let mut parent = above;
+        for (key, first, index) in births {
+            self.by_key.warm_bucket(self.by_key.bucket(key));
+            let bucket = self
+                .by_first
+                .bucket(Self::first_hash(&root.digest, parent, first));
+            self.by_first.warm_bucket(bucket);
+            parent = Link::new(self.state(index as usize).version(), index);
+        }
+    }
+
+    /// The bucket by first token of a node that was written.
+    fn first_bucket(&self, index: usize) -> usize {
+        let n = &self.nodes[index];
+        let root = [n.scope[0].get(), n.scope[1].get()];
+        let first = self.tokens(index).next().unwrap_or(0);
+        self.by_first
+            .bucket(Self::first_hash(&root, self.parent(index), first))
     }
 
     // -- reading a node ---------------------------------------------------------------------
@@ -316,7 +355,18 @@ impl Tree {
 
     /// The parent of a claimed or owned node.
     pub fn parent(&self, index: usize) -> Link {
-        Link(self.nodes[index].parent.get())
+        Link(self.nodes[index].parent.get()).unmarked()
+    }
+
+    /// No look-up finds this node any more.
+    pub fn lose(&self, index: usize) {
+        let parent = self.parent(index);
+        self.nodes[index].parent.replace(parent.0, parent.marked().0);
+    }
+
+    /// Whether a page of the node is bad.
+    pub fn is_lost(&self, index: usize) -> bool {
+        Link(self.nodes[index].parent.get()).is_marked()
     }
 
     /// The root of a node, as far as its first block tells; for `check`.

@@ -278,6 +278,45 @@ fn read_with_a_late_birth() {
     );
 }
 
+/// H27: the way down leads to the block that has these tokens under this parent, or nowhere.
+fn follow_against_reuse(token: i32) {
+    let (tree, root) = tree(2, false, true);
+    let top = insert(&tree, &root, Link::NIL, 9).unwrap();
+    tree.claim(top, None);
+    let a = unclaimed(&tree, &root, top, 1);
+    let other = {
+        let tree = tree.clone();
+        thread::spawn(move || {
+            evict(&tree, a);
+            insert(&tree, &root, top, 2)
+        })
+    };
+    let found = tree.follow(top, &[token]);
+    let b = other.join().unwrap();
+    let right = if token == 1 { Some(a) } else { b };
+    assert!(found.is_none() || found == right, "followed to another block");
+}
+
+#[test]
+fn follow_and_reuse() {
+    holds(2, || follow_against_reuse(1));
+    holds(2, || follow_against_reuse(2));
+}
+
+#[test]
+fn follow_without_order() {
+    fails(Weak::BelowOrder, "followed to another block", 2, || {
+        follow_against_reuse(1)
+    });
+}
+
+#[test]
+fn follow_without_a_second_look() {
+    fails(Weak::ReadAgain, "followed to another block", 2, || {
+        follow_against_reuse(2)
+    });
+}
+
 /// A walk never misses a live node because one before it was reused in another chain.
 fn walk_against_reuse() {
     let (tree, root) = tree(2, false, false);

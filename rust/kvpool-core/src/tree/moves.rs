@@ -131,6 +131,9 @@ impl Tree {
         loop {
             let now = self.state(index);
             if now.is_busy() {
+                if weak(Weak::PinWaits) {
+                    continue;
+                }
                 self.unpin(index);
                 return false;
             }

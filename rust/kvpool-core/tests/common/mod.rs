@@ -64,7 +64,7 @@ pub fn serve(core: &Core, tokens: &[i32], retention: Option<RetentionSpec>) {
 /// A promised claim of a batch by itself, of all its tokens.
 pub fn claim(core: &Core, tokens: &[i32]) -> Option<Cache> {
     let claim = Claim {
-        tokens,
+        tokens: tokens.into(),
         scope: b"",
         epoch: None,
         retention: None,

@@ -1,0 +1,98 @@
+//! Block tables, as rows of one array or in compressed form.
+
+use crate::cache::{with, Cache};
+use kvpool_core::{Core, CoreError};
+use pyo3::buffer::PyBuffer;
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+use pyo3::types::PyByteArray;
+
+/// (indptr, indices, last_page_len)
+pub type Csr<'py> = (
+    Bound<'py, PyByteArray>,
+    Bound<'py, PyByteArray>,
+    Bound<'py, PyByteArray>,
+);
+
+fn bytes_of(values: &[i32]) -> Vec<u8> {
+    values.iter().flat_map(|value| value.to_ne_bytes()).collect()
+}
+
+/// Entries that the widest table of these caches has.
+pub fn widest(py: Python<'_>, core: &Core, caches: &[Py<Cache>], pool: usize) -> PyResult<usize> {
+    let mut widest = 0;
+    for cache in caches {
+        let length = with(py, cache.bind(py), |cache| Ok(core.table(cache, pool)?.len()))?;
+        widest = widest.max(length);
+    }
+    Ok(widest)
+}
+
+/// Writes one row of slots per cache into `out` (C-contiguous, two-dimensional); the rest is `fill`.
+pub fn rows(
+    py: Python<'_>,
+    core: &Core,
+    caches: &[Py<Cache>],
+    pool: usize,
+    out: &PyBuffer<i32>,
+    fill: i32,
+) -> PyResult<()> {
+    let columns = match out.shape() {
+        [rows, columns] if *rows >= caches.len() => *columns,
+        shape => {
+            return Err(PyValueError::new_err(format!(
+                "out: shape {shape:?} has no room for {} rows",
+                caches.len()
+            )))
+        }
+    };
+    if out.readonly() || !out.is_c_contiguous() {
+        return Err(PyValueError::new_err(
+            "out must be a writable C-contiguous int32 array",
+        ));
+    }
+    let mut cells = vec![fill; out.item_count()];
+    for (cache, row) in caches.iter().zip(cells.chunks_mut(columns.max(1))) {
+        with(py, cache.bind(py), |cache| {
+            let table = core.table(cache, pool)?;
+            if table.len() > columns {
+                return Err(CoreError::Value(format!(
+                    "out: {columns} columns are narrower than a table of {} entries",
+                    table.len()
+                )));
+            }
+            for (cell, &slot) in row.iter_mut().zip(table) {
+                if slot != 0 {
+                    *cell = slot as i32;
+                }
+            }
+            Ok(())
+        })?;
+    }
+    out.copy_from_slice(py, &cells)
+}
+
+/// -> (indptr, indices, last_page_len) as int32 in native byte order
+pub fn csr<'py>(
+    py: Python<'py>,
+    core: &Core,
+    caches: &[Py<Cache>],
+    pool: usize,
+    tokens_per_block: u64,
+) -> PyResult<Csr<'py>> {
+    let (mut indptr, mut indices, mut last) = (vec![0i32], Vec::new(), Vec::new());
+    for cache in caches {
+        with(py, cache.bind(py), |cache| {
+            indices.extend(core.table(cache, pool)?.iter().map(|&slot| slot as i32));
+            indptr.push(indices.len() as i32);
+            let capacity = core.info(cache)?.capacity;
+            last.push(match capacity {
+                0 => 0,
+                _ => ((capacity - 1) % tokens_per_block + 1) as i32,
+            });
+            Ok(())
+        })?;
+    }
+    let array = |values: &[i32]| PyByteArray::new(py, &bytes_of(values));
+    Ok((array(&indptr), array(&indices), array(&last)))
+}
