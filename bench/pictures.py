@@ -72,7 +72,8 @@ def rivals(found: Results) -> None:
     )
     bars(axes[3], "churn", {"W2": blocks["W2"]})
     for one in (axes[0], axes[2]):
-        one.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.6, -0.1), ncols=3, columnspacing=1)
+        one.set_ylim(0, 1.35 * one.get_ylim()[1])  # room for the legend
+        one.legend(fontsize=7, loc="upper left", ncols=2)
 
 
 def scaling(found: Results) -> None:
@@ -146,21 +147,21 @@ def latency(found: Results) -> None:
         (axes[0], "", "alone"),
         (axes[1], ", a neighbour churns", "while a second thread churns the same pool"),
     ):
-        at = 0
-        labels = []
+        labels: list[str] = []
         for system in (CORE, KVBM):
-            for operation, times in latencies[system + suffix].items():
-                one.plot([times["p50"] / 1e3, times["max"] / 1e3], [at, at], color=COLORS[system], linewidth=0.6)
-                for mark, shape in marks.items():
-                    label = {"label": "longest" if mark == "max" else mark} if at == 0 else {}
-                    one.plot(times[mark] / 1e3, at, shape, color=COLORS[system], markersize=5, **label)
-                labels.append(f"{system}: {operation}")
-                at += 1
-        one.set_yticks(range(at), labels, fontsize=7)
+            operations = latencies[system + suffix]
+            at = [len(labels) + i for i in range(len(operations))]
+            us = {mark: [times[mark] / 1e3 for times in operations.values()] for mark in marks}
+            one.hlines(at, us["p50"], us["max"], color=COLORS[system], linewidth=0.6)
+            for mark, shape in marks.items():
+                label = None if labels else "longest" if mark == "max" else mark
+                one.plot(us[mark], at, shape, color=COLORS[system], markersize=5, label=label)
+            labels += [f"{system}: {operation}" for operation in operations]
+        one.set_yticks(range(len(labels)), labels, fontsize=7)
         one.set(xscale="log", xlabel="µs by the wall clock")
         one.set_title(title, fontsize=9, loc="left")
     axes[0].invert_yaxis()
-    axes[1].legend(fontsize=7, loc="lower right")
+    axes[1].legend(fontsize=7, loc="upper right", bbox_to_anchor=(1, -0.06), ncols=4)
 
 
 PICTURES: dict[str, Callable[[Results], None]] = {

@@ -69,7 +69,8 @@ def threads(results: Results) -> str:
         best = [min(systems[name][at]["ns"][1] for name in names) for at in range(3)]
         for name, counts in systems.items():
             cells = [
-                f"{bold({name: one['ns']}, best[at] if name in names else -1)[name]} ({number(one['work'])} ×)"
+                f"{bold({name: one['ns']}, best[at] if name in names else -1)[name]} "
+                f"({number(one['work'])} ×; {number(one['cpu'][1])})"
                 for at, one in enumerate(counts)
             ]
             rows.append([workload, name, *cells])
@@ -212,13 +213,13 @@ def short(results: Results) -> str:
     forms = {"steps": "{:,}", "extra_percent": "{:g} %", "mean_end": "{}"}
     rows = []
     for world, figures in found.items():
-        values = {what: [figures[name][what] for name in names] for what in forms}
+        values = {what: [one[what] for one in figures.values()] for what in forms}
         cells = []
-        for at in range(len(names)):
+        for one in (figures.get(name, {}) for name in names):
             parts = []
-            for what, form in forms.items():
-                text = form.format(values[what][at])
-                wins = min(values[what]) == values[what][at] < max(values[what])
+            for what in one:
+                text = forms[what].format(one[what])
+                wins = min(values[what]) == one[what] < max(values[what])
                 parts.append(f"**{text}**" if wins else text)
             cells.append(", ".join(parts))
         rows.append([world, *cells])
@@ -233,7 +234,7 @@ def python_trace(results: Results) -> str:
         best = min(one["ns"] for one in figures.values())
         cells = [
             f"{one['hit_percent']} %, " + (f"**{one['ns']:,}**" if one["ns"] == best else f"{one['ns']:,}")
-            for one in (figures[name] for name in names)
+            for one in (figures[name] for name in names if name in figures)
         ]
         rows.append([f"{int(blocks):,}", *cells])
     return table(["blocks: hit rate, ns per block", *names], rows)

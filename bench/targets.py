@@ -22,8 +22,8 @@ def _rust(results: Results) -> Iterator[tuple[str, float, str, float]]:
     by_leaves = {row["leaves"]: row["figures"][CORE][1] for row in rust["scale"]["leaves"]}
     yield "W2l: 16,384 leaves / 1,024", 1.5, "most", by_leaves[16_384] / by_leaves[1_024]
     work = {workload: by_system[CORE][1]["work"] for workload, by_system in rust["threads"].items()}
-    yield "two threads on own sequences: work of one", 1.7, "least", work["W1, own sequences"]
-    yield "two threads on one sequence: work of one", 1, "least", work["W1, one shared sequence"]
+    yield "two threads on own sequences: work of one (minima)", 1.7, "least", work["W1, own sequences"]
+    yield "two threads on one sequence: work of one (minima)", 1, "least", work["W1, one shared sequence"]
     allocations = rust["allocations"][CORE].values()
     yield "heap allocations in a call of 64 blocks", 0, "most", max(allocations)
     memory = rust["memory"]["kvpool-core, per pool besides its tokens"]

@@ -64,8 +64,8 @@ pub fn run(effort: Effort) -> Value {
     for _ in 0..effort.rounds {
         times[0].push(alone(MANY, |_| _ = word.0.fetch_add(1, AcqRel)));
         times[1].push(alone(MANY, |_| step(&word.0)));
-        times[2].push(together(2, LONG, |_, _| _ = word.0.fetch_add(1, AcqRel)));
-        times[3].push(together(2, LONG, |_, _| step(&word.0)));
+        times[2].push(together(2, LONG, |_, _| _ = word.0.fetch_add(1, AcqRel)).0);
+        times[3].push(together(2, LONG, |_, _| step(&word.0)).0);
         let picks: Vec<usize> = (0..MANY).map(|_| rng.below(packed.len())).collect();
         times[4].push(alone(MANY, |i| {
             let word = &packed[picks[i]];

@@ -1,6 +1,6 @@
 //! How long single operations take by the wall clock: p50, p99, p99.9 and the longest, with and without a busy neighbour.
 //!
-//! The longest are mostly the machine's: interrupts, other processes. "arithmetic" takes about 20 us without touching
+//! The longest are mostly the machine's: interrupts, other processes. "arithmetic" takes about 10 us without touching
 //! memory and shows how much; "nothing" is the clock around an empty operation.
 
 use crate::compare::fill;

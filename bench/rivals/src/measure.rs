@@ -3,7 +3,7 @@
 use cpu_time::ThreadTime;
 use serde_json::{json, Map, Value};
 use std::sync::Barrier;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// How often everything is measured: min and median are over rounds.
 #[derive(Clone, Copy)]
@@ -19,25 +19,28 @@ pub fn alone(calls: usize, mut f: impl FnMut(usize)) -> f64 {
     start.elapsed().as_nanos() as f64 / calls as f64
 }
 
-/// Wall nanoseconds from the first start to the last end over the calls of all threads; `f(thread, call)`.
-pub fn together(threads: usize, calls: usize, f: impl Fn(usize, usize) + Sync) -> f64 {
+/// Nanoseconds per call of several threads: by the wall clock from the first start to the last end over the calls of all,
+/// and of CPU time, which has no time in which a thread waits or is not run. `f(thread, call)`.
+pub fn together(threads: usize, calls: usize, f: impl Fn(usize, usize) + Sync) -> (f64, f64) {
     let gate = Barrier::new(threads);
     let run = |thread: usize| {
         gate.wait();
-        let start = Instant::now();
+        let (start, cpu) = (Instant::now(), ThreadTime::now());
         (0..calls).for_each(|call| f(thread, call));
-        (start, Instant::now())
+        (start, Instant::now(), cpu.elapsed())
     };
-    let times: Vec<(Instant, Instant)> = std::thread::scope(|scope| {
+    let times: Vec<(Instant, Instant, Duration)> = std::thread::scope(|scope| {
         let run = &run;
         let runs: Vec<_> = (0..threads).map(|i| scope.spawn(move || run(i))).collect();
         runs.into_iter()
             .map(|run| run.join().expect("a thread"))
             .collect()
     });
-    let start = times.iter().map(|(start, _)| *start).min().expect("a thread");
-    let end = times.iter().map(|(_, end)| *end).max().expect("a thread");
-    (end - start).as_nanos() as f64 / (threads * calls) as f64
+    let start = times.iter().map(|times| times.0).min().expect("a thread");
+    let end = times.iter().map(|times| times.1).max().expect("a thread");
+    let cpu: Duration = times.iter().map(|times| times.2).sum();
+    let per_call = |time: Duration| time.as_nanos() as f64 / (threads * calls) as f64;
+    (per_call(end - start), per_call(cpu))
 }
 
 /// Figures of several systems from the same rounds, the first is kvpool's.

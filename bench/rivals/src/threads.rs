@@ -4,7 +4,7 @@ use crate::compare::{cached, fill};
 use crate::dynamo::{Dynamo, Keys};
 use crate::kvbm::Kvbm;
 use crate::kvpool::Kvpool;
-use crate::measure::{ends, together, Effort};
+use crate::measure::{ends, rounded, together, Effort};
 use crate::world::{Prompt, Rng, Shape, Side, BLOCKS, SEQUENCES, T};
 use serde_json::{json, Map, Value};
 
@@ -12,12 +12,12 @@ const THREADS: [usize; 3] = [1, 2, 4];
 /// Times the calls of one thread in W1: so many that threads run beside each other whenever each is woken.
 const LONGER: usize = 4;
 
-/// Per system, wall ns per block by number of threads, and the work done in the same time as a multiple of one thread's.
+/// Per system and number of threads, (wall, CPU) ns per block of each round.
 #[derive(Default)]
-struct Table(Vec<(&'static str, [Vec<f64>; 3])>);
+struct Table(Vec<(&'static str, [Vec<(f64, f64)>; 3])>);
 
 impl Table {
-    fn note(&mut self, name: &'static str, at: usize, value: f64) {
+    fn note(&mut self, name: &'static str, at: usize, (wall, cpu): (f64, f64)) {
         if self.0.iter().all(|(known, _)| *known != name) {
             self.0.push((name, Default::default()));
         }
@@ -26,39 +26,43 @@ impl Table {
             .iter_mut()
             .find(|(known, _)| *known == name)
             .expect("noted");
-        values[at].push(value);
+        values[at].push((wall / BLOCKS as f64, cpu / BLOCKS as f64));
     }
 
+    /// "work": what is done in the same time, as a multiple of one thread's, of the least times.
     fn json(&self) -> Value {
         let mut systems = Map::new();
         for (name, values) in &self.0 {
-            let ratios = |at: usize| values[0].iter().zip(&values[at]).map(|(one, many)| one / many);
-            let rows: Vec<Value> = (0..THREADS.len())
-                .map(|at| {
-                    let ratio = ends(&ratios(at).collect::<Vec<_>>());
-                    json!({ "threads": THREADS[at], "ns": ends(&values[at]), "work": ratio[1] })
-                })
-                .collect();
-            systems.insert((*name).into(), json!(rows));
+            let wall = |at: usize| ends(&values[at].iter().map(|ns| ns.0).collect::<Vec<_>>());
+            let cpu = |at: usize| ends(&values[at].iter().map(|ns| ns.1).collect::<Vec<_>>());
+            let work = |at: usize| rounded(wall(0)[0] / wall(at)[0]);
+            let row = |at: usize| json!({ "threads": THREADS[at], "ns": wall(at), "cpu": cpu(at), "work": work(at) });
+            systems.insert((*name).into(), json!([row(0), row(1), row(2)]));
         }
         Value::Object(systems)
     }
 }
 
-/// Wall ns per block of threads that claim sequences of their own, or all the first one.
-fn claims<S: Side>(side: &S, prompts: &[Prompt], picks: &[usize], threads: usize, shared: bool) -> f64 {
+/// Threads that claim sequences of their own, or all the first one.
+fn claims<S: Side>(
+    side: &S,
+    prompts: &[Prompt],
+    picks: &[usize],
+    threads: usize,
+    shared: bool,
+) -> (f64, f64) {
     let own = SEQUENCES / threads;
     let call = |thread: usize, i: usize| {
         let at = if shared { 0 } else { thread * own + picks[i] % own };
         side.claim(&prompts[at], BLOCKS);
     };
-    together(threads, picks.len(), call) / BLOCKS as f64
+    together(threads, picks.len(), call)
 }
 
-fn churns<S: Side>(side: &S, fresh: &[Prompt], threads: usize) -> f64 {
+fn churns<S: Side>(side: &S, fresh: &[Prompt], threads: usize) -> (f64, f64) {
     let calls = fresh.len() / threads;
     let call = |thread: usize, i: usize| side.churn(&fresh[thread * calls + i], BLOCKS);
-    together(threads, calls, call) / BLOCKS as f64
+    together(threads, calls, call)
 }
 
 fn hot(effort: Effort, rng: &mut Rng) -> (Table, Table) {
@@ -85,8 +89,7 @@ fn hot(effort: Effort, rng: &mut Rng) -> (Table, Table) {
                         }],
                     );
                 };
-                let ns = together(threads, picks.len(), find) / BLOCKS as f64;
-                table.note("dynamo, find only", at, ns);
+                table.note("dynamo, find only", at, together(threads, picks.len(), find));
             }
         }
     }
