@@ -161,7 +161,7 @@ def latency(found: Results) -> None:
         one.set(xscale="log", xlabel="µs by the wall clock")
         one.set_title(title, fontsize=9, loc="left")
     axes[0].invert_yaxis()
-    axes[1].legend(fontsize=7, loc="upper right", bbox_to_anchor=(1, -0.06), ncols=4)
+    axes[1].legend(fontsize=7, loc="lower right", bbox_to_anchor=(1, 0.99), ncols=4)
 
 
 PICTURES: dict[str, Callable[[Results], None]] = {
