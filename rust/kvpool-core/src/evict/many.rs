@@ -32,7 +32,7 @@ impl Core {
         while let Some(dead) = next.take() {
             let stripped = self.strip_pages(&dead, keep);
             self.tree.recycle(dead);
-            if keep.is_some() {
+            if stripped.kept != 0 {
                 slots.push(stripped.kept);
             }
             pages += stripped.near;
@@ -81,7 +81,7 @@ impl Core {
             };
             self.note_gone(orders, &killed);
             let stripped = self.strip_pages(&killed, keep);
-            if keep.is_some() {
+            if stripped.kept != 0 {
                 slots.push(stripped.kept);
             }
             pages += stripped.near;

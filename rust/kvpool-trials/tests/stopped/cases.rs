@@ -4,6 +4,7 @@ use super::{branch, ready, sequence, shared, Kind, Request};
 use kvpool_core::words::Tier;
 use kvpool_core::Claim;
 use kvpool_trials::World;
+use std::borrow::Cow;
 
 pub struct Case {
     pub name: &'static str,
@@ -218,7 +219,7 @@ fn started(world: &World) -> Request {
 
 fn claims(prompts: &[Vec<i32>]) -> Vec<Claim<'_>> {
     let claim = |tokens| Claim {
-        tokens,
+        tokens: Cow::Borrowed(tokens),
         scope: b"",
         epoch: None,
         retention: None,

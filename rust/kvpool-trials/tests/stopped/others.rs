@@ -5,6 +5,7 @@ use kvpool_core::words::Tier;
 use kvpool_core::Claim;
 use kvpool_trials::world::TIERS;
 use kvpool_trials::{Actor, Rng, World};
+use std::borrow::Cow;
 
 /// A block of a cache of theirs is on the move.
 pub const MOVING: &str = "resume of blocks that may move";
@@ -111,7 +112,7 @@ fn batches(world: &World) {
     ];
     let claims = || {
         let claim = |tokens| Claim {
-            tokens,
+            tokens: Cow::Borrowed(tokens),
             scope: b"",
             epoch: None,
             retention: None,
