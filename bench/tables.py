@@ -289,9 +289,17 @@ def readme(results: Results) -> str:
     return table(["ns per block, min / median", CORE, "kvbm-logical 1.6.1, lru", "kvbm-logical / kvpool"], rows)
 
 
+def machine(results: Results) -> str:
+    """Where bench/rivals ran, in a sentence."""
+    found = results["rust"]["machine"]
+    where = f"{found['cpu']}, {found['cores']} cores, load average before the run {found['load_before']}"
+    return f"The figures from Rust: {where}, {found['rounds']} rounds."
+
+
 TABLES: dict[str, Callable[[Results], str]] = {
     "rust": rust, "threads": threads, "sizes": sizes, "chains": chains, "leaves": leaves, "pools": pools,
     "waiting": waiting, "latency": latency, "memory": memory, "allocations": allocations, "floors": floors,
     "rust-trace": rust_trace, "python-blocks": python_blocks, "w4": w4, "short": short, "python-trace": python_trace,
     "alone-blocks": alone_blocks, "alone-w4": alone_w4, "readme": readme,
+    "machine": machine,
 }  # fmt: skip

@@ -12,9 +12,12 @@ const THREADS: [usize; 3] = [1, 2, 4];
 /// Times the calls of one thread in W1: so many that threads run beside each other whenever each is woken.
 const LONGER: usize = 4;
 
-/// Per system and number of threads, (wall, CPU) ns per block of each round.
+/// (wall, CPU) ns per block of each round.
+type Rounds = Vec<(f64, f64)>;
+
+/// By system and number of threads.
 #[derive(Default)]
-struct Table(Vec<(&'static str, [Vec<(f64, f64)>; 3])>);
+struct Table(Vec<(&'static str, [Rounds; 3])>);
 
 impl Table {
     fn note(&mut self, name: &'static str, at: usize, (wall, cpu): (f64, f64)) {
