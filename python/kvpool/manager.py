@@ -99,7 +99,7 @@ class Event:
 
 
 def _listed(caches: Iterable[KVCache]) -> list[KVCache]:
-    if not isinstance(caches, Iterable):
+    if type(caches) is not list and not isinstance(caches, Iterable):
         raise ValueError(f"caches: {caches!r} is not a list of caches")
     return list(caches)
 
@@ -315,21 +315,17 @@ class KVCacheManager(Batches, Closing):
         """
         caches = _listed(caches)
         index, handles = self._pool(pool), self._handles(caches)
-        if isinstance(fill, bool) or not isinstance(fill, int | np.integer) or not -(2**31) <= fill < 2**31:
+        if type(fill) is not int:
+            if isinstance(fill, bool) or not isinstance(fill, int | np.integer):
+                raise ValueError(f"fill: {fill!r} is not an int32")
+            fill = int(fill)
+        if not -(2**31) <= fill < 2**31:
             raise ValueError(f"fill: {fill!r} is not an int32")
         self._ready_in_steps(caches)
         self._check_arrived(caches, "block_tables")
-        widest = self._core.widest(handles, index)
         if out is None:
-            out = np.empty((len(handles), widest), np.int32)
-        elif not isinstance(out, np.ndarray) or out.dtype != np.int32 or out.ndim != 2:
-            raise ValueError("out: must be a two-dimensional int32 array")
-        elif not out.flags.c_contiguous or not out.flags.writeable:
-            raise ValueError("out: must be writable and C-contiguous")
-        elif out.shape[0] < len(handles) or out.shape[1] < widest:
-            raise ValueError(f"out: shape {out.shape} is smaller than ({len(handles)}, {widest})")
-        if out.size:
-            self._core.block_tables(handles, index, out, int(fill))
+            out = np.empty((len(handles), self._core.widest(handles, index)), np.int32)
+        self._core.block_tables(handles, index, out, fill)
         return out
 
     def block_tables_csr(self, caches: Sequence[KVCache], pool: str) -> tuple[Int32Array, Int32Array, Int32Array]:
