@@ -104,8 +104,10 @@ def _listed(caches: Iterable[KVCache]) -> list[KVCache]:
     return list(caches)
 
 
-def _memory_of(device: str | None) -> CpuMemory | CudaMemory | None:
+def _memory_of(device: str | None, numa_node: int | None) -> CpuMemory | CudaMemory | None:
     """What stands behind a device. CUDA's is imported here: it is half of what `import kvpool` would cost."""
+    if numa_node is not None and device in (None, "cpu"):
+        raise ConfigError(f"numa_node: {numa_node!r} is for the pinned host memory of a GPU, and device is {device!r}")
     if device is None:
         return None
     if device == "cpu":
@@ -114,7 +116,7 @@ def _memory_of(device: str | None) -> CpuMemory | CudaMemory | None:
     from kvpool.mover.cuda_memory import CudaMemory
 
     parse_device(device)
-    return CudaMemory(device)
+    return CudaMemory(device, numa_node)
 
 
 class KVCacheManager(Batches, Closing):
@@ -124,7 +126,8 @@ class KVCacheManager(Batches, Closing):
     instead of `plan_pools(config)`. buffers: the engine's own memory per pool, (num_slots + 1) * page_bytes bytes,
     C-contiguous: a NumPy array, on a GPU whatever has `__cuda_array_interface__`, or DLPack; kept alive, its row 0
     zeroed, never freed. policy: "lru", or "slru" (request-level segmented LRU with ghosts). move_timeout_s: a move that
-    takes longer has failed. mover: makes it from {pool: (device pages, host pages or None)}; None: the device's own.
+    takes longer has failed. numa_node: of a GPU's host pages (None: the system's choice). mover: makes it from
+    {pool: (device pages, host pages or None)}; None: the device's own.
     Raises ConfigError for what cannot be provided. A context manager that closes.
     """
 
@@ -137,11 +140,12 @@ class KVCacheManager(Batches, Closing):
         buffers: Mapping[str, Any] | None = None,
         policy: str = "lru",
         move_timeout_s: float | None = 60.0,
+        numa_node: int | None = None,
         mover: Callable[[Mapping[str, tuple[ByteArray, ByteArray | None]]], Mover] | None = None,
     ) -> None:
         if not isinstance(config, CacheConfig):
             raise ConfigError(f"config: {config!r} is not a kvpool.CacheConfig")
-        self._memory = _memory_of(device)
+        self._memory = _memory_of(device, numa_node)
         if policy not in ("lru", "slru"):
             raise ConfigError(f"policy: {policy!r} is none of 'lru', 'slru'")
         self.config = config
