@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup extras replay test models lint bench gpu-check clean
+.PHONY: setup extras replay test models lint instructions bench bench-rust bench-alone bench-python bench-report gpu-check clean
 
 $(BIN)/kvpool: pyproject.toml Cargo.toml $(shell find rust kernels -name '*.rs' -o -name '*.cu' -o -name Cargo.toml)
 	$(PYTHON) -m venv $(VENV)
@@ -38,6 +38,8 @@ lint: setup
 	cargo fmt --all --check
 	cargo fmt --check --manifest-path bench/rivals/Cargo.toml
 	cargo check --quiet --manifest-path bench/rivals/Cargo.toml
+	cargo fmt --check --manifest-path bench/instructions/Cargo.toml
+	$(BIN)/python bench/report.py --check
 	cargo clippy --workspace --all-targets -- -D warnings
 	RUSTFLAGS="--cfg kvpool_loom" cargo clippy --target-dir target/loom -p kvpool-core --all-targets -- -D warnings
 	RUSTFLAGS="--cfg kvpool_shuttle" cargo clippy --target-dir target/shuttle -p kvpool-core --all-targets -- -D warnings
@@ -46,12 +48,32 @@ lint: setup
 	$(BIN)/mypy --strict python/kvpool
 	$(BIN)/python -m mypy.stubtest kvpool._core
 
-# TRACE: a Mooncake trace for W3.
-TRACE ?= $(wildcard ../shared/traces/mooncake_conversation.jsonl)
-bench: setup
-	cargo run --quiet --release --manifest-path bench/rivals/Cargo.toml -- $(TRACE)
-	$(BIN)/python -m pytest bench/bench_w1_w2.py bench/bench_w4.py bench/bench_mover.py --benchmark-only --benchmark-columns=min,median
+# Counts the instructions of the hot paths under valgrind and records them; CI fails when one grows by more than 5 %.
+instructions:
+	$(PYTHON) bench/instructions/count.py --record
+
+# All benchmarks, their tables and pictures. bench-python makes the rivals' environment on its first run (9.7 GB).
+bench: bench-rust bench-alone bench-python bench-report
+
+# TRACE: a Mooncake trace for W3. PARTS: some of those that bench/rivals names; the others keep their figures.
+TRACE ?= $(abspath $(wildcard ../shared/traces/mooncake_conversation.jsonl))
+PARTS ?=
+bench-rust:
+	cargo run --quiet --release --manifest-path bench/rivals/Cargo.toml -- --json bench/results/rust.json $(if $(TRACE),--trace $(TRACE)) $(PARTS)
+
+bench-alone: setup
+	$(BIN)/python -m pytest bench/bench_w1_w2.py bench/bench_w4.py --benchmark-only --benchmark-columns=min,median --benchmark-json=target/alone.json
+	$(BIN)/python bench/condense.py target/alone.json bench/results/alone.json
+	$(BIN)/python bench/scale_waiting.py bench/results/waiting.json
+	$(BIN)/python -m pytest bench/bench_mover.py --benchmark-only --benchmark-columns=min,median
 	$(BIN)/python bench/memory_short.py
+
+bench-python: setup
+	bench/rivals_py/run --json bench/rivals_py/results.json $(if $(TRACE),--trace $(TRACE))
+
+bench-report: setup
+	$(BIN)/pip install --quiet --disable-pip-version-check 'matplotlib>=3.9'
+	$(BIN)/python bench/report.py
 
 # On a machine with a GPU: CuPy, the tests that need one, and the speed of every path. Exits 2 where there is none.
 gpu-check: setup

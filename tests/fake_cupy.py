@@ -5,7 +5,8 @@ draws among the streams whose next piece may run: any order that CUDA allows can
 
 - A wait binds to the event's latest record at the moment of the call; an event without a record holds nobody up.
 - Arguments of launches and copies are read when they are given; memory is read and written when they run.
-- A synchronous copy waits for no stream: all of kvpool's are non-blocking.
+- A synchronous copy waits for no stream: all of kvpool's are non-blocking. From host memory that is not registered it
+  returns when that is read; the bytes arrive no sooner than somebody waits for the null stream.
 - Copies reach device memory that is allocated and host memory that is registered, each within one of them; memory that
   is freed, or no longer registered, before they run is a fault. A fault is sticky: every later call fails.
 """
@@ -60,9 +61,14 @@ class World:
     pinned_limit: int = 1 << 50
     fault_at: int | None = None  # that piece of work fails, counted from 0
     lazy: bool = False  # work runs for those who wait only, not for those who ask
+    memory: int = 1 << 50  # bytes of device memory
+    same_addresses: bool = True  # registered host memory is where it is on the GPU too
+    waiting: bool = True  # False: whoever waits for the GPU fails
     slow: bool = False  # work seldom runs for those who ask
     ran: int = 0
     launches: list[str] = field(default_factory=list)
+    batches: list[int] = field(default_factory=list)  # copies of each batched copy
+    kept: list[Any] = field(default_factory=list)  # what must live as long as this
     now_ms: float = 0.0
 
     def __post_init__(self) -> None:
@@ -75,6 +81,7 @@ class World:
         self.owners: dict[int, int] = {}  # address of device memory -> GPU
         self.graveyard: list[Any] = []  # freed device memory: touching it must not crash the process
         self.fault: str | None = None
+        self.arriving: list[tuple[int, bytes]] = []  # of synchronous copies
         self.current = threading.local()
 
     def check(self) -> None:
@@ -83,6 +90,11 @@ class World:
 
     def covers(self, address: int, num_bytes: int) -> bool:
         return any(start <= address and address + num_bytes <= start + size for start, size in self.ranges.items())
+
+    def reaches(self, address: int) -> bool:
+        """Whether a kernel, or a batched copy, may be given an address."""
+        host = any(start <= address < start + size for start, size in self.registered.items())
+        return self.covers(address, 1) and (self.same_addresses or not host)
 
     def memory_at(self, address: int) -> tuple[int, int]:
         """(cudaMemoryType, GPU) of an address: 0 unknown, 1 registered host memory, 2 device memory."""
@@ -99,6 +111,12 @@ class World:
 
     def ready(self) -> list[deque[Work]]:
         return [queue for queue in self.queues if queue and (queue[0].after is None or queue[0].after.done)]
+
+    def arrive(self) -> None:
+        """The null stream is at its end."""
+        for address, content in self.arriving:
+            ctypes.memmove(address, content, len(content))
+        self.arriving.clear()
 
     def step(self) -> bool:
         """Runs one piece of some stream; False: none may run."""
@@ -125,6 +143,7 @@ class World:
         return self.random.random() < 0.1 if self.slow else self.random.randrange(3)
 
     def run_until(self, condition: Callable[[], bool]) -> None:
+        assert self.waiting, "the host waits for the GPU"
         with self.lock:
             self.check()
             while not condition():
@@ -222,6 +241,7 @@ class Device:
         return self.world.capability
 
     def synchronize(self) -> None:
+        self.world.arrive()
         self.world.run_until(lambda: not any(self.world.queues))
 
 
@@ -234,6 +254,9 @@ class Allocation:
         self.ptr = -(-self._whole.ctypes.data // ALIGNMENT) * ALIGNMENT
         with world.lock:
             world.check()
+            device = sum(size for start, size in world.ranges.items() if start not in world.registered)
+            if device + num_bytes > world.memory:
+                raise MemoryError(f"out of memory allocating {num_bytes} bytes")  # CuPy's OutOfMemoryError is one
             world.ranges[self.ptr], world.owners[self.ptr] = num_bytes, world.gpu
 
     def __del__(self) -> None:
@@ -349,9 +372,24 @@ class Runtime:
 
     def memcpy(self, dst: int, src: int, size: int, kind: int) -> None:
         self._world.check()
+        assert self._world.waiting, "the host waits for the GPU"
         assert kind == self.memcpyDefault
         assert self._world.covers(dst, size) or self._world.covers(src, size)
-        ctypes.memmove(dst, src, size)
+        self._world.arrive()
+        if self._world.covers(src, size):
+            ctypes.memmove(dst, src, size)
+        else:
+            self._world.arriving.append((dst, ctypes.string_at(src, size)))
+
+    def streamSynchronize(self, stream: int) -> None:
+        """Of the null stream, on which nothing but synchronous copies runs."""
+        self._world.check()
+        assert stream == 0
+        self._world.arrive()
+
+    def deviceGetAttribute(self, attribute: int, device: int) -> int:
+        assert attribute == 91, "CanUseHostPointerForRegisteredMem"
+        return int(self._world.same_addresses)
 
     def memset(self, ptr: int, value: int, size: int) -> None:
         self._world.check()
@@ -399,7 +437,7 @@ class RawModule:
                 assert each.itemsize == {"int": 4}.get(kind, 8), f"{name}: {each!r} for {kind}"
             values = [int(each) if kind.endswith("*") else each for kind, each in zip(types_of, given, strict=True)]
             pointers = [value for kind, value in zip(types_of, values, strict=True) if kind.endswith("*")]
-            if not all(world.covers(pointer, 1) for pointer in pointers):
+            if not all(world.reaches(pointer) for pointer in pointers):
                 raise CUDARuntimeError(f"cudaErrorIllegalAddress: {name} got an address that the GPU does not know")
             order = world.random.randrange(9)
 

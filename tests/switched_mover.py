@@ -11,7 +11,7 @@ import fake_cupy
 from fake_cupy import Stream, Work
 from kvpool import LogicError
 from kvpool.mover import MoveBatch
-from kvpool.mover.cuda import CudaMover, CudaTicket
+from kvpool.mover.cuda import ENDS, CudaMover, CudaTicket
 from kvpool.mover.cuda_runtime import CudaRuntime
 from kvpool.mover.descriptors import CudaPool
 from kvpool.mover.slot_events import DIRECTIONS
@@ -49,6 +49,7 @@ class SwitchedMover(CudaMover):
         self._rate, self._dice = 0.0, random.Random(0)
         self._fills = dict.fromkeys(DIRECTIONS, 0)
         self._holds: dict[str, fake_cupy.Record] = {}
+        self._spoiled: set[int] = set()  # destinations of the move that is being enqueued
         super().__init__(pools, runtime, **options)
 
     def stream(self) -> EngineStream:
@@ -68,26 +69,40 @@ class SwitchedMover(CudaMover):
             return super().submit(batch, after)
 
     def _enqueue(self, ticket: CudaTicket, *given: Any) -> None:
-        super()._enqueue(ticket, *given)
         batch = ticket._batch
         failing = [i for i in range(len(batch.src)) if self._is_failing(batch.direction)]
         known = {error.index for error in ticket._failed}
         fresh = [i for i in failing if i not in known]
+        self._spoiled = {int(batch.dst[i]) for i in fresh}
+        super()._enqueue(ticket, *given)
         if not fresh:
             return
-        pool, tier = self._pools[batch.pool], "host" if batch.direction == "offload" else "device"
-        base = pool.host.address if tier == "host" and pool.host is not None else pool.device
-        places = [base + int(batch.dst[i]) * pool.page_bytes for i in fresh]
-
-        def spoil() -> None:
-            for place in places:
-                ctypes.memset(place, 0xEE, pool.page_bytes)
-
-        self._gpu.give(self._streams[DIRECTIONS.index(batch.direction)].cuda, Work(spoil))
         failed = [MoveError("copy", batch.pool, int(batch.src[i]), batch.direction, i) for i in fresh]
         ticket._failed = sorted([*ticket._failed, *failed], key=lambda error: error.index)
-        self._slots[batch.pool, tier].bad[batch.dst[fresh]] = True
+        self._slots[batch.pool, ENDS[batch.direction][1]].bad[batch.dst[fresh]] = True
         self._totals["failed"] += len(fresh)
+
+    def _work(self, number: int, behind: Any, uses: Any, call: Callable[[Any], None]) -> None:
+        """What is to fail is spoiled behind the copy, before its event."""
+        places = []
+        for events, slots, writes in uses:
+            if writes and events.tier != "staging":
+                pool = self._pools[events.pool]
+                base = pool.host.address if events.tier == "host" and pool.host is not None else pool.device
+                places += [
+                    (base + int(slot) * pool.page_bytes, pool.page_bytes) for slot in slots if slot in self._spoiled
+                ]
+
+        def spoil() -> None:
+            for place, size in places:
+                ctypes.memset(place, 0xEE, size)
+
+        def copy_and_spoil(stream: Any) -> None:
+            call(stream)
+            if places:
+                self._gpu.give(stream, Work(spoil))
+
+        super()._work(number, behind, uses, copy_and_spoil)
 
     def _is_failing(self, direction: str) -> bool:
         """Whether the next page of a direction is to fail."""

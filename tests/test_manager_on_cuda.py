@@ -105,8 +105,8 @@ def test_when_the_gpu_is_at_its_end_an_engine_ends_its_requests_and_the_manager_
             due = [chunk.request for chunk in step.context if chunk.is_last] + step.generation
             return {request.request_id: [7] for request in due}
 
-    gpu.fault_at = after
     with KVCacheManager(CONFIG, device="cuda") as manager:
+        gpu.fault_at = gpu.ran + after
         scheduler = Scheduler(manager, SchedulerConfig(4, 64))
         scheduler.outlook.expect(0.0)
         engine = Engine(scheduler, Executor())

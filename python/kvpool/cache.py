@@ -64,7 +64,7 @@ class KVCache(Closing):
         self._state: CacheState | None = None
         self._last = (0, 0, 0, 0)
         self._lost = False
-        self._uses: list[list[SlotUse]] = []  # of steps that were begun
+        self._uses: list[tuple[object, list[SlotUse]]] = []  # of steps that were begun, and their streams
         self.request_id = request_id
 
     def _info(self) -> tuple[int, int, int, int]:
@@ -187,7 +187,7 @@ class KVCache(Closing):
 
     def _take_uses(self) -> list[SlotUse]:
         """What the step that was begun first uses."""
-        return self._uses.pop(0) if self._uses else []
+        return self._uses.pop(0)[1] if self._uses else []
 
     def __repr__(self) -> str:
         return f"<kvpool cache of request {self.request_id!r}: {self.state.value}>"

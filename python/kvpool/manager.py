@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -71,12 +71,14 @@ class Stats(Counters):
 
     pools: {name: {tier: {slots, free, active, held, cached, fenced, peak}}}, in slots, with
     `free + active + held + cached + fenced == slots`. failed_moves: pages that did not arrive. stuck_slots: slots that
-    a move which was not over in time may still write.
+    a move which was not over in time may still write. paths: {path: {direction: {moves, pages, bytes}}}, what was sent
+    by each path of a GPU's mover (docs/MOVER.md), whatever became of it: not compared; empty on the CPU.
     """
 
     pools: dict[str, dict[str, dict[str, int]]]
     failed_moves: int = 0
     stuck_slots: int = 0
+    paths: dict[str, dict[str, dict[str, int]]] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +99,7 @@ class Event:
 
 
 def _listed(caches: Iterable[KVCache]) -> list[KVCache]:
-    if not isinstance(caches, Iterable):
+    if type(caches) is not list and not isinstance(caches, Iterable):
         raise ValueError(f"caches: {caches!r} is not a list of caches")
     return list(caches)
 
@@ -309,21 +311,17 @@ class KVCacheManager(Batches, Closing):
         """
         caches = _listed(caches)
         index, handles = self._pool(pool), self._handles(caches)
-        if isinstance(fill, bool) or not isinstance(fill, int | np.integer) or not -(2**31) <= fill < 2**31:
+        if type(fill) is not int:
+            if isinstance(fill, bool) or not isinstance(fill, int | np.integer):
+                raise ValueError(f"fill: {fill!r} is not an int32")
+            fill = int(fill)
+        if not -(2**31) <= fill < 2**31:
             raise ValueError(f"fill: {fill!r} is not an int32")
-        self._ready(handles)
+        self._ready_in_steps(caches)
         self._check_arrived(caches, "block_tables")
-        widest = self._core.widest(handles, index)
         if out is None:
-            out = np.empty((len(handles), widest), np.int32)
-        elif not isinstance(out, np.ndarray) or out.dtype != np.int32 or out.ndim != 2:
-            raise ValueError("out: must be a two-dimensional int32 array")
-        elif not out.flags.c_contiguous or not out.flags.writeable:
-            raise ValueError("out: must be writable and C-contiguous")
-        elif out.shape[0] < len(handles) or out.shape[1] < widest:
-            raise ValueError(f"out: shape {out.shape} is smaller than ({len(handles)}, {widest})")
-        if out.size:
-            self._core.block_tables(handles, index, out, int(fill))
+            out = np.empty((len(handles), self._core.widest(handles, index)), np.int32)
+        self._core.block_tables(handles, index, out, fill)
         return out
 
     def block_tables_csr(self, caches: Sequence[KVCache], pool: str) -> tuple[Int32Array, Int32Array, Int32Array]:
@@ -333,7 +331,7 @@ class KVCacheManager(Batches, Closing):
         """
         caches = _listed(caches)
         handles, index = self._handles(caches), self._pool(pool)
-        self._ready(handles)
+        self._ready_in_steps(caches)
         self._check_arrived(caches, "block_tables_csr")
         raw = self._core.block_tables_csr(handles, index, self.config.tokens_per_block)
         indptr, indices, last_page_len = (np.frombuffer(part, np.int32) for part in raw)
@@ -342,7 +340,8 @@ class KVCacheManager(Batches, Closing):
     def step_begin(self, caches: Sequence[KVCache], stream: object = None) -> None:
         """Before the launch of a step over ACTIVE caches: their slots stay fenced until `step_end`.
 
-        Returns when every move that touches their slots is over. A cache whose pages did not arrive is LOST then.
+        Returns when every move that touches their slots is over. A cache whose pages did not arrive is LOST then. On a
+        GPU with a stream it returns at once, and the stream waits; what is LOST is known by `commit`, or `update`.
         KVPoolError: the GPU is at its end, whatever is launched there fails.
         """
         caches = _listed(caches)
@@ -353,7 +352,7 @@ class KVCacheManager(Batches, Closing):
         self._core.step_begin(handles)
         if self._moves is not None and self._moves.notes(stream):
             for cache in caches:
-                cache._uses.append(self._used_by(cache))
+                cache._uses.append((stream, self._used_by(cache)))
 
     def step_end(self, caches: Sequence[KVCache], stream: object = None) -> None:
         """After the step: what was freed or closed meanwhile is given back. LogicError without `step_begin`."""
@@ -400,10 +399,11 @@ class KVCacheManager(Batches, Closing):
         for tier in self._tiers:
             for pool, book in zip(self.config.pools, self._core.books(tier == "host"), strict=True):
                 pools[pool.name][tier] = dict(zip(_BOOKS, book, strict=True))
-        counters = self._core.counters()
+        counters: dict[str, Any] = self._core.counters()
         if self._moves is None:
             return Stats(**counters, pools=pools)
-        return Stats(**counters, pools=pools, failed_moves=self._moves.failed, stuck_slots=len(self._moves.stuck))
+        moves, counts = self._moves, getattr(self._moves.mover, "path_counts", dict)
+        return Stats(**counters, pools=pools, failed_moves=moves.failed, stuck_slots=len(moves.stuck), paths=counts())
 
     def check(self) -> None:
         """Recompute all books; `InvariantError` names the equation that broke, or the written null page."""

@@ -42,6 +42,7 @@ class Moves:
         self._bad: list[BadPage] = []
         self._lock = threading.RLock()  # who takes the record submits it before anybody else submits anything
         self._checked = bool(getattr(mover, "checks", False))
+        self.on_gpu = bool(getattr(mover, "knows_cuda_streams", False))
 
     # -- before and after the core's books change ----------------------------------------------
 
@@ -142,14 +143,16 @@ class Moves:
     def wait(self, slots: Sequence[tuple[int, list[int]]], stream: object = None) -> None:
         """Everything that touches these device slots, by pool, is over; what is not in time has failed.
 
-        If no move is on its way the stream alone waits for the steps that were launched before.
+        If no move is on its way the stream alone waits for the steps that were launched before. On a GPU a stream that
+        is given waits for moves too, and the caller for nothing: what fails is known by the next call without one.
         """
         with self._lock:
             self.flush()
             flights = self.flying
-        if self.launched and not flights:
-            self.mover.step_begin(self._good(slots), stream if self._knows(stream) else None, self._timeout)
-        if flights and not self.mover.step_begin(self._good(slots), None, self._timeout):
+        known = stream if self._knows(stream) else None
+        if (self.launched and not flights) or (self.on_gpu and known is not None):
+            self.mover.step_begin(self._good(slots), known, self._timeout)
+        elif flights and not self.mover.step_begin(self._good(slots), None, self._timeout):
             self._give_up(flights)
             self.mover.step_begin(self._good(slots), None, self._timeout)  # for what was behind them
         if self.stuck:
@@ -186,9 +189,7 @@ class Moves:
 
     def _knows(self, stream: object) -> bool:
         """Whether the stream is one of the mover's kind; else the caller waits in its place."""
-        return isinstance(stream, CpuStream) or (
-            stream is not None and getattr(self.mover, "knows_cuda_streams", False)
-        )
+        return isinstance(stream, CpuStream) or (stream is not None and self.on_gpu)
 
     def used(self, uses: Sequence[SlotUse], stream: object) -> None:
         """A step, launched on this stream or over, used these slots."""

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from kvpool import machine
 from kvpool.buffers import gpu_bytes, is_on_gpu
 from kvpool.errors import ConfigError
+from kvpool.mover.calibration import CalibrationError, load
 from kvpool.mover.cuda import CudaMover
 from kvpool.mover.cuda_runtime import CudaRuntime
 from kvpool.mover.descriptors import CudaPool
+from kvpool.mover.paths import Chooser, Thresholds
 from kvpool.mover.pinned import PinnedMemory, StderrProgress
+
+
+def chooser_for(ordinal: int) -> Chooser:
+    """The calibration of GPU N of "cuda:N"; without one the default. One that cannot be used is a RuntimeWarning."""
+    found = machine.find_gpu(ordinal)
+    try:
+        calibration = None if found is None else load(found[0].name, found[1])
+    except CalibrationError as error:
+        warnings.warn(f"{error}. The default is used; kvpool doctor --calibrate measures again", RuntimeWarning, 2)
+        calibration = None
+    return calibration or Thresholds()
 
 
 class CudaMemory:
@@ -81,8 +95,8 @@ class CudaMemory:
         return self._runtime.download(pool.device, pool.page_bytes)
 
     def mover(self) -> CudaMover:
-        """Between the pages of all pools."""
-        return CudaMover(self._pools, self._runtime)
+        """Between the pages of all pools, by what was measured on this GPU."""
+        return CudaMover(self._pools, self._runtime, chooser=chooser_for(self._runtime.ordinal))
 
     def close(self) -> None:
         """Takes the registrations back; no move may be on its way."""

@@ -482,6 +482,8 @@ class Scheduler:
     def _leave_waiting(self, entry: Entry) -> None:
         if self._fresh.pop(entry.age, None) is None:
             self._returned.remove(entry)
+        if self.last_refused is not None:
+            self.last_refused.leave(entry)
 
 
 def _insert(entries: list[Entry], entry: Entry) -> None:
