@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import backend
 from kvpool import (
     AddRequest,
     CacheConfig,
@@ -39,7 +40,7 @@ class Request:
 
 
 def make(slots: int, **options: Any) -> KVCacheManager:
-    return KVCacheManager(CacheConfig(T, [PoolConfig("kv", 8)], (slots + 1) * 8, **options))
+    return KVCacheManager(CacheConfig(T, [PoolConfig("kv", 8)], (slots + 1) * 8, **options), backend.device())
 
 
 def store(manager: KVCacheManager, tokens: list[int]) -> None:
@@ -385,7 +386,7 @@ def test_fault_in_the_kth_copy_rolls_the_batch_back(
 
 
 def test_counters_are_those_of_stats() -> None:
-    with KVCacheManager(CacheConfig(4, [PoolConfig("kv", 8)], 8 * 5)) as manager:
+    with KVCacheManager(CacheConfig(4, [PoolConfig("kv", 8)], 8 * 5), backend.device()) as manager:
         for start in (0, 0, 100):
             with manager.create(start, range(start, start + 9)) as cache:
                 assert cache.resume()

@@ -95,6 +95,21 @@ def test_memory_must_be_known_to_the_gpu_and_live_until_its_work_is_over(start: 
     assert world.fault is not None
 
 
+def test_an_upload_is_there_when_it_returns(start: Start) -> None:
+    """CUDA's own copy of pageable memory need not be, for a stream that does not wait for the null stream."""
+    runtime, world = start()
+    memory, stream, data = runtime.allocate(2), runtime.stream(), np.array([7], np.uint8)
+    runtime.upload(np.array([1, 2], np.uint8), memory.ptr)
+    fake_cupy.Runtime(world).memcpy(memory.ptr, data.ctypes.data, 1, 4)
+    runtime.copy_async(memory.ptr + 1, memory.ptr, 1, stream)
+    stream.synchronize()
+    assert runtime.download(memory.ptr, 2).tolist() == [7, 1]  # the stream was faster
+    runtime.upload(data, memory.ptr)
+    runtime.copy_async(memory.ptr + 1, memory.ptr, 1, stream)
+    stream.synchronize()
+    assert runtime.download(memory.ptr, 2).tolist() == [7, 7]
+
+
 def test_a_fault_is_sticky(start: Start) -> None:
     runtime, _ = start(fault_at=0)
     stream, memory = runtime.stream(), runtime.allocate(64)

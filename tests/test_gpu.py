@@ -7,10 +7,11 @@ import pytest
 
 import kernel_cases
 from cpu_kernels import SIGNATURES
-from gpu_kernels import GpuKernels, mover_round_trip
+from gpu_kernels import GpuKernels, manager_round_trip, mover_round_trip
 from kvpool import machine
 from kvpool.mover.cuda_runtime import CudaRuntime
 from kvpool.mover.launches import plan_launch
+from kvpool.mover.paths import PATHS
 from kvpool.mover.pinned import PinnedMemory
 
 PROBLEMS = machine.look_for_cuda().problems
@@ -41,7 +42,11 @@ def test_slots_beyond_2_gib_of_pinned_memory() -> None:
         assert np.array_equal(runtime.download(device.ptr, content.size), content.ravel())
 
 
-@pytest.mark.parametrize("engine_bytes", [1, 1 << 40])
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("page_bytes", [24, 4096, 1 << 20])
-def test_the_mover_keeps_every_byte(page_bytes: int, engine_bytes: int) -> None:
-    mover_round_trip(CudaRuntime(), page_bytes, engine_bytes)
+def test_the_mover_keeps_every_byte(page_bytes: int, path: str) -> None:
+    mover_round_trip(CudaRuntime(), page_bytes, path)
+
+
+def test_a_manager_keeps_every_byte() -> None:
+    manager_round_trip(CudaRuntime())

@@ -167,6 +167,18 @@ class Batches:
             moves.wait([(pool, self._slots(handles, pool)) for pool in range(len(self.config.pools))], stream)
         self._note_losses()
 
+    def _ready_in_steps(self, caches: Sequence[KVCache]) -> None:
+        """As `_ready`; on a GPU the stream of the step that a cache is begun for waits in the caller's place."""
+        if self._moves is None or not self._moves.on_gpu:
+            self._ready([cache._handle for cache in caches])
+            return
+        streams: dict[int, tuple[object, list[Cache]]] = {}
+        for cache in caches:
+            stream = cache._uses[-1][0] if cache._uses else None
+            streams.setdefault(id(stream), (stream, []))[1].append(cache._handle)
+        for stream, handles in streams.values():
+            self._ready(handles, stream)
+
     def _slots(self, handles: Sequence[Cache], pool: int) -> list[int]:
         _, indices, _ = self._core.block_tables_csr(handles, pool, self.config.tokens_per_block)
         slots: list[int] = np.unique(np.frombuffer(indices, np.int32)).tolist()
@@ -196,6 +208,16 @@ class Batches:
         for cache, hit in zip(caches, moves.recorder.lose([cache._handle for cache in caches], bad), strict=True):
             cache._lost |= hit
         moves.retire()
+
+    def _check_arrived(self, caches: Iterable[KVCache], what: str) -> None:
+        """LogicError if a page of one of them is known not to have arrived.
+
+        Not in a step that was begun for a stream of a GPU: it is on its way, and `update` discards what it yields.
+        """
+        if self._moves is not None and self._moves.failed:
+            for cache in caches:
+                if not (self._moves.on_gpu and cache._uses and cache._uses[-1][0] is not None):
+                    cache._usable(what)
 
     def _check_lost(self, caches: Iterable[KVCache]) -> None:
         """New caches may have matched blocks that another thread was just losing."""

@@ -64,7 +64,7 @@ class KVCache(Closing):
         self._state: CacheState | None = None
         self._last = (0, 0, 0, 0)
         self._lost = False
-        self._uses: list[list[SlotUse]] = []  # of steps that were begun
+        self._uses: list[tuple[object, list[SlotUse]]] = []  # of steps that were begun, and their streams
         self.request_id = request_id
 
     def _info(self) -> tuple[int, int, int, int]:
@@ -131,7 +131,10 @@ class KVCache(Closing):
 
     def _usable(self, what: str) -> None:
         if self._lost and self._state is None:
-            raise LogicError(f"{what}: the cache is LOST, a move of its pages failed: close it and compute again")
+            raise LogicError(
+                f"{what}: the cache of request {self.request_id!r} is LOST, a move of its pages failed: close it and "
+                "compute again"
+            )
 
     def commit(self, tokens: Tokens) -> bool:
         """Declare the next tokens final; full blocks enter the tree. True if a block table entry changed.
@@ -184,7 +187,7 @@ class KVCache(Closing):
 
     def _take_uses(self) -> list[SlotUse]:
         """What the step that was begun first uses."""
-        return self._uses.pop(0) if self._uses else []
+        return self._uses.pop(0)[1] if self._uses else []
 
     def __repr__(self) -> str:
         return f"<kvpool cache of request {self.request_id!r}: {self.state.value}>"

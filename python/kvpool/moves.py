@@ -42,6 +42,7 @@ class Moves:
         self._bad: list[BadPage] = []
         self._lock = threading.RLock()  # who takes the record submits it before anybody else submits anything
         self._checked = bool(getattr(mover, "checks", False))
+        self.on_gpu = bool(getattr(mover, "knows_cuda_streams", False))
 
     # -- before and after the core's books change ----------------------------------------------
 
@@ -142,21 +143,31 @@ class Moves:
     def wait(self, slots: Sequence[tuple[int, list[int]]], stream: object = None) -> None:
         """Everything that touches these device slots, by pool, is over; what is not in time has failed.
 
-        If no move is on its way the stream alone waits for the steps that were launched before.
+        If no move is on its way the stream alone waits for the steps that were launched before. On a GPU a stream that
+        is given waits for moves too, and the caller for nothing: what fails is known by the next call without one.
         """
         with self._lock:
             self.flush()
             flights = self.flying
-        uses = [SlotUse(self._names[pool], "device", of) for pool, of in slots]
-        if self.launched and not flights:
-            self.mover.step_begin(uses, stream if self._knows(stream) else None, self._timeout)
-        if flights and not self.mover.step_begin(uses, None, self._timeout):
+        known = stream if self._knows(stream) else None
+        if (self.launched and not flights) or (self.on_gpu and known is not None):
+            self.mover.step_begin(self._good(slots), known, self._timeout)
+        elif flights and not self.mover.step_begin(self._good(slots), None, self._timeout):
             self._give_up(flights)
-            self.mover.step_begin(uses, None, self._timeout)  # for what was behind them
+            self.mover.step_begin(self._good(slots), None, self._timeout)  # for what was behind them
         if self.stuck:
             stuck = [(pool, False, slot) for pool, of in slots for slot in of if (pool, False, slot) in self.stuck]
             with self._lock:
-                self._fail(stuck)
+                self._bad += stuck  # whoever has one is LOST; they are counted already
+
+    def _good(self, slots: Sequence[tuple[int, list[int]]]) -> list[SlotUse]:
+        """Uses of these slots but the stuck ones: to wait for those would be in vain."""
+        if not self.stuck:
+            return [SlotUse(self._names[pool], "device", of) for pool, of in slots]
+        return [
+            SlotUse(self._names[pool], "device", [slot for slot in of if (pool, False, slot) not in self.stuck])
+            for pool, of in slots
+        ]
 
     def settle(self) -> None:
         """All moves so far are over."""
@@ -164,6 +175,11 @@ class Moves:
         flights = self.flying
         if flights and not self.mover.synchronize(self._timeout):
             self._give_up(flights)
+
+    def fault(self) -> str | None:
+        """Why nothing will ever be moved again; None: moves go on."""
+        found: str | None = getattr(self.mover, "fault", None)
+        return found
 
     # -- the engine's kernels --------------------------------------------------------------------
 
@@ -173,9 +189,7 @@ class Moves:
 
     def _knows(self, stream: object) -> bool:
         """Whether the stream is one of the mover's kind; else the caller waits in its place."""
-        return isinstance(stream, CpuStream) or (
-            stream is not None and getattr(self.mover, "knows_cuda_streams", False)
-        )
+        return isinstance(stream, CpuStream) or (stream is not None and self.on_gpu)
 
     def used(self, uses: Sequence[SlotUse], stream: object) -> None:
         """A step, launched on this stream or over, used these slots."""

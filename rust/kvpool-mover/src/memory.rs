@@ -154,4 +154,25 @@ mod tests {
         let pool = Pool::new("kv", 5, Region::zeroed(10), Some(Region::zeroed(15))).unwrap();
         assert_eq!((pool.rows(Tier::Device), pool.rows(Tier::Host)), (2, 3));
     }
+    /// What slot events prevent: `make sanitize` requires that the sanitizer reports this one.
+    #[test]
+    #[ignore = "a data race on purpose"]
+    fn two_copies_into_one_slot_race() {
+        let pool = Pool::new("kv", 64, Region::zeroed(128), Some(Region::zeroed(128))).unwrap();
+        let run = |src| Run {
+            src,
+            dst: 1,
+            len: 1,
+            index: 0,
+        };
+        let both = std::sync::Barrier::new(2);
+        let copy = |src| {
+            both.wait();
+            pool.copy(Tier::Device, Tier::Host, &run(src));
+        };
+        std::thread::scope(|scope| {
+            scope.spawn(|| copy(0));
+            scope.spawn(|| copy(1));
+        });
+    }
 }

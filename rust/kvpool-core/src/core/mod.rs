@@ -64,9 +64,11 @@ pub(crate) struct Tallies {
     pub onboarded: Counter,
 }
 
-/// Unread events that are kept. The checkers look at the ring by itself.
+/// Unread events that are kept. loom and shuttle look at the ring by itself; others make many cores.
 const EVENTS: usize = if cfg!(any(kvpool_loom, kvpool_shuttle)) {
     0
+} else if cfg!(any(kvpool_stops, fuzzing)) {
+    1 << 10
 } else {
     1 << 16
 };

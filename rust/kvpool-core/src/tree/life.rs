@@ -10,7 +10,7 @@
 //! A node with children is never killed, and a child appears only under a claimed node; so whoever
 //! claims a node holds its ancestors too.
 
-use super::lookup::pack;
+use super::lookup::{pack, pairs_of};
 use super::{Root, Tree};
 use crate::sync::{fence, weak, Ordering, Weak};
 use crate::words::{Link, Page, State, Tier, MAX_CLAIMS, MAX_REFS};
@@ -104,8 +104,16 @@ impl Tree {
             field.set(value);
         }
         let words = self.t.div_ceil(2);
-        for (field, pair) in self.tokens[index * words..].iter().zip(tokens.chunks(2)) {
-            field.set(pack(pair));
+        let stored = &self.tokens[index * words..(index + 1) * words];
+        match pairs_of(tokens) {
+            Some(pairs) => stored
+                .iter()
+                .zip(pairs)
+                .for_each(|(field, pair)| field.set(*pair)),
+            None => stored
+                .iter()
+                .zip(tokens.chunks(2))
+                .for_each(|(field, pair)| field.set(pack(pair))),
         }
         if weak(Weak::WriteBirth) {
             n.born.store(born, Ordering::Release); // Release: the planted weakness

@@ -90,9 +90,9 @@ impl Tree {
         debug_assert_eq!(tokens.len(), self.t);
         let words = self.t.div_ceil(2);
         let stored = &self.tokens[index * words..(index + 1) * words];
-        match bytemuck::try_cast_slice::<i32, u64>(tokens) {
+        match pairs_of(tokens) {
             // Without a branch for each word: mostly all are equal.
-            Ok(pairs) if cfg!(target_endian = "little") => {
+            Some(pairs) => {
                 let mut runs = pairs.chunks_exact(8);
                 let mut of = stored.chunks_exact(8);
                 let differ = |pairs: &[u64], words: &[Field]| {
@@ -104,7 +104,7 @@ impl Tree {
                     .any(|(pairs, words)| differ(pairs, words))
                     && !differ(runs.remainder(), of.remainder())
             }
-            _ => {
+            None => {
                 let mut pairs = tokens.chunks(2).zip(stored);
                 pairs.all(|(pair, word)| word.get() == pack(pair))
             }
@@ -142,6 +142,13 @@ impl Tree {
             }
         }
     }
+}
+
+/// The words of an even number of tokens, where they lie in memory as [`pack`] has them.
+#[inline]
+pub(super) fn pairs_of(tokens: &[i32]) -> Option<&[u64]> {
+    let pairs = bytemuck::try_cast_slice(tokens).ok()?;
+    cfg!(target_endian = "little").then_some(pairs)
 }
 
 /// Two tokens (or one) in a word.

@@ -287,6 +287,18 @@ impl Tree {
         }
     }
 
+    /// Brings what a look-up reads of a node closer, if there is such a node.
+    #[inline]
+    pub fn warm_reading(&self, index: usize) {
+        if let Some(node) = self.nodes.get(index) {
+            warm(&node.state);
+            warm(&self.pages[0].word[index]);
+            if let Some(tokens) = self.tokens.get(index * self.t.div_ceil(2)) {
+                warm(tokens);
+            }
+        }
+    }
+
     /// Brings what the burial of a node will touch closer: its own lines are here.
     pub fn warm_burial(&self, index: usize) {
         if self.is_block(index) {
@@ -313,7 +325,7 @@ impl Tree {
     fn first_bucket(&self, index: usize) -> usize {
         let n = &self.nodes[index];
         let root = [n.scope[0].get(), n.scope[1].get()];
-        let first = self.tokens(index).next().unwrap_or(0);
+        let first = self.tokens[index * self.t.div_ceil(2)].get() as i32;
         self.by_first
             .bucket(Self::first_hash(&root, self.parent(index), first))
     }

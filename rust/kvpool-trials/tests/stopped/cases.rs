@@ -4,7 +4,6 @@ use super::{branch, ready, sequence, shared, Kind, Request};
 use kvpool_core::words::Tier;
 use kvpool_core::Claim;
 use kvpool_trials::World;
-use std::borrow::Cow;
 
 pub struct Case {
     pub name: &'static str,
@@ -217,16 +216,17 @@ fn started(world: &World) -> Request {
     one
 }
 
-fn claims(prompts: &[Vec<i32>]) -> Vec<Claim<'_>> {
-    let claim = |tokens| Claim {
-        tokens: Cow::Borrowed(tokens),
+/// Of all their tokens.
+pub fn claims<'a>(prompts: &'a [Vec<i32>]) -> Vec<Claim<'a>> {
+    let claim = |tokens: &'a Vec<i32>| Claim {
+        tokens: tokens[..].into(),
         scope: b"",
         epoch: None,
         retention: None,
         least: None,
         most: None,
     };
-    prompts.iter().map(|tokens| claim(tokens.as_slice())).collect()
+    prompts.iter().map(|tokens| claim(tokens)).collect()
 }
 
 fn batch_claimed(world: &World, held: &mut Vec<Request>) {

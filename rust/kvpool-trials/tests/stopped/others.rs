@@ -1,11 +1,10 @@
 //! What all the others do while one thread is stopped. What must succeed is asserted; what may be refused is returned.
 
+use super::cases::claims;
 use super::{branch, ready, sequence, shared, Request};
 use kvpool_core::words::Tier;
-use kvpool_core::Claim;
 use kvpool_trials::world::TIERS;
 use kvpool_trials::{Actor, Rng, World};
-use std::borrow::Cow;
 
 /// A block of a cache of theirs is on the move.
 pub const MOVING: &str = "resume of blocks that may move";
@@ -110,26 +109,12 @@ fn batches(world: &World) {
         sequence(5000, 7),
         [sequence(2000, 12), vec![2]].concat(),
     ];
-    let claims = || {
-        let claim = |tokens| Claim {
-            tokens: Cow::Borrowed(tokens),
-            scope: b"",
-            epoch: None,
-            retention: None,
-            least: None,
-            most: None,
-        };
-        prompts
-            .iter()
-            .map(|tokens| claim(tokens.as_slice()))
-            .collect::<Vec<_>>()
-    };
-    let starts = world.core.claim_starts(claims(), None, 100).unwrap();
+    let starts = world.core.claim_starts(claims(&prompts), None, 100).unwrap();
     assert_eq!(starts.len(), 3);
     for mut cache in starts.into_iter().flatten() {
         assert!(world.core.close(&mut cache).unwrap());
     }
-    let caches = world.core.claim_all(claims(), true).unwrap();
+    let caches = world.core.claim_all(claims(&prompts), true).unwrap();
     for (cache, tokens) in caches.into_iter().zip(&prompts) {
         let mut one = Request::new(cache.expect("there is room"), tokens);
         let mut copies = Vec::new();
