@@ -98,7 +98,7 @@ bench-alone: setup
 	$(BIN)/python bench/memory_short.py
 
 bench-python: setup
-	bench/rivals_py/run --json bench/rivals_py/results.json $(if $(TRACE),--trace $(TRACE))
+	bench/rivals_py/run --json $(CURDIR)/bench/rivals_py/results.json $(if $(TRACE),--trace $(TRACE))
 
 bench-report: setup
 	$(BIN)/pip install --quiet --disable-pip-version-check 'matplotlib>=3.9'
