@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup extras replay test test-t models lint instructions bench bench-rust bench-alone bench-python bench-report gpu-check clean
+.PHONY: setup extras replay test test-t models stops soak fuzz sanitize lint instructions bench bench-rust bench-alone bench-python bench-report gpu-check clean
 
 $(BIN)/kvpool: pyproject.toml Cargo.toml $(shell find rust kernels -name '*.rs' -o -name '*.cu' -o -name Cargo.toml)
 	$(PYTHON) -m venv $(VENV)
@@ -48,6 +48,34 @@ models:
 	KVPOOL_PREEMPTIONS=3 $(LOOM) tree::
 	RUSTFLAGS="--cfg kvpool_shuttle" cargo test --quiet --profile models --target-dir target/shuttle -p kvpool-core --test linearizable
 
+# One thread stopped at each of its accesses in turn, everything else done meanwhile; --nocapture prints the counts.
+stops:
+	RUSTFLAGS="--cfg kvpool_stops" cargo test --quiet --profile models --target-dir target/stops -p kvpool-trials --test stops -- $(ARGS)
+
+# Threads that do everything at once, all books recomputed whenever they stand still.
+OPERATIONS ?= 100000000
+SEED ?= 1
+soak:
+	cargo run --release -p kvpool-trials --bin soak -- --operations $(OPERATIONS) --threads 4 --seed $(SEED)
+
+# Coverage-guided sequences of operations, from the corpus in the repository. Needs `cargo install cargo-fuzz` and a C++
+# compiler; new cases go to target/fuzz, failing ones to rust/fuzz/artifacts; rust/fuzz/README.md has the rest.
+SECONDS ?= 1800
+FUZZ := RUSTC_BOOTSTRAP=1 cargo fuzz
+fuzz:
+	mkdir -p target/fuzz
+	$(FUZZ) run --fuzz-dir rust/fuzz -s none operations target/fuzz rust/fuzz/corpus/operations -- -max_len=512 -max_total_time=$(SECONDS)
+
+# The thread sanitizer (with a standard library of its own, else its locks look like races), and a race that it must report.
+# Then Miri on the streams' threads. Needs `rustup component add --toolchain nightly rust-src miri`.
+TSAN := RUSTFLAGS=-Zsanitizer=thread cargo +nightly
+TSAN_TARGET := -Zbuild-std --profile models --target x86_64-unknown-linux-gnu --target-dir target/sanitize
+sanitize:
+	$(TSAN) test --quiet $(TSAN_TARGET) -p kvpool-mover --lib --tests
+	! $(TSAN) test --quiet $(TSAN_TARGET) -p kvpool-mover --lib -- --ignored two_copies_into_one_slot_race >/dev/null 2>&1
+	$(TSAN) run --quiet $(TSAN_TARGET) -p kvpool-trials --bin soak -- --operations 300000 --threads 4 --seed $(SEED)
+	cargo +nightly miri test --quiet --target-dir target/miri -p kvpool-mover --test threads
+
 lint: setup
 	cargo fmt --all --check
 	cargo fmt --check --manifest-path bench/rivals/Cargo.toml
@@ -57,6 +85,7 @@ lint: setup
 	cargo clippy --workspace --all-targets -- -D warnings
 	RUSTFLAGS="--cfg kvpool_loom" cargo clippy --target-dir target/loom -p kvpool-core --all-targets -- -D warnings
 	RUSTFLAGS="--cfg kvpool_shuttle" cargo clippy --target-dir target/shuttle -p kvpool-core --all-targets -- -D warnings
+	RUSTFLAGS="--cfg kvpool_stops" cargo clippy --target-dir target/stops -p kvpool-trials --all-targets -- -D warnings
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict python/kvpool
@@ -83,7 +112,7 @@ bench-alone: setup
 	$(BIN)/python bench/memory_short.py
 
 bench-python: setup
-	bench/rivals_py/run --json bench/rivals_py/results.json $(if $(TRACE),--trace $(TRACE))
+	bench/rivals_py/run --json $(CURDIR)/bench/rivals_py/results.json $(if $(TRACE),--trace $(TRACE))
 
 bench-report: setup
 	$(BIN)/pip install --quiet --disable-pip-version-check 'matplotlib>=3.9'

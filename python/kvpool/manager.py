@@ -99,13 +99,15 @@ class Event:
 
 
 def _listed(caches: Iterable[KVCache]) -> list[KVCache]:
-    if not isinstance(caches, Iterable):
+    if type(caches) is not list and not isinstance(caches, Iterable):
         raise ValueError(f"caches: {caches!r} is not a list of caches")
     return list(caches)
 
 
-def _memory_of(device: str | None) -> CpuMemory | CudaMemory | None:
+def _memory_of(device: str | None, numa_node: int | None) -> CpuMemory | CudaMemory | None:
     """What stands behind a device. CUDA's is imported here: it is half of what `import kvpool` would cost."""
+    if numa_node is not None and device in (None, "cpu"):
+        raise ConfigError(f"numa_node: {numa_node!r} is for the pinned host memory of a GPU, and device is {device!r}")
     if device is None:
         return None
     if device == "cpu":
@@ -114,7 +116,7 @@ def _memory_of(device: str | None) -> CpuMemory | CudaMemory | None:
     from kvpool.mover.cuda_memory import CudaMemory
 
     parse_device(device)
-    return CudaMemory(device)
+    return CudaMemory(device, numa_node)
 
 
 class KVCacheManager(Batches, Closing):
@@ -124,7 +126,8 @@ class KVCacheManager(Batches, Closing):
     instead of `plan_pools(config)`. buffers: the engine's own memory per pool, (num_slots + 1) * page_bytes bytes,
     C-contiguous: a NumPy array, on a GPU whatever has `__cuda_array_interface__`, or DLPack; kept alive, its row 0
     zeroed, never freed. policy: "lru", or "slru" (request-level segmented LRU with ghosts). move_timeout_s: a move that
-    takes longer has failed. mover: makes it from {pool: (device pages, host pages or None)}; None: the device's own.
+    takes longer has failed. numa_node: of a GPU's host pages (None: the system's choice). mover: makes it from
+    {pool: (device pages, host pages or None)}; None: the device's own.
     Raises ConfigError for what cannot be provided. A context manager that closes.
     """
 
@@ -137,11 +140,12 @@ class KVCacheManager(Batches, Closing):
         buffers: Mapping[str, Any] | None = None,
         policy: str = "lru",
         move_timeout_s: float | None = 60.0,
+        numa_node: int | None = None,
         mover: Callable[[Mapping[str, tuple[ByteArray, ByteArray | None]]], Mover] | None = None,
     ) -> None:
         if not isinstance(config, CacheConfig):
             raise ConfigError(f"config: {config!r} is not a kvpool.CacheConfig")
-        self._memory = _memory_of(device)
+        self._memory = _memory_of(device, numa_node)
         if policy not in ("lru", "slru"):
             raise ConfigError(f"policy: {policy!r} is none of 'lru', 'slru'")
         self.config = config
@@ -310,21 +314,17 @@ class KVCacheManager(Batches, Closing):
         """
         caches = _listed(caches)
         index, handles = self._pool(pool), self._handles(caches)
-        if isinstance(fill, bool) or not isinstance(fill, int | np.integer) or not -(2**31) <= fill < 2**31:
+        if type(fill) is not int:
+            if isinstance(fill, bool) or not isinstance(fill, int | np.integer):
+                raise ValueError(f"fill: {fill!r} is not an int32")
+            fill = int(fill)
+        if not -(2**31) <= fill < 2**31:
             raise ValueError(f"fill: {fill!r} is not an int32")
         self._ready_in_steps(caches)
         self._check_arrived(caches, "block_tables")
-        widest = self._core.widest(handles, index)
         if out is None:
-            out = np.empty((len(handles), widest), np.int32)
-        elif not isinstance(out, np.ndarray) or out.dtype != np.int32 or out.ndim != 2:
-            raise ValueError("out: must be a two-dimensional int32 array")
-        elif not out.flags.c_contiguous or not out.flags.writeable:
-            raise ValueError("out: must be writable and C-contiguous")
-        elif out.shape[0] < len(handles) or out.shape[1] < widest:
-            raise ValueError(f"out: shape {out.shape} is smaller than ({len(handles)}, {widest})")
-        if out.size:
-            self._core.block_tables(handles, index, out, int(fill))
+            out = np.empty((len(handles), self._core.widest(handles, index)), np.int32)
+        self._core.block_tables(handles, index, out, fill)
         return out
 
     def block_tables_csr(self, caches: Sequence[KVCache], pool: str) -> tuple[Int32Array, Int32Array, Int32Array]:

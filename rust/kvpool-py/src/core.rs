@@ -321,16 +321,16 @@ impl Core {
         tables::widest(py, &self.core, &caches, pool)
     }
 
-    /// Writes one row of slots per cache into `out` (C-contiguous, two-dimensional); the rest is `fill`.
+    /// Writes one row of slots per cache into `out`: int32, C-contiguous, (n, widest) or larger; the rest is `fill`.
     fn block_tables(
         &self,
         py: Python<'_>,
         caches: Vec<Py<Cache>>,
         pool: usize,
-        out: PyBuffer<i32>,
+        out: &Bound<'_, PyAny>,
         fill: i32,
     ) -> PyResult<()> {
-        tables::rows(py, &self.core, &caches, pool, &out, fill)
+        tables::rows(py, &self.core, &caches, pool, out, fill)
     }
 
     /// -> (indptr, indices, last_page_len) as int32 in native byte order

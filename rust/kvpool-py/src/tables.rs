@@ -28,38 +28,40 @@ pub fn widest(py: Python<'_>, core: &Core, caches: &[Py<Cache>], pool: usize) ->
     Ok(widest)
 }
 
-/// Writes one row of slots per cache into `out` (C-contiguous, two-dimensional); the rest is `fill`.
+/// Writes one row of slots per cache into `out`, or says what is wrong with it; the rest is `fill`.
 pub fn rows(
     py: Python<'_>,
     core: &Core,
     caches: &[Py<Cache>],
     pool: usize,
-    out: &PyBuffer<i32>,
+    out: &Bound<'_, PyAny>,
     fill: i32,
 ) -> PyResult<()> {
-    let columns = match out.shape() {
-        [rows, columns] if *rows >= caches.len() => *columns,
-        shape => {
-            return Err(PyValueError::new_err(format!(
-                "out: shape {shape:?} has no room for {} rows",
-                caches.len()
-            )))
-        }
+    let widest = widest(py, core, caches, pool)?;
+    let wrong = |what: &str| PyValueError::new_err(format!("out: {what}"));
+    let table = "must be a two-dimensional int32 array";
+    let out = PyBuffer::<i32>::get(out).map_err(|_| wrong(table))?;
+    let &[rows, columns] = out.shape() else {
+        return Err(wrong(table));
     };
     if out.readonly() || !out.is_c_contiguous() {
-        return Err(PyValueError::new_err(
-            "out must be a writable C-contiguous int32 array",
-        ));
+        return Err(wrong("must be writable and C-contiguous"));
+    }
+    if rows < caches.len() || columns < widest {
+        let least = (caches.len(), widest);
+        return Err(wrong(&format!(
+            "shape {:?} is smaller than {least:?}",
+            (rows, columns)
+        )));
     }
     let mut cells = vec![fill; out.item_count()];
     for (cache, row) in caches.iter().zip(cells.chunks_mut(columns.max(1))) {
         look(py, cache, |cache| {
             let table = core.table(cache, pool)?;
             if table.len() > columns {
-                return Err(CoreError::Value(format!(
-                    "out: {columns} columns are narrower than a table of {} entries",
-                    table.len()
-                )));
+                return Err(CoreError::State(
+                    "block_tables: another thread resized a cache".into(),
+                ));
             }
             for (cell, &slot) in row.iter_mut().zip(table) {
                 if slot != 0 {
