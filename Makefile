@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup extras replay test models stops soak fuzz sanitize lint instructions bench bench-rust bench-alone bench-python bench-report gpu-check clean
+.PHONY: setup extras replay test test-t models stops soak fuzz sanitize lint instructions bench bench-rust bench-alone bench-python \
+	bench-report gpu-check clean
 
 $(BIN)/kvpool: pyproject.toml Cargo.toml $(shell find rust kernels -name '*.rs' -o -name '*.cu' -o -name Cargo.toml)
 	$(PYTHON) -m venv $(VENV)
@@ -26,6 +27,20 @@ replay: setup
 test: setup extras
 	cargo test --workspace --quiet
 	KVPOOL_REQUIRE_EXTRAS=1 $(BIN)/python -m pytest
+
+# The tests on a free-threaded Python (docs/free-threading.md), in a wheel of its ABI, with the GIL off whatever they
+# import. TESTS: some of them. Fat link-time optimisation takes minutes and finds no race.
+PYTHON_T ?= python3.15t
+TESTS ?=
+test-t: setup
+	$(PYTHON_T) -c 'import sysconfig; assert sysconfig.get_config_var("Py_GIL_DISABLED"), "this Python has a GIL"'
+	test -x $(VENV)-t/bin/python || $(PYTHON_T) -m venv $(VENV)-t
+	rm -rf dist/t
+	CARGO_TARGET_DIR=target/t CARGO_PROFILE_RELEASE_LTO=off CARGO_PROFILE_RELEASE_CODEGEN_UNITS=16 \
+		$(BIN)/maturin build --release --quiet --interpreter $(VENV)-t/bin/python --out dist/t
+	$(VENV)-t/bin/pip install --quiet --disable-pip-version-check --force-reinstall --no-deps dist/t/kvpool-*.whl
+	$(VENV)-t/bin/pip install --quiet --disable-pip-version-check "$$(echo dist/t/kvpool-*.whl)[test]"
+	PYTHON_GIL=0 $(VENV)-t/bin/python -m pytest $(TESTS)
 
 # Every interleaving of small models (loom) with controls that must fail, then random schedules (shuttle).
 LOOM := RUSTFLAGS="--cfg kvpool_loom" cargo test --quiet --profile models --target-dir target/loom -p kvpool-core --lib
@@ -110,4 +125,4 @@ gpu-check: setup
 	$(BIN)/python bench/gpu_check --json gpu_check.json
 
 clean:
-	rm -rf $(VENV) target dist
+	rm -rf $(VENV) $(VENV)-t target dist
