@@ -7,7 +7,7 @@ makes the copies that the core asks for, at once.
 
 from __future__ import annotations
 
-import secrets
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ from kvpool.arguments import (
     scope_key,
     token_array,
 )
-from kvpool.batches import Batches, taken
+from kvpool.batches import Batches
 from kvpool.buffers import check_apart, given_buffers
 from kvpool.cache import CacheState, Closing, KVCache
 from kvpool.config import CacheConfig, Retention, Scope
@@ -170,7 +170,7 @@ class KVCacheManager(Batches, Closing):
             max_blocks=max_blocks,
             max_seq_len=config.max_seq_len,
             partial_reuse=config.partial_reuse,
-            hash_seed=secrets.randbits(64) if config.hash_seed is None else config.hash_seed,
+            hash_seed=int.from_bytes(os.urandom(8)) if config.hash_seed is None else config.hash_seed,
             policy=policy,
             clock=config.clock,
             offload_min_priority=config.offload_min_priority,
@@ -233,9 +233,8 @@ class KVCacheManager(Batches, Closing):
         key, epoch = scope_key(scope)
         handle = self._core.create(token_array(tokens), key, epoch, retention_spec(retention))
         cache = KVCache(self, request_id, handle)
-        if self._caches.setdefault(request_id, cache) is not cache:  # another thread was faster
-            self._core.close([handle])
-            raise taken(request_id)
+        if self._caches.setdefault(request_id, cache) is not cache or self._closed:
+            self._register([cache])  # raises: another thread was faster, or has closed the manager
         self._check_lost([cache])
         return cache
 
@@ -353,10 +352,11 @@ class KVCacheManager(Batches, Closing):
         self._ready(handles, stream, launch=True)
         if self._moves is not None and (fault := self._moves.fault()) is not None:
             raise KVPoolError(f"step_begin: the GPU is at its end ({fault}); end the process, and start anew")
+        noted = self._moves is not None and self._moves.notes(stream)
+        uses = [(stream, self._used_by(cache)) for cache in caches] if noted else []  # before: it may raise
         self._core.step_begin(handles)
-        if self._moves is not None and self._moves.notes(stream):
-            for cache in caches:
-                cache._uses.append((stream, self._used_by(cache)))
+        for cache, used in zip(caches, uses, strict=noted):
+            cache._uses.append(used)
 
     def step_end(self, caches: Sequence[KVCache], stream: object = None) -> None:
         """After the step: what was freed or closed meanwhile is given back. LogicError without `step_begin`."""
