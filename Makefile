@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup extras replay test models stops soak fuzz sanitize lint bench gpu-check clean
+.PHONY: setup extras replay test test-t models stops soak fuzz sanitize lint instructions bench bench-rust bench-alone bench-python \
+	bench-report gpu-check clean
 
 $(BIN)/kvpool: pyproject.toml Cargo.toml $(shell find rust kernels -name '*.rs' -o -name '*.cu' -o -name Cargo.toml)
 	$(PYTHON) -m venv $(VENV)
@@ -26,6 +27,20 @@ replay: setup
 test: setup extras
 	cargo test --workspace --quiet
 	KVPOOL_REQUIRE_EXTRAS=1 $(BIN)/python -m pytest
+
+# The tests on a free-threaded Python (docs/free-threading.md), in a wheel of its ABI, with the GIL off whatever they
+# import. TESTS: some of them. Fat link-time optimisation takes minutes and finds no race.
+PYTHON_T ?= python3.15t
+TESTS ?=
+test-t: setup
+	$(PYTHON_T) -c 'import sysconfig; assert sysconfig.get_config_var("Py_GIL_DISABLED"), "this Python has a GIL"'
+	test -x $(VENV)-t/bin/python || $(PYTHON_T) -m venv $(VENV)-t
+	rm -rf dist/t
+	CARGO_TARGET_DIR=target/t CARGO_PROFILE_RELEASE_LTO=off CARGO_PROFILE_RELEASE_CODEGEN_UNITS=16 \
+		$(BIN)/maturin build --release --quiet --interpreter $(VENV)-t/bin/python --out dist/t
+	$(VENV)-t/bin/pip install --quiet --disable-pip-version-check --force-reinstall --no-deps dist/t/kvpool-*.whl
+	$(VENV)-t/bin/pip install --quiet --disable-pip-version-check "$$(echo dist/t/kvpool-*.whl)[test]"
+	PYTHON_GIL=0 $(VENV)-t/bin/python -m pytest $(TESTS)
 
 # Every interleaving of small models (loom) with controls that must fail, then random schedules (shuttle).
 LOOM := RUSTFLAGS="--cfg kvpool_loom" cargo test --quiet --profile models --target-dir target/loom -p kvpool-core --lib
@@ -66,6 +81,8 @@ lint: setup
 	cargo fmt --all --check
 	cargo fmt --check --manifest-path bench/rivals/Cargo.toml
 	cargo check --quiet --manifest-path bench/rivals/Cargo.toml
+	cargo fmt --check --manifest-path bench/instructions/Cargo.toml
+	$(BIN)/python bench/report.py --check
 	cargo clippy --workspace --all-targets -- -D warnings
 	RUSTFLAGS="--cfg kvpool_loom" cargo clippy --target-dir target/loom -p kvpool-core --all-targets -- -D warnings
 	RUSTFLAGS="--cfg kvpool_shuttle" cargo clippy --target-dir target/shuttle -p kvpool-core --all-targets -- -D warnings
@@ -75,12 +92,32 @@ lint: setup
 	$(BIN)/mypy --strict python/kvpool
 	$(BIN)/python -m mypy.stubtest kvpool._core
 
-# TRACE: a Mooncake trace for W3.
-TRACE ?= $(wildcard ../shared/traces/mooncake_conversation.jsonl)
-bench: setup
-	cargo run --quiet --release --manifest-path bench/rivals/Cargo.toml -- $(TRACE)
-	$(BIN)/python -m pytest bench/bench_w1_w2.py bench/bench_w4.py bench/bench_mover.py --benchmark-only --benchmark-columns=min,median
+# Counts the instructions of the hot paths under valgrind and records them; CI fails when one grows by more than 5 %.
+instructions:
+	$(PYTHON) bench/instructions/count.py --record
+
+# All benchmarks, their tables and pictures. bench-python makes the rivals' environment on its first run (9.7 GB).
+bench: bench-rust bench-alone bench-python bench-report
+
+# TRACE: a Mooncake trace for W3. PARTS: some of those that bench/rivals names; the others keep their figures.
+TRACE ?= $(abspath $(wildcard ../shared/traces/mooncake_conversation.jsonl))
+PARTS ?=
+bench-rust:
+	cargo run --quiet --release --manifest-path bench/rivals/Cargo.toml -- --json bench/results/rust.json $(if $(TRACE),--trace $(TRACE)) $(PARTS)
+
+bench-alone: setup
+	$(BIN)/python -m pytest bench/bench_w1_w2.py bench/bench_w4.py --benchmark-only --benchmark-columns=min,median --benchmark-json=target/alone.json
+	$(BIN)/python bench/condense.py target/alone.json bench/results/alone.json
+	$(BIN)/python bench/scale_waiting.py bench/results/waiting.json
+	$(BIN)/python -m pytest bench/bench_mover.py --benchmark-only --benchmark-columns=min,median
 	$(BIN)/python bench/memory_short.py
+
+bench-python: setup
+	bench/rivals_py/run --json $(CURDIR)/bench/rivals_py/results.json $(if $(TRACE),--trace $(TRACE))
+
+bench-report: setup
+	$(BIN)/pip install --quiet --disable-pip-version-check 'matplotlib>=3.9'
+	$(BIN)/python bench/report.py
 
 # On a machine with a GPU: CuPy, the tests that need one, and the speed of every path. Exits 2 where there is none.
 gpu-check: setup
@@ -88,4 +125,4 @@ gpu-check: setup
 	$(BIN)/python bench/gpu_check --json gpu_check.json
 
 clean:
-	rm -rf $(VENV) target dist
+	rm -rf $(VENV) $(VENV)-t target dist

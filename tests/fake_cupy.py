@@ -5,7 +5,8 @@ draws among the streams whose next piece may run: any order that CUDA allows can
 
 - A wait binds to the event's latest record at the moment of the call; an event without a record holds nobody up.
 - Arguments of launches and copies are read when they are given; memory is read and written when they run.
-- A synchronous copy waits for no stream: all of kvpool's are non-blocking.
+- A synchronous copy waits for no stream: all of kvpool's are non-blocking. From host memory that is not registered it
+  returns when that is read; the bytes arrive no sooner than somebody waits for the null stream.
 - Copies reach device memory that is allocated and host memory that is registered, each within one of them; memory that
   is freed, or no longer registered, before they run is a fault. A fault is sticky: every later call fails.
 """
@@ -60,8 +61,14 @@ class World:
     pinned_limit: int = 1 << 50
     fault_at: int | None = None  # that piece of work fails, counted from 0
     lazy: bool = False  # work runs for those who wait only, not for those who ask
+    memory: int = 1 << 50  # bytes of device memory
+    same_addresses: bool = True  # registered host memory is where it is on the GPU too
+    waiting: bool = True  # False: whoever waits for the GPU fails
+    slow: bool = False  # work seldom runs for those who ask
     ran: int = 0
     launches: list[str] = field(default_factory=list)
+    batches: list[int] = field(default_factory=list)  # copies of each batched copy
+    kept: list[Any] = field(default_factory=list)  # what must live as long as this
     now_ms: float = 0.0
 
     def __post_init__(self) -> None:
@@ -71,8 +78,10 @@ class World:
         self.streams: dict[int, Stream] = {}
         self.ranges: dict[int, int] = {}  # address -> bytes: device memory and registered host memory
         self.registered: dict[int, int] = {}
+        self.owners: dict[int, int] = {}  # address of device memory -> GPU
         self.graveyard: list[Any] = []  # freed device memory: touching it must not crash the process
         self.fault: str | None = None
+        self.arriving: list[tuple[int, bytes]] = []  # of synchronous copies
         self.current = threading.local()
 
     def check(self) -> None:
@@ -82,8 +91,32 @@ class World:
     def covers(self, address: int, num_bytes: int) -> bool:
         return any(start <= address and address + num_bytes <= start + size for start, size in self.ranges.items())
 
+    def reaches(self, address: int) -> bool:
+        """Whether a kernel, or a batched copy, may be given an address."""
+        host = any(start <= address < start + size for start, size in self.registered.items())
+        return self.covers(address, 1) and (self.same_addresses or not host)
+
+    def memory_at(self, address: int) -> tuple[int, int]:
+        """(cudaMemoryType, GPU) of an address: 0 unknown, 1 registered host memory, 2 device memory."""
+        for start, size in self.ranges.items():
+            if start <= address < start + size:
+                return (1, 0) if start in self.registered else (2, self.owners[start])
+        return 0, -2
+
+    @property
+    def gpu(self) -> int:
+        """The calling thread's current device."""
+        stack: list[int] = self.current.__dict__.setdefault("devices", [0])
+        return stack[-1]
+
     def ready(self) -> list[deque[Work]]:
         return [queue for queue in self.queues if queue and (queue[0].after is None or queue[0].after.done)]
+
+    def arrive(self) -> None:
+        """The null stream is at its end."""
+        for address, content in self.arriving:
+            ctypes.memmove(address, content, len(content))
+        self.arriving.clear()
 
     def step(self) -> bool:
         """Runs one piece of some stream; False: none may run."""
@@ -103,7 +136,14 @@ class World:
             raise
         return True
 
+    def steps_per_question(self) -> int:
+        """How much time passes when somebody asks whether an event is reached."""
+        if self.lazy:
+            return 0
+        return self.random.random() < 0.1 if self.slow else self.random.randrange(3)
+
     def run_until(self, condition: Callable[[], bool]) -> None:
+        assert self.waiting, "the host waits for the GPU"
         with self.lock:
             self.check()
             while not condition():
@@ -175,7 +215,7 @@ class Event:
         """Asking lets time pass: some work runs first, unless the world is lazy."""
         with self.world.lock:
             self.world.check()
-            for _ in range(0 if self.world.lazy else self.world.random.randrange(3)):
+            for _ in range(self.world.steps_per_question()):
                 self.world.step()
             return self.latest is None or self.latest.done
 
@@ -190,16 +230,18 @@ class Device:
 
     def __enter__(self) -> Device:
         self.use()
+        self.world.current.__dict__.setdefault("devices", [0]).append(self.id)
         return self
 
     def __exit__(self, *args: object) -> None:
-        pass
+        self.world.current.devices.pop()
 
     @property
     def compute_capability(self) -> str:
         return self.world.capability
 
     def synchronize(self) -> None:
+        self.world.arrive()
         self.world.run_until(lambda: not any(self.world.queues))
 
 
@@ -212,7 +254,10 @@ class Allocation:
         self.ptr = -(-self._whole.ctypes.data // ALIGNMENT) * ALIGNMENT
         with world.lock:
             world.check()
-            world.ranges[self.ptr] = num_bytes
+            device = sum(size for start, size in world.ranges.items() if start not in world.registered)
+            if device + num_bytes > world.memory:
+                raise MemoryError(f"out of memory allocating {num_bytes} bytes")  # CuPy's OutOfMemoryError is one
+            world.ranges[self.ptr], world.owners[self.ptr] = num_bytes, world.gpu
 
     def __del__(self) -> None:
         with self._world.lock:
@@ -228,17 +273,75 @@ class DeviceArray(np.ndarray):  # type: ignore[type-arg]
     def data(self) -> Any:  # type: ignore[override]
         return types.SimpleNamespace(ptr=self.ctypes.data)
 
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        return {
+            "shape": self.shape,
+            "typestr": self.dtype.str,
+            "data": (self.ctypes.data, False),
+            "strides": None if self.flags.c_contiguous else self.strides,
+            "version": 3,
+        }
+
+
+def _array(address: int, shape: tuple[int, ...], owner: Any) -> DeviceArray:
+    """Bytes of device memory; `owner` lives as long as a view of them."""
+    part = (ctypes.c_uint8 * int(np.prod(shape))).from_address(address)
+    part.owner = owner
+    return np.ctypeslib.as_array(part).reshape(shape).view(DeviceArray)
+
 
 def _zeros(world: World) -> Callable[..., DeviceArray]:
     def zeros(shape: tuple[int, int], dtype: Any) -> DeviceArray:
+        assert dtype == np.uint8
         memory = Allocation(world, int(np.prod(shape)))
-        part = (ctypes.c_uint8 * int(np.prod(shape))).from_address(memory.ptr)
-        part.memory = memory  # lives as long as a view of it
-        array = np.ctypeslib.as_array(part).reshape(shape).view(DeviceArray)
+        array = _array(memory.ptr, shape, memory)
         array[:] = 0
         return array
 
     return zeros
+
+
+@dataclass(frozen=True)
+class UnownedMemory:
+    """Somebody else's device memory: `owner` is kept, nothing is freed."""
+
+    ptr: int
+    size: int
+    owner: Any
+    device_id: int
+
+
+@dataclass(frozen=True)
+class MemoryPointer:
+    mem: UnownedMemory
+    offset: int
+
+
+def _ndarray(shape: tuple[int, int], dtype: Any, memptr: MemoryPointer) -> DeviceArray:
+    assert dtype == np.uint8
+    assert memptr.offset + int(np.prod(shape)) <= memptr.mem.size
+    return _array(memptr.mem.ptr + memptr.offset, shape, memptr.mem)
+
+
+class _OnHost:
+    """What the host sees of an exporter whose device memory it can look at."""
+
+    def __init__(self, exporter: Any) -> None:
+        self._exporter = exporter
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 1, 0
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self._exporter.__dlpack__(stream=1)
+
+
+def _from_dlpack(exporter: Any) -> DeviceArray:
+    kind, _ = exporter.__dlpack_device__()
+    if kind != 2:
+        raise TypeError(f"Unsupported array type: {kind}")
+    return np.from_dlpack(_OnHost(exporter)).view(DeviceArray)
 
 
 class Runtime:
@@ -269,9 +372,34 @@ class Runtime:
 
     def memcpy(self, dst: int, src: int, size: int, kind: int) -> None:
         self._world.check()
+        assert self._world.waiting, "the host waits for the GPU"
         assert kind == self.memcpyDefault
         assert self._world.covers(dst, size) or self._world.covers(src, size)
-        ctypes.memmove(dst, src, size)
+        self._world.arrive()
+        if self._world.covers(src, size):
+            ctypes.memmove(dst, src, size)
+        else:
+            self._world.arriving.append((dst, ctypes.string_at(src, size)))
+
+    def streamSynchronize(self, stream: int) -> None:
+        """Of the null stream, on which nothing but synchronous copies runs."""
+        self._world.check()
+        assert stream == 0
+        self._world.arrive()
+
+    def deviceGetAttribute(self, attribute: int, device: int) -> int:
+        assert attribute == 91, "CanUseHostPointerForRegisteredMem"
+        return int(self._world.same_addresses)
+
+    def memset(self, ptr: int, value: int, size: int) -> None:
+        self._world.check()
+        if not self._world.covers(ptr, size):
+            raise CUDARuntimeError("cudaErrorInvalidValue: invalid argument")
+        ctypes.memset(ptr, value, size)
+
+    def pointerGetAttributes(self, ptr: int) -> Any:
+        kind, gpu = self._world.memory_at(ptr)
+        return types.SimpleNamespace(type=kind, device=gpu)
 
     def hostRegister(self, ptr: int, size: int, flags: int) -> None:
         world = self._world
@@ -284,6 +412,7 @@ class Runtime:
         world.registered[ptr] = world.ranges[ptr] = size
 
     def hostUnregister(self, ptr: int) -> None:
+        self._world.check()
         if ptr not in self._world.registered:
             raise CUDARuntimeError("cudaErrorHostMemoryNotRegistered: pointer is not registered")
         del self._world.registered[ptr], self._world.ranges[ptr]
@@ -308,7 +437,7 @@ class RawModule:
                 assert each.itemsize == {"int": 4}.get(kind, 8), f"{name}: {each!r} for {kind}"
             values = [int(each) if kind.endswith("*") else each for kind, each in zip(types_of, given, strict=True)]
             pointers = [value for kind, value in zip(types_of, values, strict=True) if kind.endswith("*")]
-            if not all(world.covers(pointer, 1) for pointer in pointers):
+            if not all(world.reaches(pointer) for pointer in pointers):
                 raise CUDARuntimeError(f"cudaErrorIllegalAddress: {name} got an address that the GPU does not know")
             order = world.random.randrange(9)
 
@@ -351,6 +480,8 @@ def make(world: World) -> types.ModuleType:
         RawModule=bound(RawModule),
         ones=np.ones,
         zeros=_zeros(world),
+        ndarray=_ndarray,
+        from_dlpack=_from_dlpack,
         matmul=_matmul(world),
         cuda=types.SimpleNamespace(
             Device=bound(Device),
@@ -358,6 +489,8 @@ def make(world: World) -> types.ModuleType:
             Event=bound(Event),
             ExternalStream=lambda ptr: world.streams[ptr],
             alloc=bound(Allocation),
+            UnownedMemory=UnownedMemory,
+            MemoryPointer=MemoryPointer,
             get_elapsed_time=elapsed,
             runtime=Runtime(world),
         ),

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from kvpool.mover import CpuMover, MoveBatch, SlotUse
-from kvpool.mover.cpu import CpuStream, CpuTicket
+import backend
+from kvpool.mover import MoveBatch, SlotUse
 
 PAGE_BYTES = 24
 ENDS = {"offload": ("device", "host"), "onboard": ("host", "device"), "copy": ("device", "device")}
@@ -24,9 +24,9 @@ ORDERS = ["compute-last", "copies-eager", "copies-last", "random"]
 Place = tuple[str, str, int]
 
 
-def page(tag: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def page(tag: int, page_bytes: int = PAGE_BYTES) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """The bytes of a page with this tag."""
-    return np.frombuffer((tag.to_bytes(8, "little") * (PAGE_BYTES // 8))[:PAGE_BYTES], np.uint8)
+    return np.frombuffer(tag.to_bytes(8, "little") * (page_bytes // 8), np.uint8)
 
 
 @dataclass
@@ -37,24 +37,23 @@ class World:
     slots: int = 24
     host: int = 16
     streams: int = 2
+    page_bytes: int = PAGE_BYTES
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
+        pools = {pool: backend.page_arrays(self.slots, self.host, self.page_bytes) for pool in ("full", "window")}
         self.pages = {
-            (pool, tier): np.zeros((rows, PAGE_BYTES), np.uint8)
-            for pool in ("full", "window")
-            for tier, rows in (("device", self.slots), ("host", self.host))
+            (pool, tier): pages
+            for pool, tiers in pools.items()
+            for tier, pages in zip(("device", "host"), tiers, strict=True)
         }
-        self.mover = CpuMover(
-            {pool: (self.pages[pool, "device"], self.pages[pool, "host"]) for pool in ("full", "window")},
-            **{"check": True, **self.options},
-        )
-        self.engine: list[CpuStream | None] = [None, *(self.mover.stream() for _ in range(self.streams))]
+        self.mover = backend.mover(**{"check": True, **self.options})(pools)
+        self.engine: list[Any] = [None, *(self.mover.stream() for _ in range(self.streams))]
         self.tag = 0
         self.model: dict[Place, int | None] = {}
         self.log: list[Callable[[], None]] = []
-        self.tickets: list[CpuTicket] = []
+        self.tickets: list[Any] = []
         self.failed = 0
         self.full = 0
         self.checked = 0
@@ -123,7 +122,7 @@ class World:
 
         def kernel() -> None:
             seen.append(pages[reads].copy())
-            pages[writes] = page(tag)
+            pages[writes] = page(tag, self.page_bytes)
 
         uses = [SlotUse(pool, "device", reads), SlotUse(pool, "device", writes, True)]
         assert self.mover.step_begin(uses, stream)
@@ -155,7 +154,9 @@ class World:
             tag = self.model.get((pool, tier, slot), 0)
             if tag is not None:
                 self.checked += 1
-                assert (content == page(tag)).all(), f"seed {self.seed}: {pool} {tier} {slot}: {content}, not {tag}"
+                assert (content == page(tag, self.page_bytes)).all(), (
+                    f"seed {self.seed}: {pool} {tier} {slot}: {content}, not {tag}"
+                )
 
     def settle(self) -> None:
         """Wait for everything, then compare."""

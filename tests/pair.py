@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+import backend
 from batches import Batches
 from comparison import Comparison, Step
 from domains import MIXES, MOST_OPEN, MOST_STEPS, SCOPES
@@ -95,7 +96,7 @@ class Pair(Batches, Comparison):
         )
         num_slots, host_slots = (dict(zip(self.names, n, strict=True)) for n in (counts, host_counts))
         plan = PoolPlan(dict.fromkeys(self.names, 1), num_slots, host_slots, 8 * t * (sum(counts) + len(counts)))
-        self.real = recorded(config, "cpu", plan=plan)
+        self.real = recorded(config, backend.device(), plan=plan)
         self.tiers = (DEVICE, HOST) if any(host_counts) else (DEVICE,)
         self.values = {tier: [self.real.pages(n, tier).view(np.int64) for n in self.names] for tier in self.tiers}
         specs = [(n, m, *rest) for n, m, rest in zip(counts, host_counts, pools, strict=True)]

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import backend
 from kvpool import (
     AdapterBudget,
     CacheConfig,
@@ -158,7 +159,7 @@ def manager_of(scenario: Scenario, slots: tuple[int, ...], draft: int) -> KVCach
     )
     device = dict(zip(names, slots, strict=True))
     plan = PoolPlan(dict.fromkeys(names, 1), device, dict(zip(names, scenario.host, strict=True)), 1 << 20)
-    return KVCacheManager(config, None, plan=plan)
+    return KVCacheManager(config, backend.books(), plan=plan)
 
 
 class World:

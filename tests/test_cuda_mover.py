@@ -9,7 +9,6 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 
 import fake_cupy
@@ -17,45 +16,83 @@ from cuda_movers import CudaWorld, fake_gpu, view
 from kvpool import InvariantError, LogicError
 from kvpool.mover import MoveBatch, MoveError, Mover, SlotUse
 from kvpool.mover.cuda import CudaMover
-from kvpool.mover.descriptors import PER_CALL, SLAB, CudaPool, pieces, runs
+from kvpool.mover.descriptors import SLAB, CudaPool
+from kvpool.mover.paths import PATHS, Fixed, Thresholds
 from kvpool.mover.pinned import PinnedMemory
+from kvpool.mover.slot_events import DIRECTIONS
+from kvpool.mover.staging import PARTS
 from movers import PAGE_BYTES, World, page
 from test_mover_checker import PLANTS
 
-CUDA_PLANTS = [plant for plant in PLANTS if plant[0] != "staging-reuse"]  # it has no staging buffer
+KERNELS = {24: {"copy_pages_u8", "gather_pages_u8", "scatter_pages_u8"}}
+KERNELS[48] = {"copy_pages_u128", "copy_ring_u128", "gather_pages_u128", "scatter_pages_u128"}
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_every_byte_is_right_after_random_operations(seed: int) -> None:
-    world = CudaWorld(seed)
+@pytest.mark.parametrize("page_bytes", KERNELS)
+@pytest.mark.parametrize("seed", range(5))
+def test_every_byte_is_right_after_random_operations(seed: int, page_bytes: int) -> None:
+    """Every path that pages of this size can take, one after the other as the seed says."""
+    world = CudaWorld(seed, page_bytes=page_bytes)
     world.run(500, every=100)  # a finding of the checker raises, a wrong byte fails
     assert world.checked > 500
-    totals = world.mover.totals()
-    assert totals["engine_copies"] > 0
-    assert totals["kernel_launches"] > 0
-    assert {"copy_pages_u8"} == set(world.gpu.launches)
+    counts = world.mover.path_counts()
+    assert set(counts) == {path for path in PATHS if path != "ring" or page_bytes == 48}
+    for path, of in counts.items():
+        assert set(of) == set(DIRECTIONS[:2] if path == "staged" else DIRECTIONS)
+    assert set(world.gpu.launches) == KERNELS[page_bytes]
+    assert world.gpu.batches
     world.mover.close()
 
 
-@pytest.mark.parametrize(("plant", "scenario", "text"), CUDA_PLANTS, ids=[s.__name__ for _, s, _ in CUDA_PLANTS])
-def test_a_planted_bug_is_named_by_the_checker(plant: str, scenario: Callable[[World], None], text: str) -> None:
-    world = CudaWorld(1, options={"plant": plant, "engine_bytes": 1 << 30, "lazy": True})
+@pytest.mark.parametrize("path", PATHS)
+def test_every_path_alone_keeps_every_byte(path: str) -> None:
+    world = CudaWorld(7, page_bytes=48, options={"chooser": Fixed(path, 2)})
+    world.run(400, every=100)
+    counts = world.mover.path_counts()
+    assert set(counts) == {path, "registers"} if path == "staged" else {path}  # a device copy needs no staging
+    world.mover.close()
+
+
+def _can_show(plant: str, path: str) -> bool:
+    """Only some paths have staging memory, or lists of slots."""
+    if plant == "staging-reuse":
+        return path == "staged"
+    return plant != "descriptor-rewrite" or path not in ("engine", "batch")
+
+
+CASES = [(*each, path) for each in PLANTS for path in PATHS if _can_show(each[0], path)]
+
+
+@pytest.mark.parametrize(
+    ("plant", "scenario", "text", "path"), CASES, ids=[f"{scenario.__name__}-{path}" for _, scenario, _, path in CASES]
+)
+def test_a_planted_bug_is_named_by_the_checker(
+    plant: str, scenario: Callable[[World], None], text: str, path: str
+) -> None:
+    """Whatever path the moves take."""
+    options = {"chooser": Fixed(path), "staging_bytes": PARTS * 48}  # three pages need a part of staging memory twice
+    world = CudaWorld(1, page_bytes=48, options={**options, "plant": plant, "lazy": True})
     if plant == "descriptor-rewrite":
         text = "descriptors are rewritten"
     text = re.sub(r"compute stream \d", "compute stream 1", text)  # places of a stream count its steps
+    text = text.replace("copy 2 writes staging", "gather 3 writes staging")
+    if path == "staged":  # the page is read by the gather, not by what sends it
+        text = re.sub(r"offload 1 reads device", "gather 1 reads device", text)
+        text = re.sub(r"(writes device slot 1 .*) offload 1", r"\1 gather 1", text)
     with pytest.raises(InvariantError, match=f"{plant}: {text}"):
         scenario(world)
-    clean = CudaWorld(1)
+    clean = CudaWorld(1, page_bytes=48, options=options)
     scenario(clean)
     clean.settle()
     clean.mover.close()
 
 
-@pytest.mark.parametrize("plant", sorted({name for name, _, _ in CUDA_PLANTS}))
+@pytest.mark.parametrize("plant", sorted({name for name, _, _ in PLANTS}))
 def test_a_planted_bug_is_a_wrong_byte_for_some_seed(plant: str) -> None:
     """The stand-in's orders are adverse enough, without the checker."""
     for seed in range(40):
-        world = CudaWorld(seed, options={"plant": plant, "check": False, "engine_bytes": 1 << 30})
+        path = "staged" if plant == "staging-reuse" else "registers"
+        world = CudaWorld(seed, options={"plant": plant, "check": False, "chooser": Fixed(path)})
         try:
             world.run(200)
         except AssertionError:
@@ -84,7 +121,7 @@ class Memory:
 
 @pytest.mark.parametrize("engine_bytes", [1, 1 << 30])
 def test_pages_go_down_up_and_across(engine_bytes: int) -> None:
-    memory = Memory(options={"engine_bytes": engine_bytes}, lazy=True)
+    memory = Memory(options={"chooser": Thresholds(engine_bytes)}, lazy=True, version=None)
     assert isinstance(memory.mover, Mover)
     tickets = [
         memory.submit("offload", [1, 2, 3, 7], [0, 1, 2, 5]),
@@ -206,65 +243,8 @@ def test_streams_by_address_and_at_most_four() -> None:
         memory.mover.step_begin([SlotUse("kv", "device", [1])], streams[4])
 
 
-def test_a_batch_of_any_length_is_split_into_launches() -> None:
-    runtime, gpu = fake_gpu()
-    n = 2 * PER_CALL + 100
-    block = runtime.allocate((n + 1) * 16)
-    with PinnedMemory(n * 16, 16, runtime, threads=1) as host:
-        mover = CudaMover({"kv": CudaPool(16, block.ptr, n + 1, host)}, runtime, max_blocks=2)
-        content = np.random.default_rng(1).integers(0, 256, (n + 1, 16), np.uint8)
-        runtime.upload(content, block.ptr)
-        order = np.random.default_rng(2).permutation(n).astype(np.int32)
-        ticket = mover.submit(MoveBatch("kv", "offload", order + 1, np.arange(n, dtype=np.int32)))
-        assert ticket is not None
-        assert ticket.result() is None
-        assert np.array_equal(host.array.reshape(n, 16), content[order + 1])
-        assert mover.totals()["kernel_launches"] == 3
-        assert gpu.launches == ["copy_pages_u128"] * 3
-        mover.close()
-    assert gpu.registered == {}
-
-
-def test_engine_copies_are_cut_between_registrations() -> None:
-    """The stand-in refuses a copy that straddles two."""
-    runtime, _ = fake_gpu()
-    page_bytes, n = 4096, 10
-    block = runtime.allocate((n + 1) * page_bytes)
-    with PinnedMemory(n * page_bytes, page_bytes, runtime, chunk_bytes=3 * page_bytes, threads=1) as host:
-        mover = CudaMover({"kv": CudaPool(page_bytes, block.ptr, n + 1, host)}, runtime, engine_bytes=1)
-        content = np.random.default_rng(1).integers(0, 256, (n + 1, page_bytes), np.uint8)
-        runtime.upload(content, block.ptr)
-        down = mover.submit(
-            MoveBatch("kv", "offload", np.arange(1, 10, dtype=np.int32), np.arange(1, 10, dtype=np.int32))
-        )
-        up = mover.submit(
-            MoveBatch("kv", "onboard", np.arange(1, 10, dtype=np.int32), np.arange(2, 11, dtype=np.int32))
-        )
-        assert down is not None
-        assert up is not None
-        assert up.result() is None
-        assert np.array_equal(host.array.reshape(n, page_bytes)[1:], content[1:10])
-        assert np.array_equal(runtime.download(block.ptr + 2 * page_bytes, 9 * page_bytes), content[1:10].ravel())
-        assert mover.totals()["engine_copies"] == 8
-        mover.close()
-
-
-def test_runs_and_pieces() -> None:
-    of = lambda *slots: np.array(slots, np.int32)  # noqa: E731
-    assert runs(of(), of()) == []
-    assert runs(of(1, 2, 3), of(5, 6, 7)) == [(0, 3)]
-    assert runs(of(1, 2, 4), of(5, 6, 7)) == [(0, 2), (2, 3)]
-    assert runs(of(1, 2, 3), of(5, 7, 8)) == [(0, 1), (1, 3)]
-    assert runs(of(3, 2), of(3, 2)) == [(0, 1), (1, 2)]
-    edges = [0, 300, 600, 1000]  # bytes; pages of 100
-    assert pieces(0, 10, 100, edges) == [(0, 3), (3, 6), (6, 10)]
-    assert pieces(2, 2, 100, edges) == [(0, 1), (1, 2)]
-    assert pieces(3, 3, 100, edges) == [(0, 3)]
-    assert pieces(9, 1, 100, edges) == [(0, 1)]
-
-
 def test_buffers_are_used_again_only_when_their_ticket_is_over() -> None:
-    memory = Memory(options={"engine_bytes": 1 << 30}, lazy=True)
+    memory = Memory(options={"chooser": Fixed("registers")}, lazy=True)
     tickets = [memory.submit("offload", [slot], [slot]) for slot in (1, 2, 3)]
     taken = [ticket._buffers[0] for ticket in tickets]
     assert len({id(buffer) for buffer in taken}) == 3
@@ -313,7 +293,7 @@ def test_a_mover_that_is_dropped_waits_for_its_work() -> None:
 
 
 def test_without_memory_for_the_lists_nothing_is_taken() -> None:
-    memory = Memory(lazy=True, options={"queue": 1000, "engine_bytes": 1 << 30})
+    memory = Memory(lazy=True, options={"queue": 1000, "chooser": Fixed("registers")})
     memory.gpu.pinned_limit = sum(memory.gpu.registered.values())
     for _ in range(SLAB):
         memory.submit("offload", [1], [0])
@@ -335,3 +315,33 @@ def test_who_waits_for_a_slot_may_write_it() -> None:
     memory.device[1] = 0
     assert memory.mover.synchronize()
     assert (memory.host[0] == page(101)).all()
+
+
+def test_who_has_seen_a_ticket_done_comes_behind_it() -> None:
+    """The checker must know: the caller need not wait for what it has seen end."""
+    for wait in ("done", "wait", "synchronize"):
+        memory = Memory()
+        ticket = memory.submit("onboard", [2], [3])
+        if wait == "done":
+            while not ticket.done():
+                pass
+        else:
+            assert (ticket if wait == "wait" else memory.mover).__getattribute__(wait)(30)
+        memory.device[3] = page(9)
+        memory.mover.step_end([SlotUse("kv", "device", [3], True)])
+        memory.mover.close()
+
+
+def test_the_sources_of_a_move_that_was_given_up_are_their_next_owners_at_once() -> None:
+    """It may still read them, for nobody; its destinations are nobody's any more."""
+    memory = Memory(lazy=True)
+    first, second, third = (memory.submit("offload", [slot, 4], [slot, 4]) for slot in (1, 2, 3))
+    assert second.give_up()
+    assert third.give_up()
+    assert memory.mover.step_begin([SlotUse("kv", "device", [1], True)], timeout=0.01) is False  # the first reads it
+    assert memory.mover.step_begin([SlotUse("kv", "device", [4], True)], timeout=0.01) is False  # as the first does
+    assert first.give_up()
+    for slot in (1, 2, 3, 4):
+        assert memory.mover.step_begin([SlotUse("kv", "device", [slot], True)], timeout=0.01)
+        memory.mover.step_end([SlotUse("kv", "device", [slot], True)])
+    assert memory.mover.wait_on(None, "kv", "host", [1], 0.01) is False

@@ -18,7 +18,7 @@ from kvpool.mover.pinned import CHUNK_BYTES
 
 
 @pytest.fixture
-def bare(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+def bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
     """A machine with two nodes of two cores, and nothing of CUDA."""
     host = Host(4, 64 << 30, 8 << 20, [NumaNode(0, 2, 32 << 30), NumaNode(1, 2, 32 << 30)])
     monkeypatch.setattr(machine, "look_at_host", lambda: host)
@@ -26,6 +26,7 @@ def bare(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.setattr(machine, "_cupy", lambda: None)
     monkeypatch.setattr(machine, "nvrtc_release", lambda library: None)
     monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     return monkeypatch
 
 
@@ -56,7 +57,8 @@ def test_json_is_all_of_stdout(bare: pytest.MonkeyPatch, capsys: pytest.CaptureF
     assert found["uses"]["kernels"] == _core.kernel_names()
     assert found["uses"]["pinned_chunk_bytes"] == CHUNK_BYTES
     assert found["uses"]["prefault_threads"] == 4
-    assert found["uses"]["calibration"] is None
+    assert found["uses"]["calibration"] == []
+    assert found["uses"]["without_calibration"] == {"copy_engine_from_bytes": 256 << 10, "blocks_of_a_kernel": 16}
 
 
 def test_with_gpus(bare: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

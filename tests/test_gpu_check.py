@@ -13,13 +13,17 @@ import numpy as np
 import pytest
 
 import driver
+import fake_bindings
 import fake_cupy
 import kernel_cases
 from cpu_kernels import SIGNATURES, plain_kernels
 from fake_cupy import World
-from gpu_kernels import GpuKernels, mover_round_trip
+from gpu_kernels import GpuKernels, manager_round_trip, mover_round_trip
 from kvpool import machine
+from kvpool.mover.calibrate import PLAIN, Result, Sizes
+from kvpool.mover.calibration import Speed, file_of, load
 from kvpool.mover.cuda_runtime import CudaRuntime
+from kvpool.mover.paths import PATHS
 
 CHECK = Path(__file__).parents[1] / "bench" / "gpu_check"
 
@@ -28,7 +32,9 @@ CHECK = Path(__file__).parents[1] / "bench" / "gpu_check"
 def world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> World:
     """A machine that has it all, as far as gpu_check can see."""
     world = World(plain_kernels())
-    monkeypatch.setitem(sys.modules, "cupy", fake_cupy.make(world))
+    for name, module in {"cupy": fake_cupy.make(world), **fake_bindings.make(world)}.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(machine, "_cupy", lambda: "fake")
     monkeypatch.setattr(machine, "nvrtc_release", lambda library: "12.9")
     monkeypatch.setattr(machine, "DRIVER_LIBRARY", driver.build(tmp_path))
@@ -47,12 +53,11 @@ def check(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     yield module
-    for name in ("measure", "paths"):
-        sys.modules.pop(name, None)
+    sys.modules.pop("measure", None)
 
 
-def sizes(check: Any) -> Any:
-    return check.Sizes(fragments=(512, 4096), counts=(2, 9), most_bytes=9 * 4096, blocks=(2, 3), matrix=8)
+SIZES = Sizes(fragments=(512, 4096), counts=(2, 9), most_bytes=9 * 4096, blocks=(2, 3), holds=2)
+ROWS = {"offload": 9, "onboard": 9, "copy": 7}  # of each page size and count: all paths, and the plain copy
 
 
 @pytest.mark.skipif(not machine.look_for_cuda().problems, reason="this machine has a GPU")
@@ -67,21 +72,25 @@ def test_every_path_is_verified_and_timed(
     check: Any, world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     report = tmp_path / "report.json"
-    assert check.check("cuda", report, False, sizes(check)) == 0
+    assert check.check("cuda", report, False, SIZES, 8) == 0
     found = json.loads(report.read_text())
-    paths_of = {"offload": 8, "onboard": 8, "copy": 6}  # with the plain copy
-    assert len(found["rows"]) == sum(paths_of.values()) * 4
-    assert len(found["beside"]) == sum(paths_of.values())
+    assert len(found["rows"]) == sum(ROWS.values()) * 4
+    assert len(found["beside"]) == sum(ROWS.values())
     assert all(row["gb_per_s"] > 0 and row["of_plain"] > 0 for row in found["rows"])
     assert all(row["alone_ms"] > 0 for row in found["beside"])
-    assert found["wrong"] is None
-    assert set(found["calibration"]) == {"offload", "onboard", "copy"}
-    assert found["cut"] is False
+    assert (found["wrong"], found["cut"], found["not_offered"], found["beside_missing"]) == (None, False, {}, None)
+    assert {row["path"] for row in found["rows"]} == {*PATHS, "plain copy"}
+    assert len(found["chosen"]) == 3 * 4
     assert set(world.launches) == {"copy_pages_u128", "copy_ring_u128", "gather_pages_u128", "scatter_pages_u128"}
+    assert world.batches
     out = capsys.readouterr().out
     assert "Test GPU A, driver CUDA 12.8" in out
     assert "tests on CUDA: left out" in out
     assert world.registered == {}
+    stored = load("Test GPU A", "12.8")
+    assert stored is not None
+    assert f"calibration: stored in {file_of('Test GPU A', '12.8')}" in out
+    assert len(stored.rows) == (sum(ROWS.values()) - 3) * 4
 
 
 def test_a_wrong_byte_ends_it_with_1(
@@ -94,52 +103,52 @@ def test_a_wrong_byte_ends_it_with_1(
         launch(self, plan, (source + 16 if plan.kernel == "copy_ring_u128" else source, *rest), stream)
 
     monkeypatch.setattr(CudaRuntime, "launch", shifted)
-    assert check.check("cuda", tmp_path / "report.json", False, sizes(check)) == 1
-    assert capsys.readouterr().err.endswith("wrong byte: offload, 2 pages of 512 bytes: ring\n")
-    assert json.loads((tmp_path / "report.json").read_text())["wrong"] == "offload, 2 pages of 512 bytes: ring"
+    assert check.check("cuda", tmp_path / "report.json", False, SIZES, 8) == 1
+    assert capsys.readouterr().err.endswith("wrong byte: offload, pages of 512 bytes: ring, 2 blocks\n")
+    assert json.loads((tmp_path / "report.json").read_text())["wrong"] == "offload, pages of 512 bytes: ring, 2 blocks"
+    assert load("Test GPU A", "12.8") is None  # what is wrong is not gone by
 
 
 def test_it_stops_when_time_is_up(check: Any, world: World, capsys: pytest.CaptureFixture[str]) -> None:
     check.SECONDS = -1
-    assert check.check("cuda", None, False, sizes(check)) == 0
+    assert check.check("cuda", None, False, SIZES, 8) == 0
     assert "rows are missing" in capsys.readouterr().out
 
 
 def test_a_failed_test_ends_it_with_1(check: Any, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check, "run_tests", lambda seconds: (False, "1 failed"))
     check.SECONDS = -1
-    assert check.check("cuda", None, True, sizes(check)) == 1
+    assert check.check("cuda", None, True, SIZES, 8) == 1
+
+
+def test_without_cublas_there_are_no_multiplies(
+    check: Any, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def missing(self: CudaRuntime, n: int) -> None:
+        raise ImportError("libcublas.so.12: cannot open shared object file")
+
+    monkeypatch.setattr(CudaRuntime, "matrix_multiply", missing)
+    report = tmp_path / "report.json"
+    assert check.check("cuda", report, False, SIZES, 8) == 0
+    assert "libcublas" in json.loads(report.read_text())["beside_missing"]
+    assert "matrix multiply: CuPy multiplies no matrices here" in capsys.readouterr().out
 
 
 def test_targets_name_the_best_path(check: Any) -> None:
-    row = sys.modules["measure"].Row
-    result = check.Result(
+    result = Result(
         rows=[
-            row("offload", 2 << 20, 4, "plain copy", None, 10, 1.0),
-            row("offload", 2 << 20, 4, "ring", 8, 9.6, 0.96),
-            row("offload", 2 << 20, 4, "registers", 8, 9.0, 0.90),
-            row("onboard", 16 << 10, 4, "ring", 16, 7.0, 0.70),
-            row("onboard", 64 << 10, 4, "ring", 16, 7.0, 0.70),
+            Speed("offload", 2 << 20, 4, PLAIN, None, 10.0),
+            Speed("offload", 2 << 20, 4, "ring", 8, 9.6),
+            Speed("offload", 2 << 20, 4, "registers", 8, 9.0),
+            Speed("onboard", 16 << 10, 4, PLAIN, None, 10.0),
+            Speed("onboard", 16 << 10, 4, "ring", 16, 7.0),
+            Speed("onboard", 64 << 10, 4, PLAIN, None, 10.0),
+            Speed("onboard", 64 << 10, 4, "engine", None, 7.0),
         ]
     )
-    table = check.targets(result)
-    columns = [list(column.cells) for column in table.columns]
+    columns = [list(column.cells) for column in check.targets(result).columns]
     assert columns[2] == ["ring, 8 blocks", "ring, 16 blocks"]
     assert columns[4] == ["95% met", "80% MISSED"]
-
-
-def test_calibration_takes_the_engine_from_where_it_stays_faster(check: Any) -> None:
-    row = sys.modules["measure"].Row
-    engine, blocks = "copy engine, page by page", {8: 7.0, 16: 9.6, 32: 10.0}
-    rows = [row("offload", 4096, 64, engine, None, 99.0, 1.0)]  # not the largest count
-    for fragment, speed in ((4096, 1.0), (8192, 12.0), (16_384, 9.0), (32_768, 11.0), (65_536, 12.0)):
-        rows.append(row("offload", fragment, 128, engine, None, speed, 1.0))
-        rows += [row("offload", fragment, 128, "registers", cap, at, 1.0) for cap, at in blocks.items()]
-    rows += [row("copy", 4096, 128, engine, None, 1.0, 1.0), row("copy", 4096, 128, "ring", 8, 2.0, 1.0)]
-    assert check.calibrate(rows) == {
-        "offload": {"engine_bytes": 32_768, "max_blocks": 16},
-        "copy": {"engine_bytes": None, "max_blocks": None},
-    }
 
 
 @pytest.mark.parametrize("kernel", SIGNATURES)
@@ -157,8 +166,13 @@ def test_gpu_tests_notice_bytes_around_the_memory(world: World) -> None:
         )
 
 
-@pytest.mark.parametrize("engine_bytes", [1, 1 << 40])
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("page_bytes", [24, 4096])
-def test_the_movers_gpu_test_holds_under_the_stand_in(world: World, page_bytes: int, engine_bytes: int) -> None:
-    mover_round_trip(CudaRuntime(), page_bytes, engine_bytes)
+def test_the_movers_gpu_test_holds_under_the_stand_in(world: World, page_bytes: int, path: str) -> None:
+    mover_round_trip(CudaRuntime(), page_bytes, path)
+    assert world.registered == {}
+
+
+def test_the_managers_gpu_test_holds_under_the_stand_in(world: World) -> None:
+    manager_round_trip(CudaRuntime())
     assert world.registered == {}

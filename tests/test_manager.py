@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import backend
 from kvpool import (
     CacheConfig,
     ConfigError,
@@ -28,9 +29,9 @@ from kvpool import (
 T = 4
 
 
-def make(slots: int = 8, page_bytes: int = 8, device: str | None = "cpu", **options: Any) -> KVCacheManager:
+def make(slots: int = 8, page_bytes: int = 8, **options: Any) -> KVCacheManager:
     pools = [PoolConfig("kv", page_bytes)]
-    return KVCacheManager(CacheConfig(T, pools, (slots + 1) * page_bytes, **options), device)
+    return KVCacheManager(CacheConfig(T, pools, (slots + 1) * page_bytes, **options), backend.device())
 
 
 def run(manager: KVCacheManager, request_id: int | str, tokens: list[int], **options: Any) -> int:
@@ -355,7 +356,7 @@ def test_block_tables_in_place_and_csr(manager: KVCacheManager) -> None:
 
 def test_stale_entries_keep_their_place() -> None:
     pools = [PoolConfig("full", 8), PoolConfig("window", 8, window=4)]
-    with KVCacheManager(CacheConfig(T, pools, 8 * 4000), None) as manager:
+    with KVCacheManager(CacheConfig(T, pools, 8 * 4000), backend.books()) as manager:
         cache = manager.create(1, [])
         cache.resume()
         assert cache.resize(16)
@@ -396,7 +397,7 @@ def test_buffers_are_the_engines_memory() -> None:
 
 
 def test_books_only() -> None:
-    with make(device=None) as manager:
+    with KVCacheManager(CacheConfig(T, [PoolConfig("kv", 8)], 72), None) as manager:
         assert run(manager, 1, list(range(8))) == 0
         assert run(manager, 2, [0, 1, 2, 3, 9, 9]) == 4
         with pytest.raises(LogicError, match="books only"):
@@ -545,12 +546,12 @@ def test_what_is_not_available_is_refused(field: str, options: dict[str, Any]) -
 def test_tables_too_large_for_memory_are_a_memory_error() -> None:
     config = CacheConfig(2**20, [PoolConfig("kv", 1)], 100, max_blocks=2**31 - 2)
     with pytest.raises(MemoryError, match="max_blocks"):
-        KVCacheManager(config, None)
+        KVCacheManager(config, backend.books())
 
 
 def test_pages_too_large_for_memory_are_a_memory_error() -> None:
     with pytest.raises(MemoryError, match="device_bytes"):
-        KVCacheManager(CacheConfig(T, [PoolConfig("kv", 10**15)], 10**17))
+        KVCacheManager(CacheConfig(T, [PoolConfig("kv", 10**15)], 10**17), backend.device())
 
 
 def test_closed_manager_refuses() -> None:

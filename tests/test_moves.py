@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+import backend
+from backend import mover_of
 from kvpool import CacheConfig, CacheState, KVCache, KVCacheManager, LogicError, PoolConfig, PoolPlan
-from kvpool.mover import AtOnceMover, CpuMover
+from kvpool.mover import AtOnceMover
 from movers import ORDERS
 
 MODES: dict[str, dict[str, Any]] = {"threads": {}, **{order: {"simulate": (order, 1)} for order in ORDERS}}
@@ -26,20 +28,15 @@ def make(request: pytest.FixtureRequest) -> Any:
         each = lambda n: dict.fromkeys(names, n)  # noqa: E731
         plan = PoolPlan(each(1), each(device), each(host), 1 << 20)
         config = CacheConfig(4, pools, 1 << 20, 1 << 20 if host else 0, hash_seed=1)
-        mover = lambda pages: CpuMover(pages, check=True, faults=True, **MODES[request.param])  # noqa: E731
-        made.append(KVCacheManager(config, plan=plan, **{"mover": mover, "move_timeout_s": 60.0, **options}))
+        mover = backend.mover(check=True, faults=True, **MODES[request.param])
+        given = {"mover": mover, "move_timeout_s": 60.0, **options}
+        made.append(KVCacheManager(config, backend.device(), plan=plan, **given))
         return made[-1]
 
     yield build
     for manager in made:
         manager.check()
         manager.close()
-
-
-def mover_of(manager: KVCacheManager) -> CpuMover:
-    assert manager._moves is not None
-    assert isinstance(manager._moves.mover, CpuMover)
-    return manager._moves.mover
 
 
 def words(manager: KVCacheManager, cache: KVCache, pool: str = "kv") -> list[int]:
@@ -151,8 +148,14 @@ def test_a_failed_onboard_is_known_at_step_begin(make: Callable[..., KVCacheMana
     assert manager.lost() == [3, 4]
     assert cache.state == other.state == "LOST"
     manager.step_end([cache])
-    with pytest.raises(LogicError, match="LOST"):
-        cache.commit([99])
+    for call in (
+        lambda: cache.commit([99]),
+        lambda: cache.block_table("kv"),
+        lambda: manager.block_tables([cache], "kv"),
+        lambda: manager.block_tables_csr(iter([cache]), "kv"),
+    ):
+        with pytest.raises(LogicError, match="of request 3 is LOST"):
+            call()
     assert manager.probe([*A, 99]) == 4 * (k - 1)
     cache.close()
     other.close()
@@ -177,6 +180,43 @@ def test_a_failed_copy_of_a_partial_block_loses_only_its_owner(
     cache.close()
     assert words(manager, whole) == [t + 1000 for t in A]
     assert manager.probe([*A, 99]) == 8
+
+
+def test_tables_of_a_cache_whose_page_turns_out_not_to_have_arrived_are_not_handed_out(
+    make: Callable[..., KVCacheManager],
+) -> None:
+    manager = make()
+    compute(manager, 1, A).close()
+    mover_of(manager).fail(1, "copy")
+    lost, other = manager.create(2, [*A[:6], 90]), manager.create(3, [*A, 91])
+    assert lost.resume()
+    assert other.resume()
+    with pytest.raises(LogicError, match=r"block_tables: the cache of request 2 is LOST.*close it"):
+        manager.block_tables([other, lost], "kv")
+    with pytest.raises(LogicError, match="block_tables_csr: the cache of request 2 is LOST"):
+        manager.block_tables_csr([other, lost], "kv")
+    assert manager.block_tables([other], "kv").shape == (1, 2)
+
+
+def test_blocks_of_a_lost_cache_that_is_closed_in_flight_go_when_the_step_ends(
+    make: Callable[..., KVCacheManager],
+) -> None:
+    manager = make(device=4)
+    compute(manager, 1, A).close()
+    compute(manager, 2, [*range(40, 56)]).close()
+    mover_of(manager).fail(1, "onboard")
+    cache = manager.create(3, [*A, 99])
+    assert cache.resume()
+    manager.step_begin([cache])
+    assert manager.lost() == [3]
+    cache.close()
+    assert manager.stats().pools["kv"]["device"]["fenced"] > 0
+    manager.step_end([cache])
+    books = manager.stats().pools["kv"]
+    assert (books["device"]["active"], books["device"]["fenced"]) == (0, 0)
+    cached = books["device"]["cached"] + books["host"]["cached"]
+    assert cached == sum(manager.probe([*prompt, 98]) for prompt in (A, [*range(40, 56)])) // 4
+    manager.check()
 
 
 def test_lost_caches_get_nothing_in_a_batch_and_others_do(make: Callable[..., KVCacheManager]) -> None:
@@ -250,6 +290,44 @@ def test_a_move_that_takes_too_long_counts_as_failed(make: Callable[..., KVCache
     assert len({slot for pool, tier, slot in mover_of(manager).fenced() if tier == "device"}) == 2
 
 
+def test_nobody_waits_again_for_a_move_that_was_given_up(
+    make: Callable[..., KVCacheManager], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU it may stand still for long: a LOST cache that is not closed yet must not cost the moves of others."""
+    manager = make(device=6, move_timeout_s=0.05)
+    compute(manager, 1, A).close()
+    compute(manager, 2, [*range(40, 64)]).close()
+    manager.pages("kv")
+    mover_of(manager).stall("onboard")
+    gone = manager.create(3, [*A, 99])
+    assert gone.resume()
+    manager.step_begin([gone])
+    manager.step_end([gone])
+    assert manager.lost() == [3]
+    stuck = {slot for pool, tier, slot in mover_of(manager).fenced() if tier == "device"}
+    assert len(stuck) == 2
+    mover, calls = mover_of(manager), list[list[int]]()
+    begin = mover.step_begin
+
+    def recorded(uses: Any, *rest: Any) -> bool:
+        calls.append([slot for use in uses for slot in use.slots])
+        return bool(begin(uses, *rest))
+
+    monkeypatch.setattr(mover, "step_begin", recorded)
+    monkeypatch.setattr(manager._moves, "_timeout", 60.0)
+    other = manager.create(4, [*range(40, 46), 70])
+    assert other.resume()  # its copy is on its way
+    manager.step_begin([gone])
+    manager.step_end([gone])
+    assert calls
+    assert not any(stuck & set(slots) for slots in calls)
+    assert words(manager, other) == [t + 1000 for t in range(40, 46)]
+    assert manager.lost() == [3]
+    gone.close()
+    other.close()
+    assert manager.stats().failed_moves == 2
+
+
 def test_an_offload_that_takes_too_long_fences_its_host_slots(make: Callable[..., KVCacheManager]) -> None:
     manager = make(device=4, move_timeout_s=0.05)
     compute(manager, 1, A).close()
@@ -308,7 +386,7 @@ def test_nothing_is_committed_before_its_pages_have_arrived(make: Callable[..., 
 
 def test_any_mover_serves() -> None:
     config = CacheConfig(4, [PoolConfig("kv", 32)], 5 * 32, 8 * 32, hash_seed=1)
-    manager = KVCacheManager(config, mover=AtOnceMover)
+    manager = KVCacheManager(config, backend.device(), mover=AtOnceMover)
     first = compute(manager, 1, A)
     first.suspend()
     compute(manager, 2, [*range(40, 56)]).close()

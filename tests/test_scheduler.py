@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+import backend
 from kvpool import (
     AdapterBudget,
     CacheConfig,
@@ -32,7 +33,7 @@ def manager_of(slots: int | list[int] = 8, pools: list[PoolConfig] | None = None
     names = [pool.name for pool in pools]
     given = [slots] if isinstance(slots, int) else slots
     plan = PoolPlan(dict.fromkeys(names, 1), dict(zip(names, given, strict=True)), dict.fromkeys(names, host), 1 << 30)
-    return KVCacheManager(CacheConfig(t, pools, 1 << 30, hash_seed=1, **config), None, plan=plan)
+    return KVCacheManager(CacheConfig(t, pools, 1 << 30, hash_seed=1, **config), backend.books(), plan=plan)
 
 
 def request_of(number: int, prompt: int, new: int, **more: Any) -> Request:

@@ -6,14 +6,13 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter
-from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 
+import backend
 from kvpool import CacheConfig, Engine, KVCacheManager, PoolConfig, PoolPlan, Request, Scheduler, SchedulerConfig, Step
-from kvpool.mover import CpuMover
 
 
 class Words:
@@ -26,16 +25,18 @@ class Words:
         self.words = 0
 
     def execute(self, step: Step) -> dict[Any, list[int]]:
-        lost = set(self.manager.lost())
+        """Takes the tables of the whole step at once, as a batch's kernel needs them: a LOST one would be an error."""
+        caches = [self.manager.cache(request.request_id) for request in step.requests]
+        for name in self.names:
+            self.manager.block_tables(caches, name)
+            self.manager.block_tables_csr(caches, name)
         outputs = {}
         for chunk in step.context:
-            if chunk.request.request_id not in lost:
-                self.compute(chunk.request, chunk.start, chunk.start + chunk.num_tokens)
+            self.compute(chunk.request, chunk.start, chunk.start + chunk.num_tokens)
             if chunk.is_last:
                 outputs[chunk.request.request_id] = [word(chunk.request) % 50]
         for request, count in zip(step.generation, step.generation_tokens, strict=True):
-            if request.request_id not in lost:
-                self.compute(request, request.num_computed, request.num_computed + 1)
+            self.compute(request, request.num_computed, request.num_computed + 1)
             outputs[request.request_id] = [word(request) % 50]
             assert count >= 1
         return outputs
@@ -60,7 +61,7 @@ def word(request: Request, length: int | None = None) -> int:
     return hash(tuple(request.token_slice(0, end).tolist())) & 0x7FFFFFFFFFFF
 
 
-def world(seed: int, rate: float) -> tuple[Scheduler, Words, CpuMover, list[Request]]:
+def world(seed: int, rate: float) -> tuple[Scheduler, Words, Any, list[Request]]:
     r = random.Random(seed)
     t = r.choice([1, 2, 4])
     windows = r.choice([[None], [None], [None, 3], [None, 4 * t], [2 * t]])
@@ -70,9 +71,9 @@ def world(seed: int, rate: float) -> tuple[Scheduler, Words, CpuMover, list[Requ
     device = {name: r.randint(6, 14) for name in names}
     plan = PoolPlan(dict.fromkeys(names, 1), device, dict.fromkeys(names, host), 1 << 20)
     config = CacheConfig(t, pools, 1 << 20, hash_seed=1, decode_reservation=r.choice(["none", "sliding"]))
-    make = partial(CpuMover, check=True, faults=True)
-    manager = KVCacheManager(config, plan=plan, mover=make)
-    mover = manager._moves.mover
+    make = backend.mover(check=True, faults=True)
+    manager = KVCacheManager(config, backend.device(), plan=plan, mover=make)
+    mover = backend.mover_of(manager)
     if rate:
         mover.fail_at_random(rate, seed)
     scheduler = Scheduler(manager, SchedulerConfig(8, 64, r.choice([None, t, 2])))
@@ -90,7 +91,7 @@ def world(seed: int, rate: float) -> tuple[Scheduler, Words, CpuMover, list[Requ
 @pytest.mark.parametrize("rate", [0.0, 0.1], ids=["moves arrive", "moves fail"])
 def test_never_a_wrong_byte_whatever_moves(rate: float) -> None:
     did: Counter[str] = Counter()
-    for seed in range(60):
+    for seed in backend.few(range(60), 20):
         scheduler, executor, mover, requests = world(seed, rate)
         manager = scheduler.manager
         with manager:
@@ -111,8 +112,9 @@ def test_never_a_wrong_byte_whatever_moves(rate: float) -> None:
             did.update(suspended=scheduler.stats.suspended, recomputed=scheduler.stats.recomputed)
             did.update(failed=stats.failed_moves)
     print(dict(did))
-    assert all(did[name] > 20 for name in ("words", "offloaded", "onboarded", "suspended", "recomputed"))
-    assert (did["failed"] > 5) == bool(rate)
+    least = 20 if backend.device() == "cpu" else 4
+    assert all(did[name] > least for name in ("words", "offloaded", "onboarded", "suspended", "recomputed"))
+    assert (did["failed"] > least // 4) == bool(rate)
 
 
 class Streamed(Words):
@@ -123,10 +125,7 @@ class Streamed(Words):
 
     def __init__(self, manager: KVCacheManager, seed: int, delay: float) -> None:
         super().__init__(manager, seed)
-        moves = manager._moves
-        assert moves is not None
-        assert isinstance(moves.mover, CpuMover)
-        self.stream = moves.mover.stream()
+        self.stream = backend.mover_of(manager).stream()
         self.pages = {name: manager.pages(name).view(np.int64) for name in self.names}
         self.delay = delay
         self.wrong: list[Any] = []
@@ -159,7 +158,7 @@ class Streamed(Words):
 
 def test_never_a_wrong_byte_when_steps_are_computed_in_a_thread_of_their_own() -> None:
     did: Counter[str] = Counter()
-    for seed in range(40):
+    for seed in backend.few(range(40), 12):
         scheduler, _, mover, requests = world(seed, 0.0)
         with scheduler.manager as manager:
             executor = Streamed(manager, seed, 0.0005)
@@ -175,4 +174,5 @@ def test_never_a_wrong_byte_when_steps_are_computed_in_a_thread_of_their_own() -
             did.update(words=executor.words, offloaded=stats.offloaded, onboarded=stats.onboarded)
             did.update(behind=executor.behind > 2, suspended=scheduler.stats.suspended)
     print(dict(did))
-    assert all(did[name] > 10 for name in ("words", "offloaded", "onboarded", "suspended", "behind"))
+    least = 10 if backend.device() == "cpu" else 2
+    assert all(did[name] > least for name in ("words", "offloaded", "onboarded", "suspended", "behind"))

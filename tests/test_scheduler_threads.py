@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
+import backend
 from kvpool import CacheConfig, Engine, KVCacheManager, PoolConfig, Request, Scheduler, SchedulerConfig, Step
 
 T, THREADS, EACH = 4, 4, 20
@@ -35,7 +36,7 @@ def hasty() -> Iterator[None]:
 def test_threads_submit_cancel_and_probe_while_one_schedules(hasty: None, host_pages: int) -> None:
     pools = [PoolConfig("full", 64), PoolConfig("window", 64, window=6)]
     config = CacheConfig(T, pools, 64 * 40, host_bytes=64 * host_pages, max_batch_size=3, max_seq_len=40)
-    manager = KVCacheManager(config)
+    manager = KVCacheManager(config, backend.device())
     engine = Engine(Scheduler(manager, SchedulerConfig(4, 48, chunk_tokens=T, max_started=6)), Echo())
     requests: dict[str, Request] = {}
     cancelled: set[str] = set()

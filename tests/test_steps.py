@@ -5,24 +5,23 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 
+import backend
 from kvpool import CacheConfig, KVCache, KVCacheManager, PoolConfig, PoolPlan
-from kvpool.mover import CpuMover, CpuStream
 
 
-def manager_of(slots: int, host: int, check: bool = True) -> tuple[KVCacheManager, CpuMover]:
+def manager_of(slots: int, host: int, check: bool = True) -> tuple[KVCacheManager, Any]:
     plan = PoolPlan({"kv": 1}, {"kv": slots}, {"kv": host}, 1 << 20)
     config = CacheConfig(4, [PoolConfig("kv", 8)], 1 << 20, hash_seed=1)
-    manager = KVCacheManager(config, plan=plan, mover=lambda pages: CpuMover(pages, check=check))
-    assert manager._moves is not None
-    assert isinstance(manager._moves.mover, CpuMover)
-    return manager, manager._moves.mover
+    manager = KVCacheManager(config, backend.device(), plan=plan, mover=backend.mover(check=check))
+    return manager, backend.mover_of(manager)
 
 
-def launch(stream: CpuStream | None, call: Callable[[], object]) -> None:
+def launch(stream: Any, call: Callable[[], object]) -> None:
     if stream is None:
         call()
     else:

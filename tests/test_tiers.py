@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+import backend
 from kvpool import AddRequest, CacheConfig, KVCache, KVCacheManager, PoolConfig, PoolPlan, Retention, Stats, TokenRange
 
 Make = Any
@@ -29,7 +30,8 @@ def make() -> Iterator[Make]:
             **options,
         )
         slots, host = ({name: pool[tier] for name, pool in zip(names, pools, strict=True)} for tier in (0, 1))
-        made.append(KVCacheManager(config, plan=PoolPlan(dict.fromkeys(names, 1), slots, host, 1 << 20)))
+        plan = PoolPlan(dict.fromkeys(names, 1), slots, host, 1 << 20)
+        made.append(KVCacheManager(config, backend.device(), plan=plan))
         return made[-1]
 
     yield build

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import backend
 from kvpool import AddRequest, CacheConfig, KVCache, KVCacheManager, PoolConfig, PoolPlan, Retention, TokenRange
 from test_tiers import changes
 
@@ -36,7 +37,7 @@ class Tiers:
         pools = [PoolConfig(name, 8 * T, window) for name, window in names.items()]
         config = CacheConfig(T, pools, 1 << 20, 1 << 20, hash_seed=1, max_blocks=max_blocks)
         plan = PoolPlan(dict.fromkeys(names, 1), dict.fromkeys(names, device), dict.fromkeys(names, host), 1 << 20)
-        self.manager = KVCacheManager(config, plan=plan)
+        self.manager = KVCacheManager(config, backend.device(), plan=plan)
         copy = self.manager._copy
 
         def one_by_one(copies: Sequence[tuple[int, bool, int, int]]) -> None:

@@ -9,6 +9,7 @@ import os
 import random
 from collections import Counter
 
+import backend
 from domains import OPERATIONS, SETUP
 from model import HOST
 from pair import Pair
@@ -72,7 +73,7 @@ class Claims(Pair):
 
 def test_what_phase_1_counted_phase_2_delivers_in_any_order_under_pressure_and_with_onboarding() -> None:
     did: Counter[str] = Counter()
-    for seed in SEEDS:
+    for seed in backend.few(SEEDS, 30):
         rng = random.Random(seed)
         slots = {name: rng.randint(3, 8) for name in ("slots", "second", "third")}
         host = (rng.randint(1, 8), rng.randint(1, 8), rng.randint(1, 8))
@@ -90,8 +91,9 @@ def test_what_phase_1_counted_phase_2_delivers_in_any_order_under_pressure_and_w
         did += pair.did
     print({name: did[name] for name in did if "deliver" in name or "claim" in name})
     if len(SEEDS) > 1:
-        assert min(did["delivered"], did["delivered under pressure"], did["claim refused"]) > 100
-        assert did["delivered from the host"] > 20
+        least, on_host = (100, 20) if backend.device() == "cpu" else (20, 2)
+        assert min(did["delivered"], did["delivered under pressure"], did["claim refused"]) > least
+        assert did["delivered from the host"] > on_host
 
 
 class Silent(Pair):
@@ -108,8 +110,8 @@ class Silent(Pair):
 
 def test_events_of_a_whole_run_give_the_tree_of_each_tier() -> None:
     did: Counter[str] = Counter()
-    for seed in SEEDS[:40]:
+    for seed in backend.few(SEEDS[:40], 10):
         host = random.Random(seed)
         pair = drive(seed, Silent, 150, host=(host.randint(1, 8), host.randint(1, 8), host.randint(1, 8)))
         did += pair.did
-    assert min(did["offloaded"], did["onboarded"]) > 20
+    assert min(did["offloaded"], did["onboarded"]) > (20 if backend.device() == "cpu" else 5)

@@ -1,6 +1,6 @@
-"""W4, W1 and W2 of kvpool, vLLM and SGLang in one run, in turns; and short memory with vLLM's scheduler.
+"""W4, W1, W2 and W3 of kvpool, vLLM and SGLang in one run, in turns; and short memory with vLLM's scheduler.
 
-    bench/rivals_py/run [--json PATH] [--rounds N]      makes the environment, then calls this
+    bench/rivals_py/run [--json PATH] [--rounds N] [--trace PATH]      makes the environment, then calls this
 
 Each system runs in a process of its own, in its own environment; a round is one world of 100 steps per system and case.
 """
@@ -18,6 +18,7 @@ from typing import Any
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 import memory_short  # noqa: E402
+import tables  # noqa: E402
 
 RIVALS = HERE / ".venv" / "bin" / "python"
 SYSTEMS = {
@@ -32,7 +33,7 @@ CASES: dict[str, dict[str, Any]] = {
     "B, somebody comes and goes in each step": {"kind": "B asked"},
     "C": {"kind": "C"},
     "A, 4,000 waiting": {"kind": "A", "waiting": 4000},
-    "the same, 4,000 waiting": {"kind": "B asked", "waiting": 4000},
+    "B, somebody comes and goes, 4,000 waiting": {"kind": "B asked", "waiting": 4000},
 }
 STEPS, WARM = 100, 10
 
@@ -99,12 +100,12 @@ def w4(workers: list[Worker], rounds: int) -> dict[str, dict[str, Any]]:
 
 
 def blocks(workers: list[Worker], rounds: int) -> dict[str, dict[str, list[int]]]:
-    """{"W1" | "W2": {system: [min, median]}}, ns per block."""
-    table: dict[str, dict[str, list[int]]] = {"W1": {}, "W2": {}}
+    """{"W1" | "W1t" | ...: {system: [min, median]}}, ns per block."""
+    table: dict[str, dict[str, list[int]]] = {}
     for _ in range(rounds):
         for worker in workers:
             for name, times in (worker.ask(do="blocks", number=500) or {}).items():
-                table[name].setdefault(worker.name, []).extend(times)
+                table.setdefault(name, {}).setdefault(worker.name, []).extend(times)
     return {
         name: {system: [round(ns * 1000 / 64) for ns in low(times)] for system, times in systems.items()}
         for name, systems in table.items()
@@ -125,43 +126,19 @@ def short(workers: list[Worker]) -> dict[str, dict[str, Any]]:
     return table
 
 
-def markdown(results: dict[str, Any], names: list[str]) -> str:
-    """Three tables; the least of a row is bold in the first two."""
-    lines = ["| schedule + update, µs, min / median | " + " | ".join(names) + " |", "| --- " * (1 + len(names)) + "|"]
-    for case, systems in results["w4"].items():
-        best = min((figures["together"][1] for figures in systems.values()), default=0)
-        cells = []
-        for name in names:
-            if name not in systems:
-                cells.append("")
-                continue
-            f = systems[name]
-            cell = f"{f['schedule'][0]:,} + {f['update'][0]:,} / {f['schedule'][1]:,} + {f['update'][1]:,}"
-            cells.append(f"**{cell}**" if f["together"][1] == best else cell)
-        lines.append(f"| {case} | " + " | ".join(cells) + " |")
-    lines += ["", "| ns per block, min / median | " + " | ".join(names) + " |", "| --- " * (1 + len(names)) + "|"]
-    for name, per_system in results["blocks"].items():
-        best = min((figures[1] for figures in per_system.values()), default=0)
-        row = [per_system.get(system, [0, 0]) for system in names]
-        lines.append(
-            f"| {name} | " + " | ".join(f"**{a:,} / {b:,}**" if b == best else f"{a:,} / {b:,}" for a, b in row) + " |"
-        )
-    names = list(dict.fromkeys(system for systems in results["short"].values() for system in systems))
-    lines += ["", "| lengths, pool / need: steps, extra tokens, mean step of an end | " + " | ".join(names) + " |"]
-    lines.append("| --- " * (1 + len(names)) + "|")
-    for world, systems in results["short"].items():
-        cells = [
-            f"{s['steps']:,}, {s['extra_percent']} %, {s['mean_end']}" if (s := systems.get(name)) else ""
-            for name in names
-        ]
-        lines.append(f"| {world} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def trace(workers: list[Worker], path: str) -> dict[str, dict[str, Any]]:
+    """{blocks of the pool: {system: {"hit_percent": ..., "ns": ...}}}"""
+    return {
+        str(slots): {w.name: answer for w in workers if (answer := w.ask(do="w3", path=path, slots=slots))}
+        for slots in (3_000, 10_000, 30_000)
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--json", type=Path, help="where to write the results")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--trace", help="a Mooncake trace, for W3")
     given = parser.parse_args()
     workers = [Worker(name, command) for name, command in SYSTEMS.items()]
     results: dict[str, Any] = {
@@ -169,10 +146,13 @@ def main() -> None:
         "blocks": blocks(workers, given.rounds),
         "short": short(workers),
     }
+    if given.trace:
+        results["w3"] = trace(workers, given.trace)
     results["failed"] = {worker.name: worker.error for worker in workers if worker.error}
     for worker in workers:
         worker.close()
-    print(markdown(results, [worker.name for worker in workers if not worker.error]))
+    for table in (tables.w4, tables.python_blocks, tables.python_trace, tables.short):
+        print(table({"python": results}), end="\n\n")
     if given.json:
         given.json.write_text(json.dumps(results, indent=1) + "\n")
 

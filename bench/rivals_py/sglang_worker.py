@@ -163,47 +163,64 @@ def w4(number: int, warm: int, kind: str, **more: Any) -> list[tuple[int, int]]:
 
 
 def blocks(number: int) -> dict[str, list[int]]:
-    """W1 and W2, ns per call of 64 blocks: the tree's calls and the allocator's."""
+    """W1, W1t, W1s and W2, ns per call of 64 blocks: the tree's calls and the allocator's."""
     configure()
-    _, pages, tree = pools(65_536)
     rng = np.random.default_rng(0)
     clock = time.thread_time_ns
 
-    def key(tokens: int) -> RadixKey:
-        return RadixKey(array("q", rng.integers(0, 2**31 - 1, tokens).tolist()))
+    def fresh() -> array[int]:
+        return array("q", rng.integers(0, 2**31 - 1, 1024).tolist())
 
-    def hold(one: RadixKey) -> tuple[Any, Any]:
+    def hold(tree: UnifiedRadixCache, one: RadixKey) -> tuple[Any, Any]:
         match = tree.match_prefix(MatchPrefixParams(key=one))
         assert match.device_prefix_len == 1024
         return match.last_device_node, tree.inc_lock_ref(match.last_device_node)
 
-    keys = [key(1024) for _ in range(1000)]
-    for one in keys:
-        tree.insert(InsertParams(key=one, value=pages.alloc(1024)))
-    w1 = []
-    for at in rng.integers(0, 1000, number).tolist():
-        start = clock()
-        node, held = hold(keys[at])
+    def claims(tree: UnifiedRadixCache) -> list[int]:
+        times = []
+        for at in rng.integers(0, 1000, number).tolist():
+            start = clock()
+            node, held = hold(tree, keys[at])
+            tree.dec_lock_ref(node, held.to_dec_params())
+            times.append(clock() - start)
+        return times
+
+    tokens = [fresh() for _ in range(1000)]
+    keys = [RadixKey(one) for one in tokens]
+    times = {}
+    for name, turns in (("W1t", 8), ("W1", 1)):
+        _, pages, tree = pools(65_536)
+        for one in tokens:
+            value = pages.alloc(1024)
+            for end in range(1024 // turns, 1025, 1024 // turns):
+                tree.insert(InsertParams(key=RadixKey(one[:end]), value=value[:end]))
+        times[name] = claims(tree)
+    live = [hold(tree, key) for key in keys]
+    times["W1s"] = claims(tree)
+    for node, held in live:
         tree.dec_lock_ref(node, held.to_dec_params())
-        w1.append(clock() - start)
     while pages.available_size() >= 1024:
-        tree.insert(InsertParams(key=key(1024), value=pages.alloc(1024)))
-    w2 = []
+        tree.insert(InsertParams(key=RadixKey(fresh()), value=pages.alloc(1024)))
+    times["W2"] = []
     for _ in range(number):
-        one = key(1024)
+        one = RadixKey(fresh())
         start = clock()
         tree.evict(EvictParams(num_tokens=1024))
         tree.insert(InsertParams(key=one, value=pages.alloc(1024)))
-        node, held = hold(one)
+        node, held = hold(tree, one)
         tree.dec_lock_ref(node, held.to_dec_params())
-        w2.append(clock() - start)
-    return {"W1": w1, "W2": w2}
+        times["W2"].append(clock() - start)
+    return times
 
 
 def short(ratio: float, lengths: list[tuple[int, int]]) -> None:
     raise NotImplementedError(f"its scheduler is not driven ({len(lengths)} requests, pool / need = {ratio})")
 
 
+def w3(path: str, slots: int) -> None:
+    raise NotImplementedError(f"the trace {path} is not driven ({slots} blocks)")
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    serve({"w4": w4, "short": short, "blocks": blocks})
+    serve({"w4": w4, "short": short, "blocks": blocks, "w3": w3})

@@ -7,6 +7,7 @@ import os
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -24,7 +25,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCache
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
-from worker import serve, steps
+from worker import replay, serve, steps
 
 T, DECODES, WAITING, CONTEXT, CACHED, PROMPT, LIFE = 16, 256, 16, 1024, 512, 512, 1500
 SLOTS = 1 << 17
@@ -160,43 +161,85 @@ def short(ratio: float, lengths: list[tuple[int, int]]) -> dict[str, Any]:
 
 
 def blocks(number: int) -> dict[str, list[int]]:
-    """W1 and W2, ns per call of 64 blocks: BlockPool's calls, its hashes made before."""
-    pool = BlockPool(65_536 + 1, enable_caching=True, hash_block_size=T)
+    """W1, W1t, W1s and W2, ns per call of 64 blocks: BlockPool's calls, its hashes made before."""
     rng = np.random.default_rng(0)
     clock = time.thread_time_ns
 
-    def fill(one: Request) -> None:
-        new = pool.get_new_blocks(64)
-        pool.cache_full_blocks(one, new, 0, 64, T, 0)
+    def fill(pool: BlockPool, one: Request, turns: int = 1) -> None:
+        new: list[Any] = []
+        for turn in range(turns):
+            new += pool.get_new_blocks(64 // turns)
+            pool.cache_full_blocks(one, new, 64 * turn // turns, 64 * (turn + 1) // turns, T, 0)
         pool.free_blocks(reversed(new))
 
     def fresh(at: int) -> Request:
         return request(at, rng.integers(0, 2**31 - 1, 64 * T), 1)
 
-    cached = [fresh(at) for at in range(1000)]
-    for one in cached:
-        fill(one)
-    w1 = []
-    for at in rng.integers(0, 1000, number).tolist():
-        hashes = cached[at].block_hashes
-        start = clock()
+    def touch(pool: BlockPool, one: Request) -> list[Any]:
         found = []
-        for one in hashes:
-            hit = pool.get_cached_block(one, [0])
+        for key in one.block_hashes:
+            hit = pool.get_cached_block(key, [0])
             assert hit
             found.append(hit[0])
         pool.touch(found)
+        return found
+
+    def claims(pool: BlockPool) -> list[int]:
+        times = []
+        for at in rng.integers(0, 1000, number).tolist():
+            start = clock()
+            pool.free_blocks(reversed(touch(pool, cached[at])))
+            times.append(clock() - start)
+        return times
+
+    cached = [fresh(at) for at in range(1000)]
+    times = {}
+    for name, turns in (("W1t", 8), ("W1", 1)):
+        pool = BlockPool(65_536 + 1, enable_caching=True, hash_block_size=T)
+        for one in cached:
+            fill(pool, one, turns)
+        times[name] = claims(pool)
+    held = [touch(pool, one) for one in cached]
+    times["W1s"] = claims(pool)
+    for found in held:
         pool.free_blocks(reversed(found))
-        w1.append(clock() - start)
     for at in range(65_536 // 64):
-        fill(fresh(at))
-    w2 = []
+        fill(pool, fresh(at))
+    times["W2"] = []
     for at in range(number):
         one = fresh(at)
         start = clock()
-        fill(one)
-        w2.append(clock() - start)
-    return {"W1": w1, "W2": w2}
+        fill(pool, one)
+        times["W2"].append(clock() - start)
+    return times
+
+
+def w3(path: str, slots: int) -> dict[str, float]:
+    """BlockPool's calls; the trace's ids are its hashes."""
+    pool = BlockPool(slots + 1, enable_caching=True, hash_block_size=512)
+
+    def prepare(ids: list[int]) -> Any:
+        return SimpleNamespace(request_id="", block_hashes=[at.to_bytes(32, "little") for at in ids], lora_request=None)
+
+    def claim(one: Any) -> tuple[list[Any], int]:
+        found = []
+        for key in one.block_hashes:
+            hit = pool.get_cached_block(key, [0])
+            if not hit:
+                break
+            found.append(hit[0])
+        pool.touch(found)
+        return found, len(found)
+
+    def store(held: list[Any], one: Any) -> bool:
+        reused, whole = len(held), len(one.block_hashes)
+        if pool.get_num_free_blocks() < whole - reused:
+            return False
+        held += pool.get_new_blocks(whole - reused)
+        pool.cache_full_blocks(one, held, reused, whole, 512, 0)
+        return True
+
+    return replay(path, slots, prepare, claim, store, lambda held: pool.free_blocks(reversed(held)))
 
 
 def w4(number: int, warm: int, **case: Any) -> list[tuple[int, int]]:
@@ -204,4 +247,4 @@ def w4(number: int, warm: int, **case: Any) -> list[tuple[int, int]]:
 
 
 if __name__ == "__main__":
-    serve({"w4": w4, "short": short, "blocks": blocks})
+    serve({"w4": w4, "short": short, "blocks": blocks, "w3": w3})

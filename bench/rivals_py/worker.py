@@ -6,8 +6,11 @@ import gc
 import json
 import os
 import sys
+import time
 import traceback
+from collections import deque
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Protocol
 
 # A system may print to stdout: answers go to a copy of it, everything else to stderr.
@@ -33,6 +36,39 @@ def steps(world: World, number: int, warm: int) -> list[tuple[int, int]]:
         times.append(world.step())
     gc.unfreeze()
     return times[warm:]
+
+
+def replay(
+    path: str,
+    slots: int,
+    prepare: Callable[[list[int]], Any],
+    claim: Callable[[Any], tuple[Any, int]],
+    store: Callable[[Any, Any], bool],
+    close: Callable[[Any], None],
+) -> dict[str, float]:
+    """W3: a Mooncake trace in file order, 64 requests active; without room the oldest ends early.
+
+    `claim` returns what is held and how many blocks of it were cached; `prepare`, of a prompt's ids, is not measured.
+    """
+    clock = time.thread_time_ns
+    active: deque[Any] = deque()
+    spent = blocks = hits = 0
+    for line in Path(path).read_text().splitlines():
+        ids = json.loads(line)["hash_ids"][:slots]
+        given = prepare(ids)
+        start = clock()
+        if len(active) == 64:
+            close(active.popleft())
+        held, reused = claim(given)
+        while not store(held, given):
+            close(active.popleft())
+        spent += clock() - start
+        active.append(held)
+        blocks += len(ids)
+        hits += reused
+    for held in active:
+        close(held)
+    return {"hit_percent": round(100 * hits / blocks, 2), "ns": round(spent / blocks)}
 
 
 def serve(does: dict[str, Callable[..., Any]]) -> None:

@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from typing import Any, SupportsIndex
 
 import numpy as np
-import numpy.typing as npt
 
 from kvpool.config import Retention, Scope
-from kvpool.errors import ConfigError
 
-Int32Array = npt.NDArray[np.int32]
-ByteArray = npt.NDArray[np.uint8]
+# numpy.typing.NDArray, without its module.
+Int32Array = np.ndarray[tuple[Any, ...], np.dtype[np.int32]]
+ByteArray = np.ndarray[tuple[Any, ...], np.dtype[np.uint8]]
 Tokens = Sequence[int] | Int32Array
 
 _TOKEN_END = 2**31
@@ -78,20 +77,3 @@ def retention_spec(retention: Retention | None) -> RetentionSpec | None:
         raise ValueError(f"retention: {retention!r} is not a kvpool.Retention")
     ranges = [(r.start, r.end, r.priority, r.duration_s) for r in retention.ranges]
     return ranges, retention.decode_priority, retention.decode_duration_s
-
-
-def as_pages(buffer: Any, pool: str, shape: tuple[int, int]) -> ByteArray:
-    """The engine's memory as (num_slots + 1, page_bytes) bytes, without a copy."""
-    try:
-        array = buffer if isinstance(buffer, np.ndarray) else np.from_dlpack(buffer)
-    except (AttributeError, TypeError, RuntimeError, BufferError) as error:
-        raise ConfigError(f"buffers[{pool!r}]: not an array in CPU memory: {error}") from None
-    if not array.flags.c_contiguous or not array.flags.writeable:
-        raise ConfigError(f"buffers[{pool!r}]: must be writable and C-contiguous")
-    if array.nbytes != shape[0] * shape[1]:
-        raise ConfigError(
-            f"buffers[{pool!r}]: {array.nbytes} bytes, but {shape[0]} pages (num_slots + 1) of "
-            f"{shape[1]} bytes need {shape[0] * shape[1]}"
-        )
-    pages: ByteArray = array.reshape(-1).view(np.uint8).reshape(shape)
-    return pages

@@ -37,12 +37,14 @@ class Gpu:
 
 @dataclass(frozen=True, slots=True)
 class Cuda:
-    """driver, nvrtc, cupy: releases, None where there is none. problems: why CUDA cannot be used, empty if it can."""
+    """driver, nvrtc, cupy, bindings (cuda.bindings): releases, None where there is none. problems: why CUDA cannot be
+    used, empty if it can."""
 
     driver: str | None
     gpus: list[Gpu]
     cupy: str | None
     nvrtc: str | None
+    bindings: str | None
     problems: list[str]
 
 
@@ -133,6 +135,14 @@ def _cupy() -> str | None:
     return "unknown"
 
 
+def _bindings() -> str | None:
+    """The installed release of cuda.bindings, by which the driver's batched copy is called."""
+    try:
+        return importlib.metadata.version("cuda-bindings")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def nvrtc_library() -> ctypes.CDLL | None:
     """CUDA's run-time compiler: of the package nvidia-cuda-nvrtc-cu12, else of the system; None: there is none."""
     spec = importlib.util.find_spec("nvidia.cuda_nvrtc") if importlib.util.find_spec("nvidia") else None
@@ -163,7 +173,13 @@ def look_for_cuda() -> Cuda:
         problems.append("CuPy is not installed: pip install kvpool[cuda]")
     if nvrtc is None:
         problems.append("NVRTC, which compiles the kernels, is not found: pip install kvpool[cuda]")
-    return Cuda(driver, gpus, cupy, nvrtc, problems)
+    return Cuda(driver, gpus, cupy, nvrtc, _bindings(), problems)
+
+
+def find_gpu(ordinal: int) -> tuple[Gpu, str] | None:
+    """GPU N of "cuda:N" and the driver's release; None: there is no such GPU."""
+    driver, gpus, _ = _driver()
+    return (gpus[ordinal], driver) if driver is not None and ordinal < len(gpus) else None
 
 
 def parse_device(device: str) -> int | None:

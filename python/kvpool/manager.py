@@ -7,9 +7,9 @@ makes the copies that the core asks for, at once.
 
 from __future__ import annotations
 
-import secrets
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,17 +19,18 @@ from kvpool.arguments import (
     ByteArray,
     Int32Array,
     Tokens,
-    as_pages,
     count,
     retention_spec,
     scope_key,
     token_array,
 )
-from kvpool.batches import Batches, taken
+from kvpool.batches import Batches
+from kvpool.buffers import check_apart, given_buffers
 from kvpool.cache import CacheState, Closing, KVCache
 from kvpool.config import CacheConfig, Retention, Scope
-from kvpool.errors import ConfigError, InvariantError, LogicError
-from kvpool.mover import CpuMover, Mover
+from kvpool.errors import ConfigError, InvariantError, KVPoolError, LogicError
+from kvpool.mover import Mover
+from kvpool.mover.cpu_memory import CpuMemory
 from kvpool.moves import Moves
 from kvpool.sizing import PoolPlan, plan_pools
 
@@ -70,12 +71,14 @@ class Stats(Counters):
 
     pools: {name: {tier: {slots, free, active, held, cached, fenced, peak}}}, in slots, with
     `free + active + held + cached + fenced == slots`. failed_moves: pages that did not arrive. stuck_slots: slots that
-    a move which was not over in time may still write.
+    a move which was not over in time may still write. paths: {path: {direction: {moves, pages, bytes}}}, what was sent
+    by each path of a GPU's mover (docs/MOVER.md), whatever became of it: not compared; empty on the CPU.
     """
 
     pools: dict[str, dict[str, dict[str, int]]]
     failed_moves: int = 0
     stuck_slots: int = 0
+    paths: dict[str, dict[str, dict[str, int]]] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,18 +99,24 @@ class Event:
 
 
 def _listed(caches: Iterable[KVCache]) -> list[KVCache]:
-    if not isinstance(caches, Iterable):
+    if type(caches) is not list and not isinstance(caches, Iterable):
         raise ValueError(f"caches: {caches!r} is not a list of caches")
     return list(caches)
 
 
-def _cuda_memory(device: str) -> CudaMemory:
-    """What stands behind "cuda". Imported here: it is half of what `import kvpool` would cost."""
+def _memory_of(device: str | None, numa_node: int | None) -> CpuMemory | CudaMemory | None:
+    """What stands behind a device. CUDA's is imported here: it is half of what `import kvpool` would cost."""
+    if numa_node is not None and device in (None, "cpu"):
+        raise ConfigError(f"numa_node: {numa_node!r} is for the pinned host memory of a GPU, and device is {device!r}")
+    if device is None:
+        return None
+    if device == "cpu":
+        return CpuMemory()
     from kvpool.machine import parse_device
     from kvpool.mover.cuda_memory import CudaMemory
 
     parse_device(device)
-    return CudaMemory(device)
+    return CudaMemory(device, numa_node)
 
 
 class KVCacheManager(Batches, Closing):
@@ -115,8 +124,10 @@ class KVCacheManager(Batches, Closing):
 
     device: "cpu" (pages in host memory), "cuda" or "cuda:N" (CuPy arrays), None (books only). plan: slots per pool
     instead of `plan_pools(config)`. buffers: the engine's own memory per pool, (num_slots + 1) * page_bytes bytes,
-    C-contiguous. policy: "lru", or "slru" (request-level segmented LRU with ghosts). move_timeout_s: a move that takes
-    longer has failed. mover: makes it from {pool: (device pages, host pages or None)}.
+    C-contiguous: a NumPy array, on a GPU whatever has `__cuda_array_interface__`, or DLPack; kept alive, its row 0
+    zeroed, never freed. policy: "lru", or "slru" (request-level segmented LRU with ghosts). move_timeout_s: a move that
+    takes longer has failed. numa_node: of a GPU's host pages (None: the system's choice). mover: makes it from
+    {pool: (device pages, host pages or None)}; None: the device's own.
     Raises ConfigError for what cannot be provided. A context manager that closes.
     """
 
@@ -129,11 +140,12 @@ class KVCacheManager(Batches, Closing):
         buffers: Mapping[str, Any] | None = None,
         policy: str = "lru",
         move_timeout_s: float | None = 60.0,
-        mover: Callable[[Mapping[str, tuple[ByteArray, ByteArray | None]]], Mover] = CpuMover,
+        numa_node: int | None = None,
+        mover: Callable[[Mapping[str, tuple[ByteArray, ByteArray | None]]], Mover] | None = None,
     ) -> None:
         if not isinstance(config, CacheConfig):
             raise ConfigError(f"config: {config!r} is not a kvpool.CacheConfig")
-        self._cuda = None if device is None or device == "cpu" else _cuda_memory(device)
+        self._memory = _memory_of(device, numa_node)
         if policy not in ("lru", "slru"):
             raise ConfigError(f"policy: {policy!r} is none of 'lru', 'slru'")
         self.config = config
@@ -144,11 +156,10 @@ class KVCacheManager(Batches, Closing):
         self._tiers = ("device", "host") if any(host) else ("device",)
         self._pages: dict[str, ByteArray] = {}
         self._host_pages: dict[str, ByteArray] = {}
-        if self._cuda is not None:
-            self._make_cuda_pages(self._cuda, buffers)
-        else:
-            self._pages = self._make_pages(device, buffers)
-            self._host_pages = self._make_host_pages(device) if any(host) else {}
+        if self._memory is not None:
+            self._make_pages(self._memory, given_buffers(buffers, self._pool_index))
+        elif buffers:
+            raise ConfigError("buffers: device=None keeps books only; use device='cpu' or 'cuda'")
         max_blocks = config.max_blocks
         if max_blocks is None:
             longest = -(-(config.max_seq_len or 0) // config.tokens_per_block)
@@ -159,16 +170,16 @@ class KVCacheManager(Batches, Closing):
             max_blocks=max_blocks,
             max_seq_len=config.max_seq_len,
             partial_reuse=config.partial_reuse,
-            hash_seed=secrets.randbits(64) if config.hash_seed is None else config.hash_seed,
+            hash_seed=int.from_bytes(os.urandom(8)) if config.hash_seed is None else config.hash_seed,
             policy=policy,
             clock=config.clock,
             offload_min_priority=config.offload_min_priority,
             record=bool(self._host_pages),
         )
         self._moves: Moves | None = None
-        if self._pages:
+        if self._memory is not None:
             pages = {name: (device, self._host_pages.get(name)) for name, device in self._pages.items()}
-            made = mover(pages) if self._cuda is None else self._cuda.mover()
+            made = self._memory.mover() if mover is None else mover(pages)
             self._moves = Moves(self._core, made, list(pages), move_timeout_s)
         self._caches: dict[int | str, KVCache] = {}
         self._closed = False
@@ -189,54 +200,15 @@ class KVCacheManager(Batches, Closing):
                 )
         return plan
 
-    def _make_pages(self, device: str | None, buffers: Mapping[str, Any] | None) -> dict[str, ByteArray]:
-        given = dict(buffers or {})
-        unknown = sorted(set(given) - set(self._pool_index))
-        if unknown:
-            raise ConfigError(f"buffers: unknown pool {unknown[0]!r}; there are {sorted(self._pool_index)}")
-        if device is None:
-            if given:
-                raise ConfigError("buffers: device=None keeps books only; use device='cpu'")
-            return {}
-        pages = {}
-        for pool in self.config.pools:
-            shape = (self.plan.num_slots[pool.name] + 1, pool.page_bytes)
-            if pool.name in given:
-                pages[pool.name] = as_pages(given[pool.name], pool.name, shape)
-            else:
-                try:
-                    pages[pool.name] = np.zeros(shape, np.uint8)
-                except (MemoryError, ValueError) as error:
-                    raise MemoryError(
-                        f"device_bytes: pool {pool.name!r} needs {shape[0] * shape[1]} bytes of memory, which cannot "
-                        "be allocated; lower device_bytes, or use device=None for books only"
-                    ) from error
-            pages[pool.name][0] = 0
-        return pages
-
-    def _make_cuda_pages(self, cuda: CudaMemory, buffers: Mapping[str, Any] | None) -> None:
-        if buffers:
-            raise ConfigError("buffers: not possible with device='cuda' yet; the manager's own are CuPy arrays")
+    def _make_pages(self, memory: CpuMemory | CudaMemory, given: Mapping[str, Any]) -> None:
         for pool in self.config.pools:
             slots, host_slots = self.plan.num_slots[pool.name] + 1, self.plan.host_slots.get(pool.name, 0)
-            self._pages[pool.name], host = cuda.add(pool.name, pool.page_bytes, slots, host_slots)
+            pages, host = memory.add(pool.name, pool.page_bytes, slots, host_slots, given.get(pool.name))
+            self._pages[pool.name] = pages
             if host is not None:
                 self._host_pages[pool.name] = host
-
-    def _make_host_pages(self, device: str | None) -> dict[str, ByteArray]:
-        if device is None:
-            return {}
-        pages = {}
-        for pool in self.config.pools:
-            shape = (self.plan.host_slots[pool.name], pool.page_bytes)
-            try:
-                pages[pool.name] = np.zeros(shape, np.uint8)
-            except (MemoryError, ValueError) as error:
-                raise MemoryError(
-                    f"host_bytes: pool {pool.name!r} needs {shape[0] * shape[1]} bytes of memory, which cannot be "
-                    "allocated; lower host_bytes"
-                ) from error
-        return pages
+        if given:
+            check_apart(memory.places())
 
     def _pool(self, pool: str) -> int:
         try:
@@ -261,9 +233,8 @@ class KVCacheManager(Batches, Closing):
         key, epoch = scope_key(scope)
         handle = self._core.create(token_array(tokens), key, epoch, retention_spec(retention))
         cache = KVCache(self, request_id, handle)
-        if self._caches.setdefault(request_id, cache) is not cache:  # another thread was faster
-            self._core.close([handle])
-            raise taken(request_id)
+        if self._caches.setdefault(request_id, cache) is not cache or self._closed:
+            self._register([cache])  # raises: another thread was faster, or has closed the manager
         self._check_lost([cache])
         return cache
 
@@ -338,32 +309,33 @@ class KVCacheManager(Batches, Closing):
     ) -> Int32Array:
         """Slots of ACTIVE caches, one row each: int32, C-contiguous (n, widest); stale and spare entries `fill`.
 
-        Written in place into `out` if given. ValueError: `out` too small, of another dtype or order.
+        Written in place into `out` if given. ValueError: `out` too small, of another dtype or order. LogicError: a
+        cache is LOST, known then at the latest.
         """
+        caches = _listed(caches)
         index, handles = self._pool(pool), self._handles(caches)
-        if isinstance(fill, bool) or not isinstance(fill, int | np.integer) or not -(2**31) <= fill < 2**31:
+        if type(fill) is not int:
+            if isinstance(fill, bool) or not isinstance(fill, int | np.integer):
+                raise ValueError(f"fill: {fill!r} is not an int32")
+            fill = int(fill)
+        if not -(2**31) <= fill < 2**31:
             raise ValueError(f"fill: {fill!r} is not an int32")
-        self._ready(handles)
-        widest = self._core.widest(handles, index)
+        self._ready_in_steps(caches)
+        self._check_arrived(caches, "block_tables")
         if out is None:
-            out = np.empty((len(handles), widest), np.int32)
-        elif not isinstance(out, np.ndarray) or out.dtype != np.int32 or out.ndim != 2:
-            raise ValueError("out: must be a two-dimensional int32 array")
-        elif not out.flags.c_contiguous or not out.flags.writeable:
-            raise ValueError("out: must be writable and C-contiguous")
-        elif out.shape[0] < len(handles) or out.shape[1] < widest:
-            raise ValueError(f"out: shape {out.shape} is smaller than ({len(handles)}, {widest})")
-        if out.size:
-            self._core.block_tables(handles, index, out, int(fill))
+            out = np.empty((len(handles), self._core.widest(handles, index)), np.int32)
+        self._core.block_tables(handles, index, out, fill)
         return out
 
     def block_tables_csr(self, caches: Sequence[KVCache], pool: str) -> tuple[Int32Array, Int32Array, Int32Array]:
         """FlashInfer's form, int32: indptr (n + 1), indices (entries; stale ones 0), last_page_len (n).
 
-        last_page_len counts capacity: 1..tokens_per_block, 0 for a cache without capacity.
+        last_page_len counts capacity: 1..tokens_per_block, 0 for a cache without capacity. LogicError: a cache is LOST.
         """
+        caches = _listed(caches)
         handles, index = self._handles(caches), self._pool(pool)
-        self._ready(handles)
+        self._ready_in_steps(caches)
+        self._check_arrived(caches, "block_tables_csr")
         raw = self._core.block_tables_csr(handles, index, self.config.tokens_per_block)
         indptr, indices, last_page_len = (np.frombuffer(part, np.int32) for part in raw)
         return indptr, indices, last_page_len
@@ -371,15 +343,20 @@ class KVCacheManager(Batches, Closing):
     def step_begin(self, caches: Sequence[KVCache], stream: object = None) -> None:
         """Before the launch of a step over ACTIVE caches: their slots stay fenced until `step_end`.
 
-        Returns when every move that touches their slots is over. A cache whose pages did not arrive is LOST then.
+        Returns when every move that touches their slots is over. A cache whose pages did not arrive is LOST then. On a
+        GPU with a stream it returns at once, and the stream waits; what is LOST is known by `commit`, or `update`.
+        KVPoolError: the GPU is at its end, whatever is launched there fails.
         """
         caches = _listed(caches)
         handles = self._handles(caches)
         self._ready(handles, stream, launch=True)
+        if self._moves is not None and (fault := self._moves.fault()) is not None:
+            raise KVPoolError(f"step_begin: the GPU is at its end ({fault}); end the process, and start anew")
+        noted = self._moves is not None and self._moves.notes(stream)
+        uses = [(stream, self._used_by(cache)) for cache in caches] if noted else []  # before: it may raise
         self._core.step_begin(handles)
-        if self._moves is not None and self._moves.notes(stream):
-            for cache in caches:
-                cache._uses.append(self._used_by(cache))
+        for cache, used in zip(caches, uses, strict=noted):
+            cache._uses.append(used)
 
     def step_end(self, caches: Sequence[KVCache], stream: object = None) -> None:
         """After the step: what was freed or closed meanwhile is given back. LogicError without `step_begin`."""
@@ -390,9 +367,10 @@ class KVCacheManager(Batches, Closing):
                 self._moves.used(uses, stream)
         finally:
             released = self._core.step_end(handles)
-            for cache, gone in zip(caches, released, strict=True):
-                if gone:
-                    self._forget(cache)
+            gone = [cache for cache, is_gone in zip(caches, released, strict=True) if is_gone]
+            for cache in gone:
+                self._forget(cache)
+            self._bury(gone)
         self._after()
 
     def drain_events(self, most: int = 2**31) -> list[Event]:
@@ -425,16 +403,17 @@ class KVCacheManager(Batches, Closing):
         for tier in self._tiers:
             for pool, book in zip(self.config.pools, self._core.books(tier == "host"), strict=True):
                 pools[pool.name][tier] = dict(zip(_BOOKS, book, strict=True))
-        counters = self._core.counters()
+        counters: dict[str, Any] = self._core.counters()
         if self._moves is None:
             return Stats(**counters, pools=pools)
-        return Stats(**counters, pools=pools, failed_moves=self._moves.failed, stuck_slots=len(self._moves.stuck))
+        moves, counts = self._moves, getattr(self._moves.mover, "path_counts", dict)
+        return Stats(**counters, pools=pools, failed_moves=moves.failed, stuck_slots=len(moves.stuck), paths=counts())
 
     def check(self) -> None:
         """Recompute all books; `InvariantError` names the equation that broke, or the written null page."""
         self._core.check([cache._handle for cache in list(self._caches.values())])
-        for name, pages in self._pages.items():
-            if pages[0].any():
+        for name in self._pages:
+            if self._memory is not None and self._memory.null_page(name).any():
                 raise InvariantError(f"pool {name!r}: the null page (slot 0) was written")
 
     def close(self) -> None:
@@ -449,5 +428,5 @@ class KVCacheManager(Batches, Closing):
             raise
         if self._moves is not None:
             self._moves.mover.close()
-        if self._cuda is not None:
-            self._cuda.close()
+        if self._memory is not None:
+            self._memory.close()

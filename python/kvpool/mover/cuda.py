@@ -15,38 +15,31 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from kvpool.arguments import Int32Array
 from kvpool.errors import InvariantError, LogicError
+from kvpool.mover.carrier import Carrier, Plan
 from kvpool.mover.cuda_runtime import CudaRuntime
+from kvpool.mover.cuda_streams import Streams
 from kvpool.mover.cuda_ticket import CudaTicket
-from kvpool.mover.descriptors import PER_CALL, Buffer, Buffers, CudaPool, pieces, runs
-from kvpool.mover.launches import plan_launch
-from kvpool.mover.slot_events import CALLER, DIRECTIONS, STREAMS, Checker, Clock, SlotEvents, new_clock
+from kvpool.mover.descriptors import Buffer, Buffers, CudaPool
+from kvpool.mover.paths import Chooser, Thresholds
+from kvpool.mover.slot_events import CALLER, DIRECTIONS, GATHER, Checker, Clock, SlotEvents, VainReads, new_clock
+from kvpool.mover.staging import STAGING_BYTES
 from kvpool.mover.types import MoveBatch, MoveError, SlotUse, slot_array
 
-ENGINE_BYTES = 256 << 10  # runs at least so long on average go by the copy engine; not calibrated
-MAX_BLOCKS = 16  # of a kernel; not calibrated
 POLL_S = 50e-6
+_Use = tuple[SlotEvents, Int32Array, bool]
 ENDS = {"offload": ("device", "host"), "onboard": ("host", "device"), "copy": ("device", "device")}
 
 
-class _Stream:
-    """One CUDA stream, and the events of its work that are not known to be reached."""
-
-    def __init__(self, cuda: Any) -> None:
-        self.cuda = cuda
-        self.place = 0  # of the latest work
-        self.reached = 0  # all work up to here is done
-        self.events: deque[tuple[int, Any]] = deque()
-
-
-def _end(streams: Sequence[Any], buffers: Buffers, pools: Mapping[str, CudaPool]) -> None:
-    """A mover is gone: its work ends before anything that it touches (the pools' memory is held here) is let go."""
+def _end(streams: Sequence[Any], buffers: Buffers, carrier: Carrier) -> None:
+    """A mover is gone: its work ends before anything that it touches (`carrier` holds all memory) is let go."""
     with contextlib.suppress(RuntimeError):
         for stream in streams:
             stream.synchronize()
@@ -56,11 +49,12 @@ def _end(streams: Sequence[Any], buffers: Buffers, pools: Mapping[str, CudaPool]
 class CudaMover:
     """Moves between the tiers of `pools` on one GPU.
 
-    queue: tickets that a direction takes before `submit` returns None. check: the happens-before checker runs, and a
-    call raises `InvariantError` for what it finds; None: if KVPOOL_CHECK=1. engine_bytes: runs of neighbours that are
-    so long on average (bytes) go by the copy engine, others by a kernel of at most max_blocks blocks. The engine's
-    streams are CuPy's, PyTorch's, or addresses of CUDA streams; at most four. plant, for tests: the wait that is left
-    out, by the name of what the checker will find. Every method may be called by any thread.
+    chooser: which path a move takes; by default two thresholds that are guesses. staging_bytes: of each direction, for
+    the path that needs them, if the chooser knows it. queue: tickets that a direction takes before `submit` returns
+    None. check: the happens-before checker runs, and a call raises `InvariantError` for what it finds; None: if
+    KVPOOL_CHECK=1. The engine's streams are CuPy's, PyTorch's, or addresses of CUDA streams; at most four. plant, for
+    tests: the wait that is left out, by the name of what the checker will find. Every method may be called by any
+    thread.
     """
 
     knows_cuda_streams = True
@@ -70,34 +64,33 @@ class CudaMover:
         pools: Mapping[str, CudaPool],
         runtime: CudaRuntime,
         *,
+        chooser: Chooser | None = None,
+        staging_bytes: int = STAGING_BYTES,
         queue: int = 64,
-        engine_bytes: int = ENGINE_BYTES,
-        max_blocks: int = MAX_BLOCKS,
         check: bool | None = None,
         plant: str | None = None,
     ) -> None:
         self._pools, self._runtime, self._queue = dict(pools), runtime, queue
-        self._engine_bytes, self._max_blocks, self._plant = engine_bytes, max_blocks, plant
+        self._plant = plant
         self._slots: dict[tuple[str, str], SlotEvents] = {}
         for name, pool in self._pools.items():
             host_slots = pool.host.array.size // pool.page_bytes if pool.host is not None else 0
             self._slots[name, "device"] = SlotEvents(name, "device", pool.device_slots)
             self._slots[name, "host"] = SlotEvents(name, "host", host_slots)
-        self._streams = [_Stream(runtime.stream()) for _ in DIRECTIONS] + [_Stream(None)]
-        self._engine: dict[int, int] = {}  # address of an engine's stream -> its number
+        self._streams = Streams(runtime)
         self._tickets: list[deque[CudaTicket]] = [deque() for _ in DIRECTIONS]
-        self._spare_events: list[Any] = []
-        runtime.compile("copy_pages")  # now, not within the first move
+        self._carrier = Carrier(self._pools, runtime, chooser or Thresholds(), staging_bytes)
         self._buffers = Buffers(runtime)
         self._planted_buffer: Buffer | None = None
         self._checker = Checker() if (os.environ.get("KVPOOL_CHECK") == "1" if check is None else check) else None
         self._findings: list[str] = []
         self._fenced: list[tuple[str, str, int]] = []
-        self._totals = dict.fromkeys(("pages", "bytes", "failed", "engine_copies", "kernel_launches", "full"), 0)
+        self._vain_reads = VainReads()
+        self._totals = dict.fromkeys(("pages", "bytes", "failed", "full"), 0)
         self._fault: str | None = None
         self._closed = False
         self._lock = threading.RLock()
-        self._end = weakref.finalize(self, _end, [s.cuda for s in self._streams[:CALLER]], self._buffers, self._pools)
+        self._end = weakref.finalize(self, _end, self._streams.own(), self._buffers, self._carrier)
 
     # -- moves --------------------------------------------------------------------------------
 
@@ -123,25 +116,13 @@ class CudaMover:
             ticket = CudaTicket(self, batch, stream.place + 1, self._errors(batch, lost, "source"))
             if self._fault is not None or not src.size:
                 return self._over_at_once(ticket, targets, dst)
-            waits = new_clock()
-            sources.waits(number, src, False, self._plant, waits)
-            targets.waits(number, dst, True, self._plant, waits)
-            for other in after:
-                before = DIRECTIONS.index(other._batch.direction)
-                waits[before] = max(waits[before], other._place)
             good = np.delete(np.arange(src.size), lost)
-            good = good[np.argsort(src[good], kind="stable")]  # neighbours come together
-            stretches = self._describe(ticket, src[good], dst[good])
-            stream.place += 1
-            self._tickets[number].append(ticket)
-            self._book(number, waits, [(sources, src, False), (targets, dst, True)])
-            targets.bad[dst[lost]] = True
+            plan = self._plan(ticket, src[good], dst[good])
             try:
-                self._wait(number, waits)
-                self._enqueue(ticket, src[good], dst[good], stretches)
-                self._record(number)
+                self._enqueue(ticket, plan, after, sources, targets)
             except RuntimeError as error:
                 self._break(error)
+            targets.bad[dst[lost]] = True
             self._totals["failed"] += int(lost.size)
         self._checked()
         return ticket
@@ -183,55 +164,59 @@ class CudaMover:
             targets.bad[dst] = True
         return ticket
 
-    def _describe(self, ticket: CudaTicket, src: Int32Array, dst: Int32Array) -> list[tuple[int, int]] | None:
-        """Runs for the copy engine, if they are long; else None, and the lists are in the ticket's buffers.
-
-        MemoryError: no memory for the lists; nothing is taken.
-        """
-        stretches = runs(src, dst)
-        size = self._pools[ticket._batch.pool].page_bytes
-        if len(src) * size >= self._engine_bytes * max(len(stretches), 1):
-            return stretches
-        for start in range(0, len(src), PER_CALL):
-            try:
-                buffer = self._buffer(ticket)
-            except (MemoryError, RuntimeError):
-                self._buffers.give_back(ticket._buffers)
-                raise
-            part = slice(start, start + PER_CALL)
-            buffer.lists[0, : len(src[part])], buffer.lists[1, : len(src[part])] = src[part], dst[part]
-        return None
+    def _plan(self, ticket: CudaTicket, src: Int32Array, dst: Int32Array) -> Plan:
+        """MemoryError: no pinned memory for the lists; nothing is taken."""
+        try:
+            return self._carrier.plan(ticket._batch, src, dst, lambda: self._buffer(ticket))
+        except (MemoryError, RuntimeError):
+            self._buffers.give_back(ticket._buffers)
+            raise
 
     def _enqueue(
-        self, ticket: CudaTicket, src: Int32Array, dst: Int32Array, stretches: list[tuple[int, int]] | None
+        self,
+        ticket: CudaTicket,
+        plan: Plan,
+        after: Sequence[CudaTicket],
+        sources: SlotEvents,
+        targets: SlotEvents,
     ) -> None:
-        """Runs by the copy engine, or a kernel per buffer."""
-        batch, pool = ticket._batch, self._pools[ticket._batch.pool]
-        size, stream = pool.page_bytes, self._streams[DIRECTIONS.index(batch.direction)].cuda
-        source, target = (
-            pool.device if tier == "device" or pool.host is None else pool.host.address
-            for tier in ENDS[batch.direction]
-        )
-        for start, end in stretches or ():
-            for first, last in self._pieces(pool, batch.direction, src[start:end], dst[start:end]):
-                at, count = start + first, last - first
-                to, origin = target + int(dst[at]) * size, source + int(src[at]) * size
-                self._runtime.copy_async(to, origin, count * size, stream)
-                self._totals["engine_copies"] += 1
-        for number, buffer in enumerate(ticket._buffers):
-            count = min(len(src) - number * PER_CALL, PER_CALL)
-            launch = plan_launch("copy_pages", (source, target), size, count, self._max_blocks)
-            assert launch is not None
-            lists = buffer.sources, buffer.targets
-            self._runtime.launch(launch, (source, target, *lists, np.int64(size), np.int32(count)), stream)
-            self._totals["kernel_launches"] += 1
+        """Every piece behind what its slots' events name; all of them behind the tickets `after`."""
+        number, behind = DIRECTIONS.index(plan.batch.direction), new_clock()
+        ticket._place = self._streams[number].place + len(plan.pieces)
+        if plan.gathers:
+            gathered = self._streams[GATHER].place
+            ticket._gathers = range(gathered + 1, gathered + 1 + len(plan.pieces))
+        self._tickets[number].append(ticket)
+        for other in after:
+            before = DIRECTIONS.index(other._batch.direction)
+            behind[before] = max(behind[before], other._place)
+        for piece in plan.pieces:
+            source, target = (sources, piece.src, False), (targets, piece.dst, True)
+            carry, gather, send = (
+                partial(call, plan, piece) for call in (self._carrier.carry, self._carrier.gather, self._carrier.send)
+            )
+            if piece.part is None:
+                self._work(number, behind, [source, target], carry)
+                continue
+            staging = self._carrier.staging[plan.batch.direction]
+            filled, read = ((staging.events, staging.slots(piece.part), writes) for writes in (True, False))
+            if plan.gathers:
+                self._work(GATHER, behind, [source, filled], gather)
+                self._work(number, behind, [read, target], send)
+            else:
+                self._work(number, behind, [source, filled, target], carry)
+        self._carrier.count(plan)
 
-    @staticmethod
-    def _pieces(pool: CudaPool, direction: str, src: Int32Array, dst: Int32Array) -> list[tuple[int, int]]:
-        """One run, cut where its host side passes from one registration to the next."""
-        if pool.host is None or direction == "copy":
-            return [(0, len(src))]
-        return pieces(int((dst if direction == "offload" else src)[0]), len(src), pool.page_bytes, pool.host.edges)
+    def _work(self, number: int, behind: Clock, uses: list[_Use], call: Callable[[Any], None]) -> None:
+        """One piece of work of a stream, enqueued by `call`: behind `behind` and what the events of its slots name."""
+        waits = behind.copy()
+        for events, slots, writes in uses:
+            events.waits(number, slots, writes, self._plant, waits)
+        self._streams[number].place += 1
+        self._book(number, waits, uses)
+        self._streams.wait(number, waits)
+        call(self._streams[number].cuda)
+        self._streams.record(number)
 
     def _buffer(self, ticket: CudaTicket) -> Buffer:
         """A descriptor buffer that is the ticket's until it is over."""
@@ -244,54 +229,14 @@ class CudaMover:
         ticket._buffers.append(buffer)
         return buffer
 
-    # -- streams and events -------------------------------------------------------------------
-
-    def _number(self, stream: Any) -> int:
-        """Number of an engine's stream, which is new or known."""
-        if stream is None:
-            return CALLER
-        given = stream if isinstance(stream, int) else getattr(stream, "cuda_stream", None)  # PyTorch's have that
-        address = stream.ptr if given is None else given
-        number = self._engine.get(address)
-        if number is None:
-            number = len(self._streams)
-            if number == STREAMS:
-                raise ValueError(f"stream: the mover knows {STREAMS - CALLER - 1} streams of the engine already")
-            cuda = stream if given is None else self._runtime.external_stream(given)
-            self._streams.append(_Stream(cuda))
-            self._engine[address] = number
-        return number
-
-    def _wait(self, number: int, waits: Clock) -> None:
-        """The stream waits, on the device, for these places of the others."""
-        for prior, place in enumerate(waits.tolist()):
-            if prior != number and place:
-                event = self._event_of(prior, place)
-                if event is not None:
-                    self._runtime.wait(self._streams[number].cuda, event)
-
-    def _event_of(self, number: int, place: int) -> Any | None:
-        """The first event at or behind a place; None: it is reached."""
-        if place <= self._streams[number].reached:
-            return None
-        return next(event for at, event in self._streams[number].events if at >= place)
-
-    def _record(self, number: int) -> None:
-        """An event behind the stream's latest work."""
-        stream = self._streams[number]
-        event = self._spare_events.pop() if self._spare_events else self._runtime.event()
-        self._runtime.record(event, stream.cuda)
-        stream.events.append((stream.place, event))
+    # -- what is over -------------------------------------------------------------------------
 
     def _reap(self) -> None:
         """What is over: events, tickets, their buffers."""
         if self._fault is not None:
             return
         try:
-            for stream in self._streams:
-                while stream.events and self._runtime.is_done(stream.events[0][1]):
-                    stream.reached, event = stream.events.popleft()
-                    self._spare_events.append(event)
+            self._streams.reap()
         except RuntimeError as error:
             self._break(error)
             return
@@ -328,11 +273,13 @@ class CudaMover:
         self._totals["failed"] += len(fresh)
         number = DIRECTIONS.index(batch.direction)
         targets = self._slots[batch.pool, ENDS[batch.direction][1]]
-        targets.lose(slot_array(batch.dst, "dst"), number, ticket._place)
+        targets.lose(slot_array(batch.dst, "dst"), number, ticket._first, ticket._place)
 
     def _poll(self, ticket: CudaTicket) -> bool:
         with self._lock:
             self._reap()
+            if ticket._over and self._checker is not None and not ticket._given_up and self._fault is None:
+                self._checker.saw(DIRECTIONS.index(ticket._batch.direction), ticket._place)
             return ticket._over
 
     def _reach(self, number: int, place: int, timeout: float | None) -> bool:
@@ -343,8 +290,9 @@ class CudaMover:
                 self._reap()
                 if self._fault is not None:
                     return False
-                event = self._event_of(number, place)
-                if event is None:
+                if (event := self._streams.event_of(number, place)) is None:
+                    if self._checker is not None:
+                        self._checker.saw(number, place)
                     return True
             if end is None:
                 try:
@@ -367,11 +315,13 @@ class CudaMover:
             batch = ticket._batch
             for tier, slots in zip(ENDS[batch.direction], (batch.src, batch.dst), strict=True):
                 self._fenced += [(batch.pool, tier, int(slot)) for slot in slots]
+            for stream, places in ticket._places():
+                self._vain_reads.add(stream, places, self._slots.values())
             return True
 
     # -- the engine ---------------------------------------------------------------------------
 
-    def _book(self, number: int, waits: Clock, uses: list[tuple[SlotEvents, Int32Array, bool]]) -> None:
+    def _book(self, number: int, waits: Clock, uses: list[_Use]) -> None:
         """The stream's latest work uses these slots behind these waits."""
         place = self._streams[number].place
         if self._checker is not None:
@@ -387,8 +337,8 @@ class CudaMover:
             found, self._findings = self._findings, []
             raise InvariantError("; ".join(found))
 
-    def _uses(self, uses: Sequence[SlotUse]) -> list[tuple[SlotEvents, Int32Array, bool]]:
-        found = []
+    def _uses(self, uses: Sequence[SlotUse]) -> list[_Use]:
+        found = list[_Use]()
         for use in uses:
             self._pool(use.pool)
             if use.tier not in ("device", "host"):
@@ -408,14 +358,14 @@ class CudaMover:
     def step_begin(self, uses: Sequence[SlotUse], stream: Any = None, timeout: float | None = None) -> bool:
         """As `wait_on`, for all slots that a step will use. False too if the GPU is at its end."""
         with self._lock:
-            number, waits = self._number(stream), new_clock()
+            number, waits = self._streams.number(stream), new_clock()
             for events, slots, _ in self._uses(uses):
                 events.waits(number, slots, True, self._plant, waits)  # the slot's owner may do anything with it
             if self._fault is not None:
                 return False
             if number != CALLER:
                 try:
-                    self._wait(number, waits)
+                    self._streams.wait(number, waits)
                 except RuntimeError as error:
                     self._break(error)
                     return False
@@ -433,14 +383,14 @@ class CudaMover:
     def step_end(self, uses: Sequence[SlotUse], stream: Any = None) -> None:
         """The step that was launched uses these slots: later moves of them wait for it."""
         with self._lock:
-            number, booked = self._number(stream), self._uses(uses)
+            number, booked = self._streams.number(stream), self._uses(uses)
             self._streams[number].place += 1
             self._book(number, new_clock(), booked)
             if number == CALLER:
                 self._streams[CALLER].reached = self._streams[CALLER].place
             elif self._fault is None:
                 try:
-                    self._record(number)
+                    self._streams.record(number)
                 except RuntimeError as error:
                     self._break(error)
         self._checked()
@@ -456,11 +406,24 @@ class CudaMover:
         )
 
     def totals(self) -> dict[str, int]:
-        """pages and bytes that arrived, pages that failed, copies of the copy engine, launches of kernels, submissions
-        that found the queue full."""
+        """pages and bytes that arrived, pages that failed, submissions that found the queue full; copies of the copy
+        engine, batched copies, launches of kernels that were enqueued."""
         with self._lock:
             self._reap()
-            return dict(self._totals)
+            return self._totals | self._carrier.calls
+
+    def path_counts(self) -> dict[str, dict[str, dict[str, int]]]:
+        """{path: {direction: {moves, pages, bytes}}} of all moves that were enqueued; what was not taken is absent."""
+        with self._lock:
+            return self._carrier.counts()
+
+    def offered(self, pool: str, direction: str) -> frozenset[str]:
+        """Paths that pages of a pool can take, of those that the chooser knows; "engine" and "registers" always."""
+        return self._carrier.offered(pool, direction)
+
+    def problems(self) -> dict[str, str]:
+        """Paths that the chooser knows and this machine does not offer, and why."""
+        return dict(self._carrier.problems)
 
     def pending(self, direction: str) -> int:
         """Tickets of a direction that are not done."""

@@ -12,10 +12,15 @@ from typing import Any
 import numpy as np
 
 from kvpool import _core
+from kvpool.mover.batch_copy import BatchCopy, Words
 from kvpool.mover.launches import KERNELS, Launch
 
+OTHER_ADDRESSES = "registered host memory has other addresses on this GPU (CanUseHostPointerForRegisteredMem is 0)"
 OPTIONS = ("--std=c++17",)
 _DEFAULT = 4  # cudaMemcpyDefault: the direction follows from the addresses
+_SAME_ADDRESSES = 91  # cudaDevAttrCanUseHostPointerForRegisteredMem
+_NULL_STREAM = 0
+_MEMORY_OF_DEVICE = 2  # cudaMemoryTypeDevice
 _PORTABLE_AND_MAPPED = 1 | 2  # cudaHostRegister: for every context, and in the device's addresses
 
 
@@ -28,7 +33,19 @@ class CudaRuntime:
         self._cupy: Any = cupy
         self._device = cupy.cuda.Device(ordinal)
         self._functions: dict[str, Any] = {}
+        self._batch: BatchCopy | None = None
+        self._batch_problem: str | None = None
         self._device.use()
+
+    @property
+    def compute_capability(self) -> int:
+        """90 is 9.0."""
+        return int(self._device.compute_capability)
+
+    @property
+    def same_addresses(self) -> bool:
+        """Whether registered host memory has its own addresses on the GPU too; else only copies can be given them."""
+        return bool(self._cupy.cuda.runtime.deviceGetAttribute(_SAME_ADDRESSES, self._device.id))
 
     def stream(self) -> Any:
         """A new stream that does not wait for the default one."""
@@ -64,6 +81,37 @@ class CudaRuntime:
         """By the copy engine, from and to device memory or registered host memory."""
         self._cupy.cuda.runtime.memcpyAsync(target, source, num_bytes, _DEFAULT, stream.ptr)
 
+    def batch_problem(self) -> str | None:
+        """Why `copy_batch` cannot be used, None: it can. The first call looks for it, and tries it on a few bytes."""
+        if not self.same_addresses:  # such GPUs were seen to fault
+            return OTHER_ADDRESSES
+        if self._batch is None and self._batch_problem is None:
+            try:
+                self._batch = BatchCopy()
+                self._batch_problem = self._try_batch()
+            except RuntimeError as error:
+                self._batch_problem = str(error)
+        return self._batch_problem
+
+    def _try_batch(self) -> str | None:
+        memory, stream = self.allocate(64), self.stream()
+        self.upload(np.arange(64, dtype=np.uint8), memory.ptr)
+        to, of = (memory.ptr + np.array(at, np.uint64) for at in ((0, 16), (32, 48)))
+        self.copy_batch(to, of, np.full(2, 16, np.uint64), stream)
+        stream.synchronize()
+        wrong = not np.array_equal(self.download(memory.ptr, 32), np.arange(32, 64, dtype=np.uint8))
+        return "cuMemcpyBatchAsync: a trial copy left wrong bytes" if wrong else None
+
+    def copy_batch(self, targets: Words, sources: Words, sizes: Words, stream: Any) -> None:
+        """As `copy_async` for each of at most `batch_copy.MOST`, in any order, by one call of the driver.
+
+        Only where `batch_problem` is None.
+        """
+        assert self._batch is not None
+        with self._device:
+            self._device.use()  # the driver wants the context to be current, which `with` leaves to CUDA's runtime
+            self._batch(targets, sources, sizes, stream.ptr)
+
     def compile(self, family: str) -> None:
         """Makes the kernels of a family ready; the first launch does it else."""
         with self._device:
@@ -90,10 +138,41 @@ class CudaRuntime:
         self.synchronize()
         return array, int(array.data.ptr)
 
+    def from_dlpack(self, buffer: Any) -> Any:
+        """Somebody else's device memory as CuPy's array, without a copy. It has a `__cuda_array_interface__`."""
+        with self._device:
+            return self._cupy.from_dlpack(buffer)
+
+    def wrap(self, address: int, shape: tuple[int, int], owner: Any) -> Any:
+        """Somebody else's device memory as CuPy's array of uint8, which keeps `owner` and frees nothing."""
+        memory = self._cupy.cuda
+        with self._device:
+            block = memory.UnownedMemory(address, shape[0] * shape[1], owner, self._device.id)
+            return self._cupy.ndarray(shape, np.uint8, memory.MemoryPointer(block, 0))
+
+    def gpu_of(self, address: int) -> int | None:
+        """The GPU whose memory, from cudaMalloc or the like, is at this address; None: it is other memory."""
+        found = self._cupy.cuda.runtime.pointerGetAttributes(address)
+        return int(found.device) if found.type == _MEMORY_OF_DEVICE else None
+
+    @property
+    def ordinal(self) -> int:
+        """N of "cuda:N"."""
+        return int(self._device.id)
+
+    def clear(self, address: int, num_bytes: int) -> None:
+        """Zeros in device memory, behind all that the GPU was given; returns when they are there."""
+        with self._device:
+            self.synchronize()
+            self._cupy.cuda.runtime.memset(address, 0, num_bytes)
+        self.synchronize()
+
     def upload(self, array: np.ndarray[Any, Any], target: int) -> None:
         """Any host array to device memory; returns when it is there."""
         data = np.ascontiguousarray(array)
-        self._cupy.cuda.runtime.memcpy(target, data.ctypes.data, data.nbytes, _DEFAULT)
+        with self._device:  # the call may return when pageable memory is read: the rest of the way is the null stream's
+            self._cupy.cuda.runtime.memcpy(target, data.ctypes.data, data.nbytes, _DEFAULT)
+            self._cupy.cuda.runtime.streamSynchronize(_NULL_STREAM)
 
     def download(self, source: int, num_bytes: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """Device memory to a new host array; returns when it is there."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kvpool.mover.descriptors import Buffer
-from kvpool.mover.slot_events import DIRECTIONS
+from kvpool.mover.slot_events import DIRECTIONS, GATHER
 from kvpool.mover.types import MoveBatch, MoveError
 
 if TYPE_CHECKING:
@@ -18,15 +18,20 @@ class CudaTicket:
     def __init__(self, mover: CudaMover, batch: MoveBatch, place: int, failed: list[MoveError]) -> None:
         self._mover = mover
         self._batch = batch
-        self._place = place
+        self._first = self._place = place  # in the direction's stream, of its first and last piece
+        self._gathers = range(0)  # its places in the stream of gathers
         self._failed = failed
         self._over = False
         self._given_up = False
         self._buffers: list[Buffer] = []
 
+    def _places(self) -> list[tuple[int, range]]:
+        """Of all its work, by stream."""
+        return [(DIRECTIONS.index(self._batch.direction), range(self._first, self._place + 1)), (GATHER, self._gathers)]
+
     def done(self) -> bool:
         """Whether it is over, well or not."""
-        return self._over or self._mover._poll(self)
+        return self._mover._poll(self)
 
     def wait(self, timeout: float | None = None) -> bool:
         """Until it is over, at most `timeout` seconds. False: not in time."""

@@ -1,18 +1,19 @@
-"""Descriptors of moves: where pools are, slot lists that the GPU reads, runs of neighbours for the copy engine."""
+"""Descriptors of moves: where pools are, slot lists that the GPU reads, fragments for the copy engine."""
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from kvpool.arguments import Int32Array
 from kvpool.mover.pinned import PinnedMemory, Registrar
 
 PER_CALL = 4096  # pages of one launch
 SLAB = 64  # buffers that are made at once
+Int64s = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,23 +70,20 @@ class Buffers:
             slab.close()
 
 
-def runs(src: Int32Array, dst: Int32Array) -> list[tuple[int, int]]:
-    """Stretches [start, end) of the lists in which both sides are neighbours."""
-    if not src.size:
-        return []
-    breaks = np.flatnonzero((np.diff(src) != 1) | (np.diff(dst) != 1)) + 1
-    return list(zip([0, *breaks.tolist()], [*breaks.tolist(), src.size], strict=True))
-
-
-def pieces(first_slot: int, count: int, page_bytes: int, edges: Sequence[int]) -> list[tuple[int, int]]:
-    """`count` slots from `first_slot` as [start, end) from 0, cut where they pass from one registration to the next.
+def starts(src: Int32Array, dst: Int32Array, host: Int32Array | None, page_bytes: int, edges: Sequence[int]) -> Int64s:
+    """Where fragments of the lists begin: runs of neighbours on both sides, cut where the host's side (`host`, one of
+    the two, or None) passes from one registration to the next.
 
     edges: of the registrations, in bytes, ascending; inner ones are multiples of `page_bytes`.
     """
-    found, start = list[tuple[int, int]](), 0
-    while start < count:
-        edge = edges[bisect_right(edges, (first_slot + start) * page_bytes)] // page_bytes
-        end = min(count, edge - first_slot)
-        found.append((start, end))
-        start = end
-    return found
+    if not src.size:
+        return np.zeros(0, np.int64)
+    breaks = (np.diff(src) != 1) | (np.diff(dst) != 1)
+    if host is not None and len(edges) > 2:
+        breaks |= np.diff(np.searchsorted(edges, host.astype(np.int64) * page_bytes, side="right")) != 0
+    return np.concatenate([[0], np.flatnonzero(breaks) + 1]).astype(np.int64)
+
+
+def count_runs(slots: Int32Array) -> int:
+    """Runs of neighbours, in any order."""
+    return int(np.count_nonzero(np.diff(np.sort(slots)) != 1)) + 1 if slots.size else 0

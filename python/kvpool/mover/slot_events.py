@@ -7,14 +7,18 @@ event is (stream, place): the place-th piece of work of a stream. Streams are FI
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 import numpy.typing as npt
 
 from kvpool.arguments import Int32Array
 
-STREAMS = 8  # one per direction, the caller, four of the engine's
 DIRECTIONS = ("offload", "onboard", "copy")
 CALLER = 3
+GATHER = 4  # fills staging memory for offloads
+ENGINES = 4  # streams of the engine
+STREAMS = GATHER + 1 + ENGINES
 Clock = npt.NDArray[np.int64]
 
 
@@ -25,17 +29,19 @@ def new_clock() -> Clock:
 
 def stream_name(stream: int) -> str:
     """For messages."""
-    return DIRECTIONS[stream] if stream < CALLER else "compute" if stream == CALLER else "compute stream"
+    return (*DIRECTIONS, "compute", "gather")[stream] if stream <= GATHER else "compute stream"
 
 
 def hazard(stream: int, writes: bool, tier: str, prior: int, prior_wrote: bool) -> str:
     """What it would be if `stream` used a slot of `tier` without waiting for what `prior` did with it."""
     offload, onboard, copy = 0, 1, 2
-    compute, prior_compute = stream >= CALLER, prior >= CALLER
+    compute, prior_compute = (each == CALLER or each > GATHER for each in (stream, prior))
+    if tier == "staging":
+        return "staging-reuse" if writes else "unordered"
     if tier == "device":
-        if stream in (offload, copy) and not writes and prior_wrote and prior_compute:
+        if stream in (offload, copy, GATHER) and not writes and prior_wrote and prior_compute:
             return "offload-before-compute"
-        if writes and prior in (offload, copy) and not prior_wrote:
+        if writes and prior in (offload, copy, GATHER) and not prior_wrote:
             return "reuse-before-copy"
         if compute and prior in (onboard, copy) and prior_wrote:
             return "compute-before-onboard"
@@ -98,10 +104,37 @@ class SlotEvents:
         self._reads[slots] = 0
         self.bad[slots] = False
 
-    def lose(self, slots: Int32Array, stream: int, place: int) -> None:
-        """The move that this event stands for failed: what it wrote last is bad."""
-        latest = (self._write_stream[slots] == stream) & (self._write_place[slots] == place)
+    def forget_reads(self, stream: int, place: int, before: int) -> None:
+        """Nobody waits for what this event read any more, only for what the stream did up to `before`."""
+        reads = self._reads[:, stream]
+        reads[reads == place] = before
+
+    def lose(self, slots: Int32Array, stream: int, first: int, last: int) -> None:
+        """The move that these places of a stream stand for failed: what it wrote last is bad."""
+        places = self._write_place[slots]
+        latest = (self._write_stream[slots] == stream) & (first <= places) & (places <= last)
         self.bad[slots[latest]] = True
+
+
+class VainReads:
+    """Reads of moves that were given up: they arrive nowhere, so the next owner of a source need not wait for them.
+
+    Else it would wait as long as the move stands still, and its own time limit would pass.
+    """
+
+    def __init__(self) -> None:
+        self._places: list[set[int]] = [set() for _ in range(STREAMS)]
+
+    def add(self, stream: int, given_up: range, tables: Collection[SlotEvents]) -> None:
+        """These places of a stream were given up; who waited for one waits for what was before."""
+        places = self._places[stream]
+        for place in given_up:
+            places.add(place)
+            before = place - 1
+            while before in places:
+                before -= 1
+            for events in tables:
+                events.forget_reads(stream, place, before)
 
 
 class Checker:
@@ -129,6 +162,12 @@ class Checker:
         self._join(self.streams[stream], waits)
         if stream == CALLER:
             np.maximum(self._seen, self.streams[CALLER], out=self._seen)
+
+    def saw(self, stream: int, place: int) -> None:
+        """The caller knows that the stream has done this place, and all before it."""
+        waits = new_clock()
+        waits[stream] = place
+        self.wait(CALLER, waits)
 
     def enqueue(self, stream: int, place: int) -> Clock:
         """The place-th work enters its stream, behind what the caller knows to be done. Its clock."""

@@ -8,8 +8,8 @@
 from kvpool.scheduler.config import AdapterBudget, SchedulerConfig
 from kvpool.scheduler.engine import Engine, Executor
 from kvpool.scheduler.request import Request, RequestState
-from kvpool.scheduler.scheduler import Scheduler, SchedulerStats
-from kvpool.scheduler.step import Context, Step
+from kvpool.scheduler.scheduler import Scheduler
+from kvpool.scheduler.step import Context, SchedulerStats, Step
 
 __all__ = [
     "AdapterBudget",

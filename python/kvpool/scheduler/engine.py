@@ -46,7 +46,8 @@ class Engine:
     def step(self) -> list[Request]:
         """One step; returns the requests that ended. StalledError: nothing can ever run.
 
-        An exception of the executor ends the requests of the step with it; their pages are given back.
+        An exception of the executor ends the requests of the step with it; their pages are given back. Who turns out to
+        have lost pages is not in the step that the executor gets; a later one computes it again.
         """
         scheduler = self.scheduler
         step = scheduler.schedule()
@@ -56,7 +57,9 @@ class Engine:
         outputs: Mapping[int | str, Sequence[int]] = {}
         try:
             with self._launched(step):
-                outputs = as_outputs(self.executor.execute(step))
+                scheduler.drop_lost(step)
+                if step:
+                    outputs = as_outputs(self.executor.execute(step))
         except Exception as caught:
             error = caught
         except BaseException:

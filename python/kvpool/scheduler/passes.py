@@ -5,6 +5,7 @@ Token budget and pages are decided together. Within each phase the oldest goes f
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -162,3 +163,30 @@ def adapter_order(adapter: Any) -> tuple[int, Any]:
     if adapter is None:
         return 0, 0
     return (1, adapter) if isinstance(adapter, int) else (2, adapter)
+
+
+def why_not(scheduler: Scheduler, entry: Entry) -> str:
+    """Why a request that has not ended is not in the last step."""
+    request = entry.request
+    name = f"request {request.request_id!r}"
+    if scheduler._lock.acquire(blocking=False):  # where a pass runs just now the roster is that one's
+        try:
+            if entry.started and scheduler.memory.roster.in_step(entry.age):
+                return f"{name} is in a step in flight"
+        finally:
+            scheduler._lock.release()
+    if entry.started and entry.generates and request.state is RequestState.RUNNING:
+        return f"{name} is RUNNING: older requests used up the tokens or places of the step"
+    if not entry.started and scheduler.bulk and scheduler.bulk.keeps_out:
+        return f"{name} is WAITING: memory ran short, and nobody starts before a request has ended"
+    return f"{name} is {request.state.value}: {entry.why}"
+
+
+def why_stalled(scheduler: Scheduler) -> str:
+    """Who waits for what when nothing can ever run, and who holds pages outside the scheduler."""
+    waits = itertools.islice(itertools.chain(scheduler.started, scheduler.waiting()), 8)
+    parts = [f"request {entry.request.request_id!r}: {entry.why}" for entry in waits]
+    mine = {entry.request.request_id for entry in scheduler.started}
+    strangers = [repr(request_id) for request_id in scheduler.memory.open() if request_id not in mine]
+    outside = f"; claims of caches outside the scheduler: {', '.join(strangers)}" if strangers else ""
+    return f"nothing runs, nothing is in flight, and nothing ever can: {'; '.join(parts)}{outside}"

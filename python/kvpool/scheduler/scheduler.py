@@ -15,6 +15,7 @@ from bisect import bisect_left, insort
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from heapq import merge
+from itertools import chain
 from operator import attrgetter
 
 from kvpool.errors import ConfigError, KVPoolError, LogicError, StalledError
@@ -24,11 +25,11 @@ from kvpool.scheduler.bulk import Bulk
 from kvpool.scheduler.config import SchedulerConfig
 from kvpool.scheduler.guard import alone
 from kvpool.scheduler.memory import Memory
-from kvpool.scheduler.passes import Pass, run_pass
+from kvpool.scheduler.passes import Pass, run_pass, why_not, why_stalled
 from kvpool.scheduler.request import Entry, Request, RequestState
 from kvpool.scheduler.starts import LastRefused
 from kvpool.scheduler.step import Context, SchedulerStats, Step
-from kvpool.scheduler.updates import apply_outputs, as_outputs
+from kvpool.scheduler.updates import apply_outputs, as_outputs, lost_of
 
 __all__ = ["Pass", "Scheduler", "SchedulerStats"]
 
@@ -121,20 +122,13 @@ class Scheduler:
         return True
 
     def explain(self, request_id: int | str) -> str:
-        """Why a request did not run in the last step, or that it did."""
+        """Why a request did not run in the last step, or that it did. From any thread."""
         entry = self._known.get(request_id)
         if entry is None:
             return f"request {request_id!r} is unknown, or it has ended"
-        request = entry.request
-        if self._last is not None and any(other is request for other in self._last.requests):
+        if self._last is not None and any(other is entry.request for other in self._last.requests):
             return f"request {request_id!r} is in the last step"
-        if entry.started and self.memory.roster.in_step(entry.age):
-            return f"request {request_id!r} is in a step in flight"
-        if entry.started and entry.generates and request.state is RequestState.RUNNING:
-            return f"request {request_id!r} is RUNNING: older requests used up the tokens or places of the step"
-        if not entry.started and self.bulk and self.bulk.keeps_out:
-            return f"request {request_id!r} is WAITING: memory ran short, and nobody starts before a request has ended"
-        return f"request {request_id!r} is {request.state.value}: {entry.why}"
+        return why_not(self, entry)
 
     def _see_incoming(self) -> None:
         while self._incoming:
@@ -228,16 +222,8 @@ class Scheduler:
             return step
         moves_on = self._steps or in_flight or refused or step.recompute or not (self.started or run.waits)
         if not moves_on and not self.memory.is_returning():
-            raise StalledError(self._stalled())
+            raise StalledError(why_stalled(self))
         return step
-
-    def _stalled(self) -> str:
-        waits = [*self.started, *self._returned, *self._fresh.values()][:8]
-        parts = [f"request {entry.request.request_id!r}: {entry.why}" for entry in waits]
-        mine = {entry.request.request_id for entry in self.started}
-        strangers = [repr(request_id) for request_id in self.memory.open() if request_id not in mine]
-        outside = f"; claims of caches outside the scheduler: {', '.join(strangers)}" if strangers else ""
-        return f"nothing runs, nothing is in flight, and nothing ever can: {'; '.join(parts)}{outside}"
 
     def _world(self, requests: Sequence[Request], refused: list[tuple[Request, Exception]]) -> list[Entry]:
         """Entries of the unfinished requests of a list; new ones are seen, or refused."""
@@ -265,11 +251,14 @@ class Scheduler:
             if entry.age < 0:
                 try:
                     self.check(entry.request)
+                    known = self._known.setdefault(request_id, entry)
+                    if known.request is not entry.request:  # another thread has added it meanwhile
+                        raise _duplicate(entry.request)
+                    entry = known
                 except (KVPoolError, ValueError) as error:
                     self._refuse(entry.request, error)
                     refused.append((entry.request, error))
                     continue
-                self._known[request_id] = entry
                 entry.request._entry = entry
                 self._see(entry)
             world.append(entry)
@@ -291,14 +280,26 @@ class Scheduler:
         self._enter()
         self._take_back(step)
         self.memory.arrive(step.requests)
-        for request_id in dict.fromkeys(self.memory.lost()):
-            entry = self._known.get(request_id)
-            if entry is not None and entry.started and any(entry.request is request for request in step.requests):
-                self.memory.roster.set_step(entry.age, 0)  # nothing of it leaves the engine
+        for entry in lost_of(self, step):
+            self.memory.roster.set_step(entry.age, 0)  # nothing of it leaves the engine
         self._take_lost()
         apply_outputs(self, step, given)
         self.memory.after()
         return self._take_ended()
+
+    @alone
+    def drop_lost(self, step: Step) -> list[Request]:
+        """Requests whose pages did not arrive leave the step: between `step_begin` and the launch. Returns them.
+
+        They are under `step.recompute`, and a later step computes them again. Of a step that has nothing left there is
+        nothing to launch; `update` takes it back all the same.
+        """
+        gone = lost_of(self, step)
+        step.drop([entry.request for entry in gone])
+        for entry in gone:
+            self.memory.roster.set_step(entry.age, 0)
+            self._free(entry, "a move of its pages failed")
+        return [entry.request for entry in gone]
 
     @alone
     def fail(self, step: Step, error: Exception) -> list[Request]:
@@ -332,14 +333,14 @@ class Scheduler:
     def _take_back(self, step: Step) -> None:
         if not isinstance(step, Step):
             raise ValueError(f"step: {step!r} is not a step")
-        if step:
-            if step.number not in self._steps or not self._is_mine(step):
-                raise LogicError("step: it is not outstanding; update each step of this scheduler once")
+        if step.number in self._steps and self._is_mine(step):
             self._steps.remove(step.number)
+        elif step:
+            raise LogicError("step: it is not outstanding; update each step of this scheduler once")
 
     def _is_mine(self, step: Step) -> bool:
-        entry = next(step.requests)._entry
-        return entry is not None and entry.home is self
+        request = next(chain(step.requests, step.recompute), None)  # those who left it are under recompute
+        return request is not None and request._entry is not None and request._entry.home is self
 
     def _take_ended(self) -> list[Request]:
         ended, self.ended = self.ended, []
@@ -477,6 +478,8 @@ class Scheduler:
     def _leave_waiting(self, entry: Entry) -> None:
         if self._fresh.pop(entry.age, None) is None:
             self._returned.remove(entry)
+        if self.last_refused is not None:
+            self.last_refused.leave(entry)
 
 
 def _insert(entries: list[Entry], entry: Entry) -> None:

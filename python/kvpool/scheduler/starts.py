@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from kvpool.scheduler.admission import Forecast
 from kvpool.scheduler.memory import Claimed, first_chunk
-from kvpool.scheduler.request import Entry, Refusal, RequestState
+from kvpool.scheduler.request import Entry, Refusal
 
 if TYPE_CHECKING:
     from kvpool.scheduler.scheduler import Pass, Scheduler
@@ -49,6 +49,13 @@ class LastRefused:
     may_be_blocked: bool
     seen: int  # age of the youngest of them
     ages: int  # requests that had been seen by then
+    some_left: bool = False  # some of them have ended since
+
+    def leave(self, entry: Entry) -> None:
+        """It waits no more."""
+        if entry in self.entries:
+            self.entries.remove(entry)
+            self.some_left = True
 
 
 class _Starts:
@@ -90,18 +97,17 @@ class _Starts:
             return False
         now, holds = self._refusal_now(), None
         for entry in last.entries:
-            if entry.request.state is not RequestState.WAITING:
-                continue
-            refusal = entry.refusal
-            if refusal is None or (refusal is not holds and not refusal.holds(now)):
-                self._ask_all = refusal is not None and refusal.is_old(now.number)  # one pass for all of them
-                self._refused.clear()
-                return False
-            holds = refusal
-            self._refused.append(entry)
+            if entry.refusal is not holds:  # most share one
+                holds = entry.refusal
+                if holds is None or not holds.holds(now):
+                    self._ask_all = holds is not None and holds.is_old(now.number)  # one pass for all of them
+                    return False
         run.waits = run.gave_up = True
-        self._in_vain, self._may_be_blocked, self._seen = len(self._refused), last.may_be_blocked, last.seen
-        return last.ages == scheduler.ages and len(self._refused) == len(last.entries)
+        if last.ages == scheduler.ages and not last.some_left:
+            return True
+        self._now, self._refused = now, list(last.entries)
+        self._in_vain, self._may_be_blocked, self._seen = len(last.entries), last.may_be_blocked, last.seen
+        return False
 
     def see_whether_all_fit(self) -> None:
         """Under admission "throughput": then no forecast is asked."""
@@ -217,19 +223,22 @@ class _Starts:
     def admit(self, claims: list[Claimed]) -> list[Claimed]:
         """Those of the claims that start; the others are released."""
         admitted: list[Claimed] = []
-        pressure = self._memory.pressure()
-        available = [n for n, _ in pressure]
+        kept: list[Claimed] = []
+        for claim in claims:
+            if claim.why == "kept":
+                kept.append(claim)
+            else:
+                self._refuse(claim.entry, _WHY[claim.why])
+        if not kept:
+            return admitted
+        available = [n for n, _ in self._memory.pressure()]
         debts = self._debts() if self._memory.reserves else []
         # Per claim: what is available besides it and those before it.
-        rooms: list[list[int]] = []
-        for claim in reversed(claims):
-            rooms.append(available)
-            if claim.why == "kept":
-                available = [n + taken for n, taken in zip(available, claim.taken, strict=True)]
-        for claim, room in zip(claims, reversed(rooms), strict=True):
-            if claim.why != "kept":
-                self._refuse(claim.entry, _WHY[claim.why])
-            elif self._is_blocked(claim.entry):
+        rooms = [available]
+        for claim in reversed(kept[1:]):
+            rooms.append([n + taken for n, taken in zip(rooms[-1], claim.taken, strict=True)])
+        for claim, room in zip(kept, reversed(rooms), strict=True):
+            if self._is_blocked(claim.entry):
                 self._drop(claim, "an older request was overtaken max_bypass times and goes first", again=True)
             elif why := self._refusal(claim, room, debts, first=not admitted):
                 self._drop(claim, why)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,6 +20,8 @@ class Context(NamedTuple):
 
 class Step:
     """Work of one forward pass. Handed out once, never enlarged; `Scheduler.update` takes it back.
+
+    Who turns out to have lost pages leaves it before the launch (`Scheduler.drop_lost`).
 
     context: chunks, those that are not a request's last before the last ones, each sorted by adapter, none first.
     generation: requests whose last token and drafts are computed, sorted by adapter. suspended, recompute: who gave way
@@ -54,6 +56,15 @@ class Step:
         for mine, theirs in ((self.suspended, before.suspended), (self.recompute, before.recompute)):
             known = {id(request) for request in [*self.requests, *self.suspended, *self.recompute]}
             mine[:0] = [request for request in theirs if id(request) not in known]
+
+    def drop(self, gone: Sequence[Request]) -> None:
+        """These are not computed in it, but again: before its update."""
+        known = {id(request) for request in gone}
+        self.num_tokens -= sum(chunk.num_tokens for chunk in self.context if id(chunk.request) in known)
+        self.num_tokens -= sum(request.generation_tokens for request in self.generation if id(request) in known)
+        self.context = [chunk for chunk in self.context if id(chunk.request) not in known]
+        self.generation = [request for request in self.generation if id(request) not in known]
+        self.recompute += gone
 
     def __bool__(self) -> bool:
         """Whether there is anything to execute."""

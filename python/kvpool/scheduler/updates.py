@@ -24,6 +24,16 @@ def as_outputs(outputs: Mapping[int | str, Sequence[int]]) -> dict[Any, Any]:
     return outputs if type(outputs) is dict else dict(outputs)
 
 
+def lost_of(scheduler: Scheduler, step: Step) -> list[Entry]:
+    """The started requests of a step that have a LOST cache."""
+    lost = set(scheduler.memory.lost())
+    if not lost:
+        return []
+    found = [scheduler.find(request.request_id) for request in step.requests if request.request_id in lost]
+    mine = {id(request) for request in step.requests}
+    return [entry for entry in found if entry is not None and entry.started and id(entry.request) in mine]
+
+
 def apply_outputs(scheduler: Scheduler, step: Step, given: dict[Any, Any]) -> None:
     """See `Scheduler.update`."""
     roster = scheduler.memory.roster

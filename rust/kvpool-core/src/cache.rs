@@ -107,6 +107,8 @@ struct Shell {
 const SHELLS: usize = 64;
 /// Tokens for which a shell keeps room.
 const MOST_KEPT: usize = 1 << 15;
+/// Blocks for which the shells of a thread keep room in all, about.
+const MOST_BLOCKS: usize = 1 << 18;
 
 thread_local! {
     static KEPT: Cell<Vec<Shell>> = const { Cell::new(Vec::new()) };
@@ -139,7 +141,7 @@ impl Shell {
         self.lent.clear();
         self.fenced.clear();
         let mut kept = KEPT.take();
-        if kept.len() < SHELLS {
+        if kept.len() < SHELLS && kept.len() * self.nodes.capacity() < MOST_BLOCKS {
             kept.push(self);
         }
         KEPT.set(kept);

@@ -118,6 +118,17 @@ impl Chains {
 
     /// Takes a dead node that the caller owns out of its chain; afterwards no walk that starts meets it.
     pub fn unlink(&self, bucket: usize, node: Link, is: impl Fn(Link) -> bool) {
+        // Alone in its bucket: nothing comes behind it any more, and what comes before it changes the head.
+        let next = self.next[node.index()].load(Ordering::Acquire); // Acquire: partner the CAS in `sweep`
+        let nil = Link::NIL.0;
+        // AcqRel: partner the loads in `head` and `sweep`. Relaxed on failure: the long way reads again.
+        if next == nil
+            && self.heads[bucket]
+                .compare_exchange(node.0, nil, Ordering::AcqRel, Ordering::Relaxed)
+                .is_ok()
+        {
+            return;
+        }
         if !weak(Weak::UnlinkMark) {
             self.next[node.index()].fetch_or(MARK, Ordering::AcqRel); // AcqRel: partner the CAS in `sweep`: the frozen word is the last one written
         }

@@ -59,14 +59,20 @@ struct Slot {
 #[derive(Debug)]
 pub struct Events {
     slots: Vec<Slot>,
+    /// Bits of a number that tell its slot.
+    mask: usize,
     last: Counter,
     /// The next number to be read.
     reader: Sole<u64>,
 }
 
 impl Events {
-    /// For so many unread events; with 0 nothing is kept.
+    /// For so many unread events, a power of two; with 0 nothing is kept.
     pub fn new(capacity: usize) -> Self {
+        assert!(
+            capacity == 0 || capacity.is_power_of_two(),
+            "capacity: {capacity}"
+        );
         let slot = |_| Slot {
             state: AtomicU64::new(0),
             what: Field::new(0),
@@ -75,6 +81,7 @@ impl Events {
         };
         Self {
             slots: (0..capacity).map(slot).collect(),
+            mask: capacity.saturating_sub(1),
             last: Counter::default(),
             reader: Sole::new(1),
         }
@@ -87,19 +94,16 @@ impl Events {
         }
     }
 
-    /// Adds `n` events: pages of these pools (pool, key, parent) are in the tree, on the device. Wait-free.
-    pub fn push_stored(&self, n: usize, pages: impl Iterator<Item = (usize, u64, Option<u64>)>) {
-        if self.slots.is_empty() || n == 0 {
-            return;
-        }
-        let first = self.last.next_run(n as u64);
-        for (number, (pool, key, parent)) in (first..first + n as u64).zip(pages) {
-            self.put(number, EventKind::Stored, Tier::Device, pool, key, parent);
-        }
+    /// The first of the next `n` numbers, each for one `put`. Wait-free.
+    pub fn reserve(&self, n: usize) -> u64 {
+        self.last.next_run(n as u64)
     }
 
-    fn put(&self, number: u64, kind: EventKind, tier: Tier, pool: usize, key: u64, parent: Option<u64>) {
-        let slot = &self.slots[number as usize % self.slots.len()];
+    /// Writes the event of a number that the caller has. Wait-free.
+    pub fn put(&self, number: u64, kind: EventKind, tier: Tier, pool: usize, key: u64, parent: Option<u64>) {
+        let Some(slot) = self.slots.get(number as usize & self.mask) else {
+            return;
+        };
         let before = slot.state.load(Ordering::Relaxed); // Relaxed: the CAS below decides
         if before & WRITING != 0 || before >> 1 > number {
             return;
@@ -144,7 +148,7 @@ impl Events {
     }
 
     fn read(&self, number: u64) -> Read {
-        let slot = &self.slots[number as usize % self.slots.len()];
+        let slot = &self.slots[number as usize & self.mask];
         let state = slot.state.load(Ordering::Acquire); // Acquire: partner the store in `push`
         if state >> 1 > number {
             return Read::Lost;

@@ -7,6 +7,7 @@
 
 use crate::core::Core;
 use crate::sync::Field;
+use crate::tree::Node;
 use crate::types::{Retain, DEFAULT_PRIORITY};
 use crate::words::{clock_word, seconds, Stamp};
 
@@ -85,8 +86,9 @@ impl Core {
     }
 
     /// The last claim on a node is about to end.
-    pub(crate) fn record_use(&self, index: usize, stamp: Stamp) {
-        self.tree.nodes[index].used.advance(stamp.count);
+    #[inline]
+    pub(crate) fn record_use(&self, index: usize, node: &Node, stamp: Stamp) {
+        node.used.advance(stamp.count);
         if self.is_timed() && stamp != Stamp::NONE {
             let timing = &self.timing[index];
             timing.time.raise(stamp.time);
@@ -113,7 +115,7 @@ impl Core {
 
     /// As `expire`, by who has the first claim: the orders hear of it.
     pub(crate) fn expire_at_claim(&self, index: usize) {
-        if self.expire(index) {
+        if self.is_timed() && self.expire(index) {
             self.keeper.report_lowered(index);
         }
     }

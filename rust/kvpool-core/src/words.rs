@@ -109,6 +109,10 @@ impl State {
             Tier::Host
         }
     }
+    /// Live and at rest on the device, and nobody claims it.
+    pub fn is_idle(self) -> bool {
+        self.0 & (FLAG | LOW) == FLAG
+    }
     /// On the move from here on.
     pub fn busy(self) -> Self {
         Self(self.0 | BUSY)
@@ -279,6 +283,8 @@ mod tests {
         assert!(Link::NIL.is_nil() && !link.is_nil());
         let state = State::NEW.born();
         assert_eq!((state.version(), state.is_live(), state.refs()), (0, true, 1));
+        assert!(!state.is_idle() && state.released().is_idle() && !state.released().busy().is_idle());
+        assert!(!state.released().settled(Tier::Host).is_idle() && !State::NEW.is_idle());
         assert!(!state.is_busy() && state.busy().is_busy() && state.busy().refs() == 1);
         let down = state.busy().settled(Tier::Host);
         assert_eq!((down.tier(), down.is_busy(), down.refs()), (Tier::Host, false, 1));

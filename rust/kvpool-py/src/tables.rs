@@ -1,6 +1,6 @@
 //! Block tables, as rows of one array or in compressed form.
 
-use crate::cache::{with, Cache};
+use crate::cache::{look, Cache};
 use kvpool_core::{Core, CoreError};
 use pyo3::buffer::PyBuffer;
 use pyo3::exceptions::PyValueError;
@@ -22,44 +22,46 @@ fn bytes_of(values: &[i32]) -> Vec<u8> {
 pub fn widest(py: Python<'_>, core: &Core, caches: &[Py<Cache>], pool: usize) -> PyResult<usize> {
     let mut widest = 0;
     for cache in caches {
-        let length = with(py, cache.bind(py), |cache| Ok(core.table(cache, pool)?.len()))?;
+        let length = look(py, cache, |cache| Ok(core.table(cache, pool)?.len()))?;
         widest = widest.max(length);
     }
     Ok(widest)
 }
 
-/// Writes one row of slots per cache into `out` (C-contiguous, two-dimensional); the rest is `fill`.
+/// Writes one row of slots per cache into `out`, or says what is wrong with it; the rest is `fill`.
 pub fn rows(
     py: Python<'_>,
     core: &Core,
     caches: &[Py<Cache>],
     pool: usize,
-    out: &PyBuffer<i32>,
+    out: &Bound<'_, PyAny>,
     fill: i32,
 ) -> PyResult<()> {
-    let columns = match out.shape() {
-        [rows, columns] if *rows >= caches.len() => *columns,
-        shape => {
-            return Err(PyValueError::new_err(format!(
-                "out: shape {shape:?} has no room for {} rows",
-                caches.len()
-            )))
-        }
+    let widest = widest(py, core, caches, pool)?;
+    let wrong = |what: &str| PyValueError::new_err(format!("out: {what}"));
+    let table = "must be a two-dimensional int32 array";
+    let out = PyBuffer::<i32>::get(out).map_err(|_| wrong(table))?;
+    let &[rows, columns] = out.shape() else {
+        return Err(wrong(table));
     };
     if out.readonly() || !out.is_c_contiguous() {
-        return Err(PyValueError::new_err(
-            "out must be a writable C-contiguous int32 array",
-        ));
+        return Err(wrong("must be writable and C-contiguous"));
+    }
+    if rows < caches.len() || columns < widest {
+        let least = (caches.len(), widest);
+        return Err(wrong(&format!(
+            "shape {:?} is smaller than {least:?}",
+            (rows, columns)
+        )));
     }
     let mut cells = vec![fill; out.item_count()];
     for (cache, row) in caches.iter().zip(cells.chunks_mut(columns.max(1))) {
-        with(py, cache.bind(py), |cache| {
+        look(py, cache, |cache| {
             let table = core.table(cache, pool)?;
             if table.len() > columns {
-                return Err(CoreError::Value(format!(
-                    "out: {columns} columns are narrower than a table of {} entries",
-                    table.len()
-                )));
+                return Err(CoreError::State(
+                    "block_tables: another thread resized a cache".into(),
+                ));
             }
             for (cell, &slot) in row.iter_mut().zip(table) {
                 if slot != 0 {
@@ -82,7 +84,7 @@ pub fn csr<'py>(
 ) -> PyResult<Csr<'py>> {
     let (mut indptr, mut indices, mut last) = (vec![0i32], Vec::new(), Vec::new());
     for cache in caches {
-        with(py, cache.bind(py), |cache| {
+        look(py, cache, |cache| {
             indices.extend(core.table(cache, pool)?.iter().map(|&slot| slot as i32));
             indptr.push(indices.len() as i32);
             let capacity = core.info(cache)?.capacity;

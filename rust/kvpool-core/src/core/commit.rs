@@ -4,6 +4,7 @@ use super::create::{with_scratch, Scratch};
 use super::Core;
 use crate::cache::Cache;
 use crate::error::{CoreError, Result};
+use crate::events::EventKind;
 use crate::pool::Owner;
 use crate::tree::{Claimed, Dead};
 use crate::types::Retain;
@@ -130,19 +131,26 @@ impl Core {
             }
             self.tree.nodes[cache.deepest().index()].holders.add(holder);
         }
-        let pages = scratch.entered.iter().flat_map(|&i| {
-            let pools = (0..self.pools.len()).filter(move |&pool| cache.tables[pool][i] != 0);
-            pools.map(move |pool| (pool, cache.nodes[i].index()))
-        });
-        self.events.push_stored(
-            pages.clone().count(),
-            pages.map(|(pool, index)| {
-                let (key, above) = self.keys_of(index);
-                (pool, key, above)
-            }),
-        );
+        self.note_entered(cache, &scratch.entered);
         scratch.entered.clear();
         scratch.ahead.clear();
+    }
+
+    /// These blocks of a cache, which claims them, are in the tree with its own pages.
+    fn note_entered(&self, cache: &Cache, entered: &[usize]) {
+        if entered.is_empty() {
+            return;
+        }
+        let own = |&i: &usize| cache.tables.iter().filter(|table| table[i] != 0).count();
+        let mut number = self.events.reserve(entered.iter().map(own).sum());
+        for &i in entered {
+            let (key, above) = self.keys_of(cache.nodes[i].index());
+            for (pool, _) in cache.tables.iter().enumerate().filter(|(_, table)| table[i] != 0) {
+                self.events
+                    .put(number, EventKind::Stored, Tier::Device, pool, key, above);
+                number += 1;
+            }
+        }
     }
 
     /// The next block enters the tree, or the cache takes the tree's pages for it. `left`: blocks to come, with this one.

@@ -63,6 +63,12 @@ impl Core {
                 break;
             };
             scratch.path.push(node);
+            if !parent.is_nil() {
+                // Blocks that were stored together mostly lie at even distances.
+                let stride = node.index().wrapping_sub(parent.index());
+                self.tree
+                    .warm_reading(node.index().wrapping_add(stride.wrapping_mul(4)));
+            }
             parent = node;
         }
         self.count_runs(scratch);
@@ -292,10 +298,15 @@ impl Core {
             let (s, e) = self.config.pools[pool].stale(found.tokens, self.t());
             let windowed = self.tree.windowed[pool];
             cache.stale_end[pool] = e;
+            if !windowed {
+                let slot_of = |node: &Link| self.tree.page(pool, node.index()).slot();
+                cache.tables[pool].extend(cache.nodes.iter().map(slot_of));
+                continue;
+            }
             for i in 0..cache.nodes.len() {
                 let index = cache.nodes[i].index();
                 let live = i < s || i >= e;
-                if live && windowed && !self.hold_page(cache, pool, index) {
+                if live && !self.hold_page(cache, pool, index) {
                     self.unhold(cache);
                     return false;
                 }
@@ -306,7 +317,7 @@ impl Core {
                 };
                 cache.tables[pool].push(slot);
             }
-            if !found.source.is_nil() && windowed {
+            if !found.source.is_nil() {
                 if !self.hold_page(cache, pool, found.source.index()) {
                     self.unhold(cache);
                     return false;

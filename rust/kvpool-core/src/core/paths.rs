@@ -81,10 +81,12 @@ impl Core {
                 held -= 1;
             }
             // Blocks on the device first, those on the host below them: what moves meanwhile is paid again in `claim_down`.
-            let on_host = path[held..]
-                .iter()
-                .filter(|node| self.tree.state(node.index()).tier() == Tier::Host)
-                .count() as u32;
+            let far = |node: &&Link| self.tree.state(node.index()).tier() == Tier::Host;
+            let on_host = if self.tiered {
+                path[held..].iter().filter(far).count() as u32
+            } else {
+                0
+            };
             let need = [(path.len() - held) as u32 - on_host, on_host];
             if !self.reserve_nodes(Tier::Device, need[0]) {
                 return Err(Some(self.reach(Tier::Device, held, path.len())));
@@ -123,6 +125,12 @@ impl Core {
     ) -> std::result::Result<(), Option<usize>> {
         let mut short = None;
         while at < path.len() {
+            if units[Tier::Device as usize] > 0 && self.tree.claim_idle(path[at]) {
+                units[Tier::Device as usize] -= 1;
+                self.expire_at_claim(path[at].index());
+                at += 1;
+                continue;
+            }
             let tier = self.tree.state(path[at].index()).tier();
             let paid = (units[tier as usize] > 0).then_some(tier);
             match self.tree.claim(path[at], paid) {
@@ -193,25 +201,26 @@ impl Core {
         let mut freed = [0, 0];
         let mut index = deepest.index();
         loop {
-            let parent = self.tree.parent(index); // read before the release: afterwards the node may go
-            let rose = std::cell::Cell::new(false);
-            let unclaimed = self.tree.release(index, |n| {
-                self.record_use(index, stamp);
-                if n.segment.get() < u64::from(segment) {
-                    n.segment.set(u64::from(segment));
-                    rose.set(true);
+            let node = &self.tree.nodes[index];
+            let parent = node.parent(); // read before the release: afterwards the node may go
+            let mut rose = false;
+            let unclaimed = self.tree.release(index, |node| {
+                self.record_use(index, node, stamp);
+                if segment > 0 && node.segment.get() < u64::from(segment) {
+                    node.segment.set(u64::from(segment));
+                    rose = true;
                 }
             });
             let Some(tier) = unclaimed else {
-                if rose.get() {
+                if rose {
                     self.keeper.report_leaf(index, true); // risen in vain: somebody claimed meanwhile
                 }
                 self.record_behind_claims(index, stamp);
                 break;
             };
             freed[tier as usize] += 1;
-            if rose.get() || self.tree.children(index) == 0 || self.expiry(index) != 0 {
-                self.keeper.report_leaf(index, rose.get());
+            if rose || node.children() == 0 || self.expiry(index) != 0 {
+                self.keeper.report_leaf(index, rose);
             }
             if parent.is_nil() {
                 break;
@@ -228,8 +237,9 @@ impl Core {
             return;
         }
         loop {
-            self.record_use(index, stamp);
-            let parent = self.tree.parent(index);
+            let node = &self.tree.nodes[index];
+            self.record_use(index, node, stamp);
+            let parent = node.parent();
             if parent.is_nil() {
                 return;
             }

@@ -32,7 +32,7 @@ impl Core {
         while let Some(dead) = next.take() {
             let stripped = self.strip_pages(&dead, keep);
             self.tree.recycle(dead);
-            if keep.is_some() {
+            if stripped.kept != 0 {
                 slots.push(stripped.kept);
             }
             pages += stripped.near;
@@ -60,28 +60,23 @@ impl Core {
         let mut next = None;
         let mut scout = Link::NIL;
         while gone < n {
-            let Some((key, node)) = next.take().or_else(|| {
-                scout = Link::NIL;
-                orders.leaves[0].pop()
-            }) else {
-                break;
+            let node = match next.take() {
+                Some((_, node)) => node,
+                None => {
+                    let Some(node) = self.first_leaf_now(orders) else {
+                        break;
+                    };
+                    scout = Link::NIL;
+                    node
+                }
             };
-            let index = node.index();
             scout = self.look_up(scout, node);
-            if !self.tree.is_live(node) || !self.tree.is_leaf(index) {
-                continue; // who releases or uncovers it reports it again
-            }
-            let now = self.leaf_key(index);
-            if now > key {
-                orders.leaves[0].push(now, node);
-                continue;
-            }
-            let Some(killed) = self.tree.kill(index) else {
-                continue; // claimed meanwhile
+            let Some(killed) = self.tree.kill(node.index()) else {
+                continue; // claimed meanwhile: who releases it reports it again
             };
             self.note_gone(orders, &killed);
             let stripped = self.strip_pages(&killed, keep);
-            if keep.is_some() {
+            if stripped.kept != 0 {
                 slots.push(stripped.kept);
             }
             pages += stripped.near;
@@ -99,6 +94,23 @@ impl Core {
         self.counters.evicted.add(pages);
         self.counters.dropped.add(pages);
         gone
+    }
+
+    /// Takes the first leaf out of the order.
+    fn first_leaf_now(&self, orders: &mut Orders) -> Option<Link> {
+        while let Some((key, node)) = orders.leaves[0].pop() {
+            let index = node.index();
+            if !self.tree.is_live(node) || !self.tree.is_leaf(index) {
+                continue; // who releases or uncovers it reports it again
+            }
+            let now = self.leaf_key(index);
+            if now > key {
+                orders.leaves[0].push(now, node);
+            } else {
+                return Some(node);
+            }
+        }
+        None
     }
 
     /// Fetches what the next nodes on the way up will need, two ahead of the one that goes now.

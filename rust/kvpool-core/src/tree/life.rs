@@ -10,7 +10,7 @@
 //! A node with children is never killed, and a child appears only under a claimed node; so whoever
 //! claims a node holds its ancestors too.
 
-use super::lookup::pack;
+use super::lookup::{pack, pairs_of};
 use super::{Root, Tree};
 use crate::sync::{fence, weak, Ordering, Weak};
 use crate::words::{Link, Page, State, Tier, MAX_CLAIMS, MAX_REFS};
@@ -104,8 +104,16 @@ impl Tree {
             field.set(value);
         }
         let words = self.t.div_ceil(2);
-        for (field, pair) in self.tokens[index * words..].iter().zip(tokens.chunks(2)) {
-            field.set(pack(pair));
+        let stored = &self.tokens[index * words..(index + 1) * words];
+        match pairs_of(tokens) {
+            Some(pairs) => stored
+                .iter()
+                .zip(pairs)
+                .for_each(|(field, pair)| field.set(*pair)),
+            None => stored
+                .iter()
+                .zip(tokens.chunks(2))
+                .for_each(|(field, pair)| field.set(pack(pair))),
         }
         if weak(Weak::WriteBirth) {
             n.born.store(born, Ordering::Release); // Release: the planted weakness
@@ -209,12 +217,34 @@ impl Tree {
         }
     }
 
+    /// The first reference on a block of the device, for which the caller has a unit. `false`: it is not idle, or gone; see
+    /// `claim`. Wait-free; linearized at the CAS.
+    #[inline]
+    pub fn claim_idle(&self, link: Link) -> bool {
+        let n = &self.nodes[link.index()];
+        let now = n.state();
+        if !now.is_idle() || (n.born() != link.born() && !weak(Weak::ClaimBorn)) {
+            return false;
+        }
+        let next = now.claimed(weak(Weak::ClaimVersion));
+        // AcqRel, Relaxed on failure: as in `claim`, with the same partners.
+        let claimed = n
+            .state
+            .compare_exchange(now.0, next.0, Ordering::AcqRel, Ordering::Relaxed)
+            .is_ok();
+        if claimed {
+            self.note_claimed(Tier::Device, true);
+        }
+        claimed
+    }
+
     /// One reference less. `last` runs before a release that will be the last one (it may run in vain).
     /// If the node is unclaimed now, the tier on which it is: its unit is available there. Lock-free; linearized at the CAS.
-    pub fn release(&self, index: usize, last: impl Fn(&super::Node)) -> Option<Tier> {
+    #[inline]
+    pub fn release(&self, index: usize, mut last: impl FnMut(&super::Node)) -> Option<Tier> {
         let n = &self.nodes[index];
         loop {
-            let now = self.state(index);
+            let now = n.state();
             debug_assert!(now.is_live() && now.refs() > 0, "release of an unclaimed node");
             if now.refs() == 1 {
                 last(n);
@@ -376,6 +406,11 @@ impl Tree {
     /// Takes the page of a dead node, if it has one. The slot of one that is busy stays its mover's.
     pub fn strip(&self, pool: usize, dead: &Dead) -> Option<Page> {
         let word = &self.pages[pool].word[dead.index()];
+        if !self.windowed[pool] && self.by_parent.is_none() {
+            let page = self.page(pool, dead.index());
+            word.store(Page::NONE.0, Ordering::Relaxed); // Relaxed: pages of such pools change with their nodes only, and this one is ours
+            return (page.slot() != 0).then_some(page);
+        }
         let page = Page(word.swap(Page::NONE.0, Ordering::AcqRel)); // AcqRel: partner the CAS in `change_page` of who takes the page alone
         debug_assert_eq!(page.claims(), 0, "a claimed page of a dead node");
         (page.slot() != 0).then_some(page)

@@ -3,7 +3,7 @@
 
 use super::{Root, Tree};
 use crate::chains::{Recycled, Visit};
-use crate::sync::{weak, Ordering, Weak};
+use crate::sync::{weak, Field, Ordering, Weak};
 use crate::words::Link;
 
 impl Tree {
@@ -20,6 +20,7 @@ impl Tree {
 
     /// The live child of `parent`, or first block of `root`, with exactly these tokens: by the way down if that is the one,
     /// else by its key.
+    #[inline]
     pub fn below(&self, root: &Root, parent: Link, tokens: &[i32]) -> Option<Link> {
         if parent.is_nil() {
             return self.child(root, parent, self.extend_key(root.key(), tokens), tokens);
@@ -33,14 +34,16 @@ impl Tree {
 
     /// As `child`, of the one that was published last below `parent`, which is not nil: without a hash and a bucket.
     /// `None` says nothing. Wait-free; linearized at the read of the state.
+    #[inline]
     pub fn follow(&self, parent: Link, tokens: &[i32]) -> Option<Link> {
         let link = Link(self.nodes[parent.index()].below.load(Ordering::Acquire)); // Acquire: partner the store in `Tree::publish`
         if link.is_nil() {
             return None;
         }
         let index = link.index();
-        let same = self.nodes[index].parent.get() == parent.0 && self.has_tokens(index, tokens);
-        let live = same && self.state(index).is_live();
+        let n = &self.nodes[index];
+        let same = n.parent.get() == parent.0 && self.has_tokens(index, tokens);
+        let live = same && n.state().is_live();
         (live && self.is(link)).then_some(link)
     }
 
@@ -82,23 +85,30 @@ impl Tree {
             && (!parent.is_nil() || n.scope.iter().zip(root.digest).all(|(a, b)| a.get() == b))
     }
 
+    #[inline]
     fn has_tokens(&self, index: usize, tokens: &[i32]) -> bool {
         debug_assert_eq!(tokens.len(), self.t);
         let words = self.t.div_ceil(2);
         let stored = &self.tokens[index * words..(index + 1) * words];
-        // Eight tokens at a time without a branch: mostly they are equal.
-        let mut runs = tokens.chunks_exact(8);
-        let equal = { &mut runs }.zip(stored.chunks_exact(4)).all(|(run, words)| {
-            let pairs = run.chunks_exact(2).zip(words);
-            pairs.fold(0, |differ, (pair, word)| differ | (word.get() ^ pack(pair))) == 0
-        });
-        let rest = runs.remainder();
-        let behind = &stored[words - rest.len().div_ceil(2)..];
-        equal
-            && rest
-                .chunks(2)
-                .zip(behind)
-                .all(|(pair, word)| word.get() == pack(pair))
+        match pairs_of(tokens) {
+            // Without a branch for each word: mostly all are equal.
+            Some(pairs) => {
+                let mut runs = pairs.chunks_exact(8);
+                let mut of = stored.chunks_exact(8);
+                let differ = |pairs: &[u64], words: &[Field]| {
+                    let both = pairs.iter().zip(words);
+                    both.fold(0, |differ, (pair, word)| differ | (pair ^ word.get())) != 0
+                };
+                !{ &mut runs }
+                    .zip(&mut of)
+                    .any(|(pairs, words)| differ(pairs, words))
+                    && !differ(runs.remainder(), of.remainder())
+            }
+            None => {
+                let mut pairs = tokens.chunks(2).zip(stored);
+                pairs.all(|(pair, word)| word.get() == pack(pair))
+            }
+        }
     }
 
     /// The child of `parent` that shares most leading tokens with `tokens` and has a page in every
@@ -132,6 +142,13 @@ impl Tree {
             }
         }
     }
+}
+
+/// The words of an even number of tokens, where they lie in memory as [`pack`] has them.
+#[inline]
+pub(super) fn pairs_of(tokens: &[i32]) -> Option<&[u64]> {
+    let pairs = bytemuck::try_cast_slice(tokens).ok()?;
+    cfg!(target_endian = "little").then_some(pairs)
 }
 
 /// Two tokens (or one) in a word.

@@ -67,6 +67,28 @@ pub struct Node {
     scope: [Field; 2],
 }
 
+impl Node {
+    /// Version at which it was born.
+    fn born(&self) -> u64 {
+        self.born.load(Ordering::Acquire) // Acquire: partner the store in `Tree::write`: who sees the birth finds the node's former places left
+    }
+
+    /// Its state.
+    pub fn state(&self) -> State {
+        State(self.state.load(Ordering::Acquire)) // Acquire: partner the CAS in `Tree::release`, the store in `Tree::publish`
+    }
+
+    /// Nodes below.
+    pub fn children(&self) -> u32 {
+        self.children.load(Ordering::Relaxed) // Relaxed: ordered by the Acquire load of the state before it, see `Tree::kill`
+    }
+
+    /// Its parent, if it is claimed or owned.
+    pub fn parent(&self) -> Link {
+        Link(self.parent.get()).unmarked()
+    }
+}
+
 /// What a claim's owner is, packed into one count each: `[fenced 22 | held 21 | active 21]`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u64)]
@@ -265,6 +287,18 @@ impl Tree {
         }
     }
 
+    /// Brings what a look-up reads of a node closer, if there is such a node.
+    #[inline]
+    pub fn warm_reading(&self, index: usize) {
+        if let Some(node) = self.nodes.get(index) {
+            warm(&node.state);
+            warm(&self.pages[0].word[index]);
+            if let Some(tokens) = self.tokens.get(index * self.t.div_ceil(2)) {
+                warm(tokens);
+            }
+        }
+    }
+
     /// Brings what the burial of a node will touch closer: its own lines are here.
     pub fn warm_burial(&self, index: usize) {
         if self.is_block(index) {
@@ -291,7 +325,7 @@ impl Tree {
     fn first_bucket(&self, index: usize) -> usize {
         let n = &self.nodes[index];
         let root = [n.scope[0].get(), n.scope[1].get()];
-        let first = self.tokens(index).next().unwrap_or(0);
+        let first = self.tokens[index * self.t.div_ceil(2)].get() as i32;
         self.by_first
             .bucket(Self::first_hash(&root, self.parent(index), first))
     }
@@ -309,12 +343,12 @@ impl Tree {
 
     /// Version at which the node that lives here was born.
     fn born(&self, index: usize) -> u64 {
-        self.nodes[index].born.load(Ordering::Acquire) // Acquire: partner the store in `Tree::write`: who sees the birth finds the node's former places left
+        self.nodes[index].born()
     }
 
     /// The state of a node.
     pub fn state(&self, index: usize) -> State {
-        State(self.nodes[index].state.load(Ordering::Acquire)) // Acquire: partner the CAS in `Tree::release`, the store in `Tree::publish`
+        self.nodes[index].state()
     }
 
     /// The node that lives at an index now.
@@ -350,12 +384,12 @@ impl Tree {
 
     /// Nodes below.
     pub fn children(&self, index: usize) -> u32 {
-        self.nodes[index].children.load(Ordering::Relaxed) // Relaxed: ordered by the Acquire load of the state before it, see `Tree::kill`
+        self.nodes[index].children()
     }
 
     /// The parent of a claimed or owned node.
     pub fn parent(&self, index: usize) -> Link {
-        Link(self.nodes[index].parent.get()).unmarked()
+        self.nodes[index].parent()
     }
 
     /// No look-up finds this node any more.
