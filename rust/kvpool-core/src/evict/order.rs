@@ -3,10 +3,14 @@
 //! An entry's key is never above the true key of its page. Popping the least entry therefore finds
 //! the exact victim: an entry whose page has a higher key by now goes back with that key; an entry of
 //! a page that is claimed or gone is dropped. Whoever lowers a key pushes a fresh entry.
+//!
+//! What nobody gave a priority or a duration comes in the order in which it was released: such entries wait in a line
+//! as long as none comes out of turn, and only the others in the heap. The least entry is the lesser of the two firsts.
 
+use crate::types::DEFAULT_PRIORITY;
 use crate::words::{Link, Stamp};
 use std::cmp::Reverse;
-use std::collections::BinaryHeap;
+use std::collections::{BinaryHeap, VecDeque};
 
 /// Place in the order; the smallest goes first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -25,10 +29,47 @@ pub struct Key {
     pub slot: u32,
 }
 
+/// An entry of the line: what is not the same in all of them.
+#[derive(Debug, Clone, Copy)]
+struct InLine {
+    count: u64,
+    depth: Reverse<u32>,
+    slot: u32,
+    node: Link,
+}
+
+impl InLine {
+    /// If the key is one for the line.
+    fn new(key: Key, node: Link) -> Option<Self> {
+        let entry = Self {
+            count: key.used.count,
+            depth: key.depth,
+            slot: key.slot,
+            node,
+        };
+        (entry.key() == key).then_some(entry)
+    }
+
+    fn key(&self) -> Key {
+        Key {
+            priority: i16::from(DEFAULT_PRIORITY),
+            in_window: true,
+            segment: 0,
+            used: Stamp {
+                time: 0,
+                count: self.count,
+            },
+            depth: self.depth,
+            slot: self.slot,
+        }
+    }
+}
+
 /// Entries of one order. An index has one entry that counts (`queued`), and maybe older ones that do not.
 #[derive(Debug)]
 pub struct Order {
     heap: BinaryHeap<Reverse<(Key, Link)>>,
+    line: VecDeque<InLine>,
     queued: Vec<Link>,
     limit: usize,
 }
@@ -39,6 +80,7 @@ impl Order {
         let limit = Self::limit(nodes);
         Self {
             heap: BinaryHeap::with_capacity(if nodes == 0 { 0 } else { limit }),
+            line: VecDeque::with_capacity(if nodes == 0 { 0 } else { limit }),
             queued: vec![Link::NIL; nodes],
             limit,
         }
@@ -46,7 +88,8 @@ impl Order {
 
     /// Bytes for one node, for the question whether they can be had.
     pub fn bytes_per_node() -> usize {
-        std::mem::size_of::<(Key, Link)>() * 5 / 4 + std::mem::size_of::<Link>()
+        let entries = std::mem::size_of::<(Key, Link)>() + std::mem::size_of::<InLine>();
+        entries * 5 / 4 + std::mem::size_of::<Link>()
     }
 
     /// A quarter more than there can be: it is built anew that often at most.
@@ -74,31 +117,103 @@ impl Order {
     /// Forgets all entries.
     pub fn clear(&mut self) {
         self.heap.clear();
+        self.line.clear();
         self.queued.fill(Link::NIL);
     }
 
     /// Indices of the nodes in it, some of them twice, some gone.
     pub fn indices(&self) -> impl Iterator<Item = usize> + '_ {
-        self.heap.iter().map(|Reverse((_, node))| node.index())
+        let in_heap = self.heap.iter().map(|Reverse((_, node))| node.index());
+        in_heap.chain(self.line.iter().map(|entry| entry.node.index()))
     }
 
     /// Adds a lower bound.
     pub fn push(&mut self, key: Key, node: Link) {
         self.queued[node.index()] = node;
+        if let Some(entry) = InLine::new(key, node) {
+            let last = self.line.back().map(InLine::key);
+            if last.is_none_or(|last| last <= key) && self.line.len() < self.limit {
+                self.line.push_back(entry);
+                return;
+            }
+        }
         self.heap.push(Reverse((key, node)));
     }
 
     /// The least key.
     pub fn least(&self) -> Option<Key> {
-        self.heap.peek().map(|Reverse((key, _))| *key)
+        let in_heap = self.heap.peek().map(|Reverse((key, _))| *key);
+        let in_line = self.line.front().map(InLine::key);
+        in_heap.into_iter().chain(in_line).min()
     }
 
     /// Takes the least entry.
     pub fn pop(&mut self) -> Option<(Key, Link)> {
-        let Reverse((key, node)) = self.heap.pop()?;
+        let first = self.line.front().map(|entry| (entry.key(), entry.node));
+        let in_line = match (first, self.heap.peek()) {
+            (Some(first), Some(Reverse(other))) => first <= *other,
+            (first, _) => first.is_some(),
+        };
+        let (key, node) = if in_line {
+            self.line.pop_front();
+            first?
+        } else {
+            let Reverse(entry) = self.heap.pop()?;
+            entry
+        };
         if self.queued[node.index()] == node {
             self.queued[node.index()] = Link::NIL;
         }
         Some((key, node))
+    }
+}
+
+#[cfg(all(test, not(any(kvpool_loom, kvpool_shuttle))))]
+mod tests {
+    use super::*;
+
+    fn key(priority: u8, count: u64, depth: u32) -> Key {
+        Key {
+            priority: i16::from(priority),
+            in_window: true,
+            segment: 0,
+            used: Stamp { time: 0, count },
+            depth: Reverse(depth),
+            slot: 1,
+        }
+    }
+
+    /// The line and the heap together give the order that sorting gives, whatever comes out of turn.
+    #[test]
+    fn entries_come_out_in_the_order_of_their_keys() {
+        let mut state = 7u64;
+        for _ in 0..200 {
+            let mut order = Order::new(64);
+            let mut keys = Vec::new();
+            let mut popped = Vec::new();
+            for i in 0..64u64 {
+                state = state
+                    .wrapping_mul(6_364_136_223_846_793_005)
+                    .wrapping_add(1_442_695_040_888_963_407);
+                let out_of_turn = (state >> 40) % 4 == 0;
+                let priority = if (state >> 50) % 5 == 0 {
+                    80
+                } else {
+                    DEFAULT_PRIORITY
+                };
+                let count = if out_of_turn { (state >> 30) % 64 } else { i };
+                let key = key(priority, count, (state >> 20) as u32 % 3);
+                order.push(key, Link::new(0, i as u32));
+                keys.push((key, Link::new(0, i as u32)));
+            }
+            assert_eq!(order.indices().count(), 64);
+            keys.sort_unstable();
+            while let Some(least) = order.least() {
+                popped.push(order.pop().unwrap());
+                assert_eq!(popped.last().unwrap().0, least);
+            }
+            assert!(order.line.is_empty() && order.heap.is_empty());
+            assert_eq!(popped, keys);
+        }
     }
 }
