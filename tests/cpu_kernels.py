@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Sequence
 from functools import cache
@@ -86,7 +87,9 @@ def build(
 
 def run_python(mode: str, argv: Sequence[str]) -> subprocess.CompletedProcess[str]:
     """Python on `argv` in a process that can load libraries of `mode`: the sanitizer's own library comes first."""
-    settings = {"OPENBLAS_NUM_THREADS": "1", "PYTHONMALLOC": "malloc"}
+    settings = {"OPENBLAS_NUM_THREADS": "1"}
+    if not sysconfig.get_config_var("Py_GIL_DISABLED"):  # a free-threaded Python has one allocator only
+        settings["PYTHONMALLOC"] = "malloc"
     if mode != "plain":
         ask = ["g++", f"-print-file-name=lib{mode}.so"]
         settings["LD_PRELOAD"] = subprocess.run(

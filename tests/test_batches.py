@@ -15,7 +15,6 @@ from kvpool import (
     AddRequest,
     CacheConfig,
     ConfigError,
-    KVCache,
     KVCacheManager,
     LogicError,
     PoolConfig,
@@ -210,25 +209,6 @@ def test_refused_entry_before_a_bad_one_is_left_as_it_was(made: list[KVCacheMana
         manager.provide_contexts([(first, 12), (second, 17)])  # the first would find no room and be closed
     assert manager.cache(1).state == manager.cache(2).state == "SUSPENDED"
     assert manager.provide_contexts([(first, 4), (second, 1)]) == [True, True]
-
-
-def test_free_that_fails_leaves_all_open(made: list[KVCacheManager], monkeypatch: pytest.MonkeyPatch) -> None:
-    made.append(manager := make(4))
-    requests = [Request(1, A), Request(2, A)]
-    manager.claim_contexts([(request, None) for request in requests])
-    second, mark = manager.cache(2), KVCache._mark_closed
-
-    def busy(cache: KVCache) -> None:
-        if cache is second:
-            raise LogicError("another thread is in it")
-        mark(cache)
-
-    monkeypatch.setattr(KVCache, "_mark_closed", busy)
-    with pytest.raises(LogicError, match="another thread"):
-        manager.free_requests(requests)
-    monkeypatch.undo()
-    assert manager.cache(1).state == manager.cache(2).state == "SUSPENDED"
-    manager.free_requests(requests)
 
 
 # -- claims -----------------------------------------------------------------------------------------

@@ -252,7 +252,7 @@ def test_import_needs_no_extra() -> None:
     assert done.stdout == "set()\n"
 
 
-@pytest.mark.parametrize("missing", ["click", "rich"])
+@pytest.mark.parametrize("missing", ["click", "rich", "plotly"])
 def test_missing_extra_says_what_to_install(missing: str) -> None:
     code = f"""
 import sys
@@ -262,7 +262,7 @@ class Blocker:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 sys.meta_path.insert(0, Blocker())
 from kvpool.cli import main
-sys.exit(main(['replay', '--sequential']))
+sys.exit(main(['replay', '--html', 'plots.html']))
 """
     done = child("-c", code)
     assert done.returncode == 2

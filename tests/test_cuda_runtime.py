@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import operator
 import sys
+import weakref
 from collections.abc import Callable
 
 import numpy as np
@@ -218,10 +220,33 @@ def test_the_stand_in_has_nothing_that_cupy_lacks() -> None:
     import cupy
 
     fake = fake_cupy.make(World(plain_kernels()))
-    for name in ("RawModule", "ones", "matmul", *(f"cuda.{name}" for name in vars(fake.cuda))):
+    names = ("RawModule", "ones", "zeros", "ndarray", "from_dlpack", "matmul")
+    for name in (*names, *(f"cuda.{name}" for name in vars(fake.cuda))):
         assert operator.attrgetter(name)(cupy) is not None
     for kind, real in ((fake_cupy.Stream, cupy.cuda.Stream), (fake_cupy.Event, cupy.cuda.Event)):
         assert not {name for name in vars(kind) if not name.startswith("_")} - set(dir(real)), kind
     assert not {n for n in vars(fake_cupy.Runtime) if not n.startswith("_")} - set(dir(cupy.cuda.runtime))
     assert cupy.cuda.runtime.memcpyDefault == fake_cupy.Runtime.memcpyDefault
-    assert {"use", "synchronize", "compute_capability", "__enter__"} <= set(dir(cupy.cuda.Device))
+    assert {"use", "synchronize", "compute_capability", "id", "__enter__"} <= set(dir(cupy.cuda.Device))
+    assert {"type", "device"} <= set(dir(cupy.cuda.runtime.PointerAttributes))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("cupy") is None, reason="CuPy (kvpool[cuda]) is not installed")
+def test_somebody_elses_memory_is_an_array_that_keeps_its_owner() -> None:
+    """CuPy needs no driver for it."""
+    import cupy
+
+    class Owner:
+        pass
+
+    owner = Owner()
+    kept = weakref.ref(owner)
+    block = cupy.cuda.UnownedMemory(1 << 30, 9 * 64, owner, 0)
+    array = cupy.ndarray((9, 64), np.uint8, cupy.cuda.MemoryPointer(block, 0))
+    del owner, block
+    gc.collect()
+    assert kept() is not None
+    assert (array.shape, array.dtype, array.data.ptr) == ((9, 64), np.uint8, 1 << 30)
+    del array
+    gc.collect()
+    assert kept() is None

@@ -8,7 +8,7 @@ import pytest
 import kernel_cases
 from cpu_kernels import SIGNATURES
 from gpu_kernels import GpuKernels, manager_round_trip, mover_round_trip
-from kvpool import machine
+from kvpool import CacheConfig, KVCacheManager, PoolConfig, machine
 from kvpool.mover.cuda_runtime import CudaRuntime
 from kvpool.mover.launches import plan_launch
 from kvpool.mover.paths import PATHS
@@ -40,6 +40,35 @@ def test_slots_beyond_2_gib_of_pinned_memory() -> None:
         runtime.launch(launch, (host.address, device.ptr, lists.address, *numbers), stream)
         stream.synchronize()
         assert np.array_equal(runtime.download(device.ptr, content.size), content.ravel())
+
+
+def test_a_manager_on_the_engines_memory_keeps_every_byte() -> None:
+    """More requests than the device has room for: pages go down and come up again, each with its bytes."""
+    import cupy
+
+    page = 4096
+    config = CacheConfig(4, [PoolConfig("kv", page)], device_bytes=page * 9, host_bytes=page * 16)
+    memory = cupy.full((9, page // 2), 7, cupy.uint16)
+    with KVCacheManager(config, device="cuda", buffers={"kv": memory}) as manager:
+        pages = manager.pages("kv")
+        assert pages.data.ptr == memory.data.ptr
+        assert not cupy.asnumpy(pages[0]).any()
+        for number in range(4):
+            with manager.create(number, [*range(100 * number, 100 * number + 16)]) as cache:
+                assert cache.resume()
+                assert cache.resize(16)
+                pages[cupy.asarray(manager.block_tables([cache], "kv")[0])] = number + 1
+                cupy.cuda.Device().synchronize()
+                cache.commit([*range(100 * number, 100 * number + 16)])
+        assert manager.stats().offloaded == 8
+        for number in range(4):
+            with manager.create(number, [*range(100 * number, 100 * number + 17)]) as cache:
+                assert cache.num_reused_tokens == 16
+                assert cache.resume()
+                table = cupy.asarray(manager.block_tables([cache], "kv")[0])
+                assert (cupy.asnumpy(pages[table]) == number + 1).all()
+        manager.check()
+    assert memory.shape == (9, page // 2)
 
 
 @pytest.mark.parametrize("path", PATHS)

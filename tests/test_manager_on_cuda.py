@@ -28,7 +28,7 @@ from kvpool import (
     SchedulerConfig,
     Step,
 )
-from kvpool.mover import BooksMover, CpuMover
+from kvpool.mover import BooksMover, CpuMover, pinned
 from kvpool.mover.cuda import CudaMover
 from kvpool.mover.cuda_runtime import CudaRuntime
 
@@ -120,6 +120,27 @@ def test_when_the_gpu_is_at_its_end_an_engine_ends_its_requests_and_the_manager_
         assert not manager._caches
     gc.collect()
     assert capfd.readouterr().err == ""
+
+
+def test_host_pages_are_on_the_numa_node_that_is_asked_for(
+    gpu: fake_cupy.World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, int, int]] = []
+    monkeypatch.setattr(pinned, "_bind", lambda address, num_bytes, node: asked.append((address, num_bytes, node)))
+    with KVCacheManager(CONFIG, "cuda", numa_node=3) as manager:
+        address = manager.pages("kv", "host").ctypes.data
+        assert asked == [(address, PAGE * 8, 3)]
+    with KVCacheManager(CONFIG, "cuda"):
+        assert len(asked) == 1
+
+
+def test_a_numa_node_that_cannot_be_had_is_a_config_error(gpu: fake_cupy.World) -> None:
+    with pytest.raises(ConfigError, match=r"^numa_node: .*1000"):
+        KVCacheManager(CONFIG, "cuda", numa_node=1000)
+    assert gpu.registered == {}
+    for device in ("cpu", None):
+        with pytest.raises(ConfigError, match=r"^numa_node: 0 is for the pinned host memory of a GPU"):
+            KVCacheManager(CONFIG, device, numa_node=0)
 
 
 # -- buffers ------------------------------------------------------------------------------------------

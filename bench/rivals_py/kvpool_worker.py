@@ -58,6 +58,7 @@ def blocks(number: int) -> dict[str, list[int]]:
     manager = cached(False, 1)
     times = {"W1": claims(manager), "W1t": claims(cached(False, 8))}
     held = [manager.create(f"live {at}", tokens) for at, tokens in enumerate(given)]
+    assert all(cache.resume() for cache in held)
     times["W1s"] = claims(manager)
     for cache in held:
         cache.close()

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 import numpy as np
-import numpy.typing as npt
 
 from kvpool.config import Retention, Scope
 
-Int32Array = npt.NDArray[np.int32]
-ByteArray = npt.NDArray[np.uint8]
+# numpy.typing.NDArray, without its module.
+Int32Array = np.ndarray[tuple[Any, ...], np.dtype[np.int32]]
+ByteArray = np.ndarray[tuple[Any, ...], np.dtype[np.uint8]]
 Tokens = Sequence[int] | Int32Array
 
 _TOKEN_END = 2**31

@@ -6,6 +6,8 @@ promised. Each call is one call into the core, whatever the number of requests.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -18,7 +20,7 @@ from kvpool.cache import CacheState, KVCache
 from kvpool.config import CacheConfig, Retention, Scope
 from kvpool.errors import ConfigError, LogicError
 from kvpool.mover import SlotUse
-from kvpool.moves import Moves
+from kvpool.moves import BadPage, Moves
 
 if TYPE_CHECKING:
     from kvpool.manager import KVCacheManager
@@ -54,7 +56,7 @@ class Batches:
 
     def _open(self) -> None:
         if self._closed:
-            raise LogicError("the manager is closed")
+            raise _is_closed()
 
     # -- the books of requests ------------------------------------------------------------------
 
@@ -76,32 +78,28 @@ class Batches:
             None if handle is None else KVCache(manager, request_id, handle)
             for request_id, handle in zip(request_ids, handles, strict=True)
         ]
-        for at, cache in enumerate(caches):
-            if cache is not None and self._caches.setdefault(cache.request_id, cache) is not cache:
-                for own in caches[:at]:  # another thread was faster
-                    if own is not None:
-                        self._forget(own)
-                self._core.close([handle for handle in handles if handle is not None])
-                raise taken(cache.request_id)
-        self._check_lost(cache for cache in caches if cache is not None)
+        made = [cache for cache in caches if cache is not None]
+        self._register(made)
+        self._check_lost(made)
         return caches
 
+    def _register(self, made: Sequence[KVCache]) -> None:
+        """New caches under their ids, all or none: another thread may have been faster, or have closed the manager."""
+        entered = list(itertools.takewhile(lambda one: self._caches.setdefault(one.request_id, one) is one, made))
+        if len(entered) == len(made) and not self._closed:  # `close` sets it before it looks for the ids
+            return
+        self._close(entered)
+        others = made[len(entered) :]
+        self._core.close([cache._handle for cache in others])
+        raise taken(others[0].request_id) if others else _is_closed()
+
     def _forget(self, cache: KVCache) -> None:
-        if self._caches.get(cache.request_id) is cache:
-            del self._caches[cache.request_id]
+        """Its id is free: nobody can have put another one there. Once per cache, by whom the core told so."""
+        self._caches.pop(cache.request_id, None)
 
     def _close(self, caches: Sequence[KVCache]) -> None:
-        marked: list[KVCache] = []
-        try:
-            for cache in caches:
-                cache._mark_closed()
-                marked.append(cache)
-            released = self._core.close([cache._handle for cache in caches])
-        except BaseException:
-            for cache in marked:
-                cache._unmark_closed()
-            raise
-        for cache, free in zip(caches, released, strict=True):
+        for cache, (free, last) in zip(caches, self._core.close([cache._handle for cache in caches]), strict=True):
+            cache._note_closed(last)
             if free:
                 self._forget(cache)
         self._bury(caches)
@@ -131,13 +129,17 @@ class Batches:
             self._moves.make(copies)
 
     def _make(self, handles: list[Cache], copies: Sequence[tuple[int, bool, int, int]]) -> None:
-        """The copies for these caches; if they fail the caches are as before."""
-        try:
-            self._copy(copies)
-        except BaseException:
-            self._core.copies_failed(handles)
-            raise
-        self._core.copies_done(handles)
+        """The copies for these caches; if they fail the caches are as before.
+
+        The core learns of the copies before anybody can report that one of them has failed.
+        """
+        with contextlib.nullcontext() if self._moves is None else self._moves.unreported():
+            try:
+                self._copy(copies)
+            except BaseException:
+                self._core.copies_failed(handles)
+                raise
+            self._core.copies_done(handles)
 
     # -- moves ----------------------------------------------------------------------------------
 
@@ -201,13 +203,16 @@ class Batches:
 
     def _note_losses(self) -> None:
         """Caches that claim or own a page that did not arrive are LOST; blocks that nobody claims are dropped."""
-        moves = self._moves
-        if moves is None or not (bad := moves.take_bad()):
-            return
+        if self._moves is not None and self._moves.has_bad():
+            self._moves.report(self._lose)
+            self._moves.retire()
+
+    def _lose(self, moves: Moves, bad: list[BadPage]) -> None:
         caches = [cache for cache in list(self._caches.values()) if cache._state is None]
         for cache, hit in zip(caches, moves.recorder.lose([cache._handle for cache in caches], bad), strict=True):
-            cache._lost |= hit
-        moves.retire()
+            if hit:  # never set back: another thread may have set it meanwhile
+                cache._lost = True
+        self._check_lost(list(self._caches.values()))  # those that came while it looked
 
     def _check_arrived(self, caches: Iterable[KVCache], what: str) -> None:
         """LogicError if a page of one of them is known not to have arrived.
@@ -223,7 +228,8 @@ class Batches:
         """New caches may have matched blocks that another thread was just losing."""
         if self._moves is not None and self._moves.failed:
             for cache in caches:
-                cache._lost |= self._moves.recorder.is_lost(cache._handle)
+                if cache._state is None and self._moves.recorder.is_lost(cache._handle):
+                    cache._lost = True
 
     def lost(self) -> list[int | str]:
         """Requests whose cache is LOST, and not closed yet: a move of its pages failed."""
@@ -239,7 +245,7 @@ class Batches:
         provided, copies = self._core.provide(entries, stop)
         for (cache, _, _), done in zip(caches, provided, strict=False):
             if done is None:  # closed by the core: it was only claimed
-                cache._state = CacheState.CLOSED
+                cache._note_closed(None)
                 self._forget(cache)
         self._make([handle for (handle, _, _), done in zip(entries, provided, strict=False) if done], copies)
         self._after()
@@ -277,7 +283,9 @@ class Batches:
         except BaseException:
             self._close([cache for cache, _, _ in entries if cache._state is None])
             raise
-        return [entry[0] if done else None for entry, done in zip(entries, provided, strict=True)]
+        made = [(cache, done) for (cache, _, _), done in zip(entries, provided, strict=True)]
+        self._close([cache for cache, done in made if not done and cache._state is None])  # those that are LOST already
+        return [cache if done else None for cache, done in made]
 
     # -- scheduling -----------------------------------------------------------------------------
 
@@ -413,6 +421,10 @@ def checked_id(request_id: Any) -> int | str:
     if isinstance(request_id, bool) or not isinstance(request_id, int | str):
         raise ValueError(f"request_id: {request_id!r} is neither int nor str")
     return request_id
+
+
+def _is_closed() -> LogicError:
+    return LogicError("the manager is closed")
 
 
 def taken(request_id: int | str) -> LogicError:

@@ -70,7 +70,8 @@ class KVCache(Closing):
     def _info(self) -> tuple[int, int, int, int]:
         if self._state is CacheState.CLOSED:
             return self._last
-        return self._manager._core.info(self._handle)[1:]
+        info = self._manager._core.info(self._handle)
+        return self._last if info is None else info[1:]  # None: another thread has just closed it
 
     @property
     def state(self) -> CacheState:
@@ -79,7 +80,8 @@ class KVCache(Closing):
             return CacheState.CLOSED
         if self._lost:
             return CacheState.LOST
-        return CacheState(self._manager._core.info(self._handle)[0])
+        info = self._manager._core.info(self._handle)
+        return CacheState.CLOSED if info is None else CacheState(info[0])
 
     @property
     def num_reused_tokens(self) -> int:
@@ -160,34 +162,26 @@ class KVCache(Closing):
         """Give everything back; full committed blocks stay cached. Twice is a no-op."""
         if self._state is CacheState.CLOSED:
             return
-        self._mark_closed()
-        try:
-            (free,) = self._manager._core.close([self._handle])  # not `_close`: its lists cost a tenth of a hot request
-        except BaseException:
-            self._unmark_closed()
-            raise
+        manager = self._manager
+        ((free, last),) = manager._core.close([self._handle])  # not `_close`: its lists cost a tenth of a hot request
+        self._note_closed(last)
         if free:
-            self._manager._forget(self)
+            manager._forget(self)
         if self._lost:
-            self._manager._bury([self])
+            manager._bury([self])
 
-    def _unmark_closed(self) -> None:
-        """It could not be closed: open as before, unless another thread has closed it."""
-        try:
-            self._manager._core.info(self._handle)
-        except LogicError as error:
-            if "CLOSED" in str(error):
-                return
-        self._state = None
-
-    def _mark_closed(self) -> None:
-        """Keep the last lengths: the core forgets them."""
-        self._last = self._info()
+    def _note_closed(self, last: tuple[int, int, int, int] | None) -> None:
+        """The core has closed it and forgets its lengths. None: it had been closed before."""
+        if last is not None:
+            self._last = last
         self._state = CacheState.CLOSED
 
     def _take_uses(self) -> list[SlotUse]:
         """What the step that was begun first uses."""
-        return self._uses.pop(0)[1] if self._uses else []
+        try:
+            return self._uses.pop(0)[1]
+        except IndexError:  # nothing was written down
+            return []
 
     def __repr__(self) -> str:
         return f"<kvpool cache of request {self.request_id!r}: {self.state.value}>"

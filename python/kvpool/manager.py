@@ -7,7 +7,7 @@ makes the copies that the core asks for, at once.
 
 from __future__ import annotations
 
-import secrets
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ from kvpool.arguments import (
     scope_key,
     token_array,
 )
-from kvpool.batches import Batches, taken
+from kvpool.batches import Batches
 from kvpool.buffers import check_apart, given_buffers
 from kvpool.cache import CacheState, Closing, KVCache
 from kvpool.config import CacheConfig, Retention, Scope
@@ -104,8 +104,10 @@ def _listed(caches: Iterable[KVCache]) -> list[KVCache]:
     return list(caches)
 
 
-def _memory_of(device: str | None) -> CpuMemory | CudaMemory | None:
+def _memory_of(device: str | None, numa_node: int | None) -> CpuMemory | CudaMemory | None:
     """What stands behind a device. CUDA's is imported here: it is half of what `import kvpool` would cost."""
+    if numa_node is not None and device in (None, "cpu"):
+        raise ConfigError(f"numa_node: {numa_node!r} is for the pinned host memory of a GPU, and device is {device!r}")
     if device is None:
         return None
     if device == "cpu":
@@ -114,7 +116,7 @@ def _memory_of(device: str | None) -> CpuMemory | CudaMemory | None:
     from kvpool.mover.cuda_memory import CudaMemory
 
     parse_device(device)
-    return CudaMemory(device)
+    return CudaMemory(device, numa_node)
 
 
 class KVCacheManager(Batches, Closing):
@@ -124,7 +126,8 @@ class KVCacheManager(Batches, Closing):
     instead of `plan_pools(config)`. buffers: the engine's own memory per pool, (num_slots + 1) * page_bytes bytes,
     C-contiguous: a NumPy array, on a GPU whatever has `__cuda_array_interface__`, or DLPack; kept alive, its row 0
     zeroed, never freed. policy: "lru", or "slru" (request-level segmented LRU with ghosts). move_timeout_s: a move that
-    takes longer has failed. mover: makes it from {pool: (device pages, host pages or None)}; None: the device's own.
+    takes longer has failed. numa_node: of a GPU's host pages (None: the system's choice). mover: makes it from
+    {pool: (device pages, host pages or None)}; None: the device's own.
     Raises ConfigError for what cannot be provided. A context manager that closes.
     """
 
@@ -137,11 +140,12 @@ class KVCacheManager(Batches, Closing):
         buffers: Mapping[str, Any] | None = None,
         policy: str = "lru",
         move_timeout_s: float | None = 60.0,
+        numa_node: int | None = None,
         mover: Callable[[Mapping[str, tuple[ByteArray, ByteArray | None]]], Mover] | None = None,
     ) -> None:
         if not isinstance(config, CacheConfig):
             raise ConfigError(f"config: {config!r} is not a kvpool.CacheConfig")
-        self._memory = _memory_of(device)
+        self._memory = _memory_of(device, numa_node)
         if policy not in ("lru", "slru"):
             raise ConfigError(f"policy: {policy!r} is none of 'lru', 'slru'")
         self.config = config
@@ -166,7 +170,7 @@ class KVCacheManager(Batches, Closing):
             max_blocks=max_blocks,
             max_seq_len=config.max_seq_len,
             partial_reuse=config.partial_reuse,
-            hash_seed=secrets.randbits(64) if config.hash_seed is None else config.hash_seed,
+            hash_seed=int.from_bytes(os.urandom(8)) if config.hash_seed is None else config.hash_seed,
             policy=policy,
             clock=config.clock,
             offload_min_priority=config.offload_min_priority,
@@ -229,9 +233,8 @@ class KVCacheManager(Batches, Closing):
         key, epoch = scope_key(scope)
         handle = self._core.create(token_array(tokens), key, epoch, retention_spec(retention))
         cache = KVCache(self, request_id, handle)
-        if self._caches.setdefault(request_id, cache) is not cache:  # another thread was faster
-            self._core.close([handle])
-            raise taken(request_id)
+        if self._caches.setdefault(request_id, cache) is not cache or self._closed:
+            self._register([cache])  # raises: another thread was faster, or has closed the manager
         self._check_lost([cache])
         return cache
 
@@ -349,10 +352,11 @@ class KVCacheManager(Batches, Closing):
         self._ready(handles, stream, launch=True)
         if self._moves is not None and (fault := self._moves.fault()) is not None:
             raise KVPoolError(f"step_begin: the GPU is at its end ({fault}); end the process, and start anew")
+        noted = self._moves is not None and self._moves.notes(stream)
+        uses = [(stream, self._used_by(cache)) for cache in caches] if noted else []  # before: it may raise
         self._core.step_begin(handles)
-        if self._moves is not None and self._moves.notes(stream):
-            for cache in caches:
-                cache._uses.append((stream, self._used_by(cache)))
+        for cache, used in zip(caches, uses, strict=noted):
+            cache._uses.append(used)
 
     def step_end(self, caches: Sequence[KVCache], stream: object = None) -> None:
         """After the step: what was freed or closed meanwhile is given back. LogicError without `step_begin`."""

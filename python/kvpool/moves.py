@@ -1,13 +1,14 @@
 """A manager's moves: what the core has decided becomes batches of the mover; tickets until they are known to be good.
 
 Order within a call of the manager: offloads, onboards, copies; one submission per pool and direction. The core has
-changed its books by then, so a move that fails is reported later (`take_bad`), by the slot that did not get its page.
+changed its books by then, so a move that fails is reported later (`report`), by the slot that did not get its page.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from kvpool._core import Core, Recorder
@@ -106,24 +107,24 @@ class Moves:
         self._look()
 
     def _give_up(self, flights: Iterable[_Flight]) -> None:
-        for flight in flights:
-            if flight.ticket.give_up():
-                pages = [(flight.pool, flight.host, slot) for slot in flight.slots]
-                self.stuck.update(pages)
-                self.loose += pages
+        with self._lock:
+            for flight in flights:
+                if flight.ticket.give_up():
+                    pages = [(flight.pool, flight.host, slot) for slot in flight.slots]
+                    self.stuck.update(pages)
+                    self.loose += pages
 
     def _fail(self, pages: Sequence[BadPage]) -> None:
         self._bad += pages
         self.failed += len(pages)
 
     def _look(self) -> None:
-        if not self.flying:
-            return
+        """By who holds the lock. What failed is bad before it has landed: who sees nothing flying sees what failed."""
         over = [flight for flight in self.flying if flight.ticket.done()]
-        if over:
-            self.flying = [flight for flight in self.flying if flight not in over]
         for flight in over:
             self._fail([(flight.pool, flight.host, flight.slots[error.index]) for error in flight.ticket.errors()])
+        if over:
+            self.flying = [flight for flight in self.flying if flight not in over]
 
     def retire(self) -> None:
         """Slots that may still be written by a move that was given up are out of use for good once nobody has them."""
@@ -131,14 +132,24 @@ class Moves:
             with self._lock:
                 self.loose = self.recorder.retire(self.loose)
 
-    def take_bad(self) -> list[BadPage]:
-        """Pages that turned out not to have arrived since the last call."""
-        if not self.flying and not self._bad:
-            return []
+    def has_bad(self) -> bool:
+        """Whether pages may not have arrived that nobody has reported yet."""
+        return bool(self.flying or self._bad)
+
+    def unreported(self) -> AbstractContextManager[object]:
+        """Within it no other thread reports anything."""
+        return self._lock
+
+    def report(self, lose: Callable[[Moves, list[BadPage]], None]) -> None:
+        """`lose` is told the pages that turned out not to have arrived, if there are any.
+
+        Nobody else gets past this before it has returned: a page counts as good only once all that hold it know better.
+        """
         with self._lock:
             self._look()
-            bad, self._bad = self._bad, []
-        return bad
+            if self._bad:
+                lose(self, self._bad)
+                self._bad = []
 
     def wait(self, slots: Sequence[tuple[int, list[int]]], stream: object = None) -> None:
         """Everything that touches these device slots, by pool, is over; what is not in time has failed.
@@ -156,9 +167,9 @@ class Moves:
             self._give_up(flights)
             self.mover.step_begin(self._good(slots), None, self._timeout)  # for what was behind them
         if self.stuck:
-            stuck = [(pool, False, slot) for pool, of in slots for slot in of if (pool, False, slot) in self.stuck]
             with self._lock:
-                self._bad += stuck  # whoever has one is LOST; they are counted already
+                # Whoever has one is LOST; they are counted already.
+                self._bad += [page for pool, of in slots for slot in of if (page := (pool, False, slot)) in self.stuck]
 
     def _good(self, slots: Sequence[tuple[int, list[int]]]) -> list[SlotUse]:
         """Uses of these slots but the stuck ones: to wait for those would be in vain."""
@@ -193,5 +204,6 @@ class Moves:
 
     def used(self, uses: Sequence[SlotUse], stream: object) -> None:
         """A step, launched on this stream or over, used these slots."""
-        self.launched |= self._knows(stream)
+        if self._knows(stream):  # never set back: another thread may have set it meanwhile
+            self.launched = True
         self.mover.step_end(uses, stream if self._knows(stream) else None)

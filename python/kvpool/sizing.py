@@ -9,9 +9,9 @@ All arithmetic is in exact integers. With T = tokens per block, W = window, h = 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any
 
 from kvpool.config import BatchDesc, CacheConfig, KVCacheDesc, PoolConfig, _int
@@ -123,10 +123,10 @@ def _split(budget: int, page_bytes: list[int], weights: list[int], floors: list[
     left = budget - sum(n * b for n, b in zip(slots, page_bytes, strict=True))
     # Then one slot at a time to the lowest filling, config order on ties; what no longer fits never fits again.
     # All picks below a level that can be paid for as a whole are made at once, so huge budgets stay quick.
-    open_pools = list(range(len(slots)))
+    open_pools, common = list(range(len(slots))), math.prod(weights)
     while open_pools:
         left -= _fill(left, slots, page_bytes, weights, open_pools)
-        i = min(open_pools, key=lambda i: (Fraction(slots[i] * page_bytes[i], weights[i]), i))
+        i = min(open_pools, key=lambda i: (slots[i] * page_bytes[i] * (common // weights[i]), i))
         if page_bytes[i] <= left:
             slots[i] += 1
             left -= page_bytes[i]

@@ -139,8 +139,7 @@ class Watched(PagedExecutor):
 
     def accept(self, request: Request, logits: torch.Tensor, num_drafts: int) -> None:
         if any(request.request_id in manager.lost() for manager in self.managers):
-            self.counts["lost"] += 1
-            return  # update will not take these tokens
+            return  # since its step was launched: update will not take these tokens
         self.logits.setdefault(request.request_id, {}).update(enumerate(logits, len(request.output_tokens)))
         drafts = num_drafts
         accepted = len(logits) - 1
@@ -201,8 +200,10 @@ class Mix:
         self.managers = [self.memory(chunk) for _ in range(2 if r.random() < 0.25 else 1)]  # the second a draft model's
         self.executor = Watched(self, self.managers)
         self.engine = Engine(Scheduler(self.managers[0], self.config, *self.managers[1:]), self.executor)
+        self.drop = self.engine.scheduler.drop_lost
+        self.engine.scheduler.drop_lost = self.drop_lost  # type: ignore[method-assign]
         self.depth = r.choice([1, 1, 2, 3])  # steps in flight
-        self.flying: deque[tuple[Step, list[tuple[KVCacheManager, list[KVCache]]], Batch]] = deque()
+        self.flying: deque[tuple[Step, list[tuple[KVCacheManager, list[KVCache]]], Batch | None]] = deque()
 
     def request(self, number: int, tokens: list[int], lora_ids: list[int | str | None], salts: list[object]) -> Request:
         r = self.random
@@ -304,20 +305,28 @@ class Mix:
             caches = [(manager, [manager.cache(r.request_id) for r in step.requests]) for manager in self.managers]
             for manager, own in caches:
                 manager.step_begin(own)
-            self.flying.append((step, caches, self.executor.prepare(step)))
+            scheduler.drop_lost(step)
+            self.flying.append((step, caches, self.executor.prepare(step) if step else None))
             self.counts["overlapped"] += len(self.flying) > 1
         if not self.flying:
             return scheduler.update(step, {})
         if step and len(self.flying) < self.depth:
             return []
         step, caches, batch = self.flying.popleft()
-        outputs = self.executor.run(batch)
+        outputs = {} if batch is None else self.executor.run(batch)
         for manager, own in caches:
             manager.step_end(own)
         if self.random.random() < 0.01:
             self.counts["faults"] += 1
             return scheduler.fail(step, RuntimeError("planted"))
         return scheduler.update(step, outputs)
+
+    def drop_lost(self, step: Step) -> list[Request]:
+        """As the scheduler's, counted: also of a step of which nothing is left."""
+        gone = self.drop(step)
+        self.counts["lost"] += len(gone)
+        self.executor.gone.update({request.request_id: "recomputed" for request in gone})
+        return gone
 
     def submit(self, request: Request) -> None:
         try:

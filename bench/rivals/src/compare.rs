@@ -83,7 +83,8 @@ pub fn claim(effort: Effort, rng: &mut Rng) -> Value {
         );
     }
 
-    let held: Vec<_> = prompts.iter().map(|prompt| core.open(prompt, BLOCKS)).collect();
+    let mut held: Vec<_> = prompts.iter().map(|prompt| core.open(prompt, BLOCKS)).collect();
+    held.iter_mut().for_each(Kvpool::resume);
     let held_kvbm: Vec<_> = prompts.iter().map(|prompt| kvbm.open(prompt, BLOCKS)).collect();
     let mut w1s = Turns::new();
     for _ in 0..effort.rounds {

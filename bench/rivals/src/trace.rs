@@ -1,6 +1,6 @@
 //! W3: a Mooncake trace in file order, 64 requests active at a time, blocks of 512 tokens.
 //!
-//! Only the managers' calls are timed. When a pool has no room the oldest active request ends early. "ids" is kvpool
+//! Only the managers' calls are timed, by the CPU clock, two system calls per request included. When a pool has no room the oldest active request ends early. "ids" is kvpool
 //! with blocks of one token, the trace's id: as if hashing and comparing cost next to nothing.
 
 use crate::kvbm::Kvbm;
@@ -10,7 +10,9 @@ use crate::world::{Prompt, Shape, Side};
 use kvpool_core::types::PolicyKind;
 use serde_json::{json, Value};
 use std::collections::VecDeque;
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+use cpu_time::ThreadTime;
 
 const T: usize = 512;
 const ACTIVE: usize = 64;
@@ -56,7 +58,7 @@ fn replay<S: Side>(side: &S, prompts: &[Vec<u64>], slots: usize, t: usize, hashe
             }
         };
         blocks += ids.len();
-        let start = Instant::now();
+        let start = ThreadTime::now();
         if active.len() == ACTIVE {
             active.pop_front();
         }

@@ -98,9 +98,8 @@ class Carrier:
         for name, pool in pools.items():
             if pool.host is not None and not pool.host.pinned:
                 raise ValueError(f"pool {name!r}: host memory must be pinned. {pool.host.problem}")
-        for path in sorted(self._paths):  # now, not within the first move
-            for operation in KERNELS.get(path, ())[:1]:
-                runtime.compile(FAMILY[operation])
+        for family in sorted({FAMILY[each] for path in self._paths for each in KERNELS.get(path, ())}):
+            runtime.compile(family)  # now, not within the first move
         self._offered = {(name, each): self._offers(pool, each) for name, pool in pools.items() for each in DIRECTIONS}
 
     def _offers(self, pool: CudaPool, direction: str) -> frozenset[str]:

@@ -28,11 +28,11 @@ def chooser_for(ordinal: int) -> Chooser:
 
 
 class CudaMemory:
-    """Of one GPU ("cuda", "cuda:1"). ConfigError: this machine cannot use it; says why."""
+    """Of one GPU ("cuda", "cuda:1"), host pages on a NUMA node. ConfigError: this machine cannot use it; says why."""
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, numa_node: int | None = None) -> None:
         machine.check_cuda(device)
-        self._device = device
+        self._device, self._numa_node = device, numa_node
         self._runtime = CudaRuntime(machine.parse_device(device) or 0)
         self._pools: dict[str, CudaPool] = {}
         self._pinned: list[PinnedMemory] = []
@@ -49,10 +49,18 @@ class CudaMemory:
         pages, address = self._zeros(name, shape) if buffer is None else self._adopt(name, shape, buffer)
         host = None
         if host_slots:
-            host = PinnedMemory(host_slots * page_bytes, page_bytes, self._runtime, progress=StderrProgress())
+            host = self._pin(host_slots * page_bytes, page_bytes)
             self._pinned.append(host)
         self._pools[name] = CudaPool(page_bytes, address, device_slots, host, pages)
         return pages, None if host is None else host.array.reshape(host_slots, page_bytes)
+
+    def _pin(self, num_bytes: int, page_bytes: int) -> PinnedMemory:
+        try:
+            return PinnedMemory(
+                num_bytes, page_bytes, self._runtime, numa_node=self._numa_node, progress=StderrProgress()
+            )
+        except OSError as error:  # of the node: what cannot be registered is a MemoryError
+            raise ConfigError(error.strerror or str(error)) from error
 
     def _zeros(self, name: str, shape: tuple[int, int]) -> tuple[Any, int]:
         try:

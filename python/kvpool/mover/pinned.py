@@ -207,5 +207,5 @@ def _refusal(start: int, end: int, total: int, error: Exception) -> str:
     return (
         f"pinned memory: {end - start} bytes could not be registered ({error}), after {start} of {total} bytes in all; "
         f"the limit of locked memory (ulimit -l, RLIMIT_MEMLOCK) is {shown}. Raise it (ulimit -l unlimited; for a "
-        "container --ulimit memlock=-1), lower host_bytes, or allow memory that is not pinned"
+        "container --ulimit memlock=-1), or lower host_bytes"
     )

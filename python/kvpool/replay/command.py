@@ -191,6 +191,8 @@ def replay(
     tokens_per_id = TOKENS_PER_ID if trace_format == "mooncake" else given["tokens_per_block"]
     options = Options(tokens_per_id=tokens_per_id, **given)
     requests = _requests(trace, trace_format, limit, options)
+    if html_path is not None:
+        _check_plotly()
     for name, path in (("--json", json_path), ("--html", html_path)):
         check_writable(name, path, trace)
     report = _run(requests, options, sequential, corrupt_after=context.obj)
@@ -208,6 +210,14 @@ def replay(
         click.echo(f"interrupted after {report.requests:,} of {len(requests):,} requests", err=True)
         return 130
     return 0
+
+
+def _check_plotly() -> None:
+    """Before the replay, which may take an hour."""
+    try:
+        import plotly  # noqa: F401
+    except ModuleNotFoundError:
+        raise click.UsageError("--html needs plotly; install it with: pip install kvpool[cli]") from None
 
 
 def _check_sequential(context: click.Context, trace_format: str, html_path: str | None) -> None:

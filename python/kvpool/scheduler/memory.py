@@ -72,13 +72,13 @@ class Side:
         entries = [(cache._handle, tokens, unit) for cache, (_, tokens, unit) in zip(caches, work, strict=True)]
         provided, copies = self.view.provide(entries, leave)
         for cache, tokens in zip(caches, provided, strict=True):
-            if not tokens and self.view.is_closed(cache._handle):
-                cache._state = CacheState.CLOSED
+            if tokens is None:  # closed by the core: it was only claimed
+                cache._note_closed(None)
                 self.manager._forget(cache)
         served = [cache._handle for cache, tokens in zip(caches, provided, strict=True) if tokens]
         if served:
             self.manager._make(served, copies)
-        return provided
+        return [tokens or 0 for tokens in provided]
 
     def fitting(self, entry: Entry, tokens: int, unit: int, leave: Sequence[int]) -> int:
         """Most tokens, in multiples of `unit` or all, for which there is room now."""
@@ -159,7 +159,7 @@ class Memory:
 
     def open(self) -> list[int | str]:
         """Ids that have a cache in some manager."""
-        return list(dict.fromkeys(request_id for side in self.sides for request_id in side.manager._caches))
+        return list(dict.fromkeys(request_id for side in self.sides for request_id in list(side.manager._caches)))
 
     # -- moves ----------------------------------------------------------------------------------
 

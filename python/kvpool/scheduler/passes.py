@@ -165,6 +165,23 @@ def adapter_order(adapter: Any) -> tuple[int, Any]:
     return (1, adapter) if isinstance(adapter, int) else (2, adapter)
 
 
+def why_not(scheduler: Scheduler, entry: Entry) -> str:
+    """Why a request that has not ended is not in the last step."""
+    request = entry.request
+    name = f"request {request.request_id!r}"
+    if scheduler._lock.acquire(blocking=False):  # where a pass runs just now the roster is that one's
+        try:
+            if entry.started and scheduler.memory.roster.in_step(entry.age):
+                return f"{name} is in a step in flight"
+        finally:
+            scheduler._lock.release()
+    if entry.started and entry.generates and request.state is RequestState.RUNNING:
+        return f"{name} is RUNNING: older requests used up the tokens or places of the step"
+    if not entry.started and scheduler.bulk and scheduler.bulk.keeps_out:
+        return f"{name} is WAITING: memory ran short, and nobody starts before a request has ended"
+    return f"{name} is {request.state.value}: {entry.why}"
+
+
 def why_stalled(scheduler: Scheduler) -> str:
     """Who waits for what when nothing can ever run, and who holds pages outside the scheduler."""
     waits = itertools.islice(itertools.chain(scheduler.started, scheduler.waiting()), 8)

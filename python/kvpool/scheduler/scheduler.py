@@ -25,7 +25,7 @@ from kvpool.scheduler.bulk import Bulk
 from kvpool.scheduler.config import SchedulerConfig
 from kvpool.scheduler.guard import alone
 from kvpool.scheduler.memory import Memory
-from kvpool.scheduler.passes import Pass, run_pass, why_stalled
+from kvpool.scheduler.passes import Pass, run_pass, why_not, why_stalled
 from kvpool.scheduler.request import Entry, Request, RequestState
 from kvpool.scheduler.starts import LastRefused
 from kvpool.scheduler.step import Context, SchedulerStats, Step
@@ -122,20 +122,13 @@ class Scheduler:
         return True
 
     def explain(self, request_id: int | str) -> str:
-        """Why a request did not run in the last step, or that it did."""
+        """Why a request did not run in the last step, or that it did. From any thread."""
         entry = self._known.get(request_id)
         if entry is None:
             return f"request {request_id!r} is unknown, or it has ended"
-        request = entry.request
-        if self._last is not None and any(other is request for other in self._last.requests):
+        if self._last is not None and any(other is entry.request for other in self._last.requests):
             return f"request {request_id!r} is in the last step"
-        if entry.started and self.memory.roster.in_step(entry.age):
-            return f"request {request_id!r} is in a step in flight"
-        if entry.started and entry.generates and request.state is RequestState.RUNNING:
-            return f"request {request_id!r} is RUNNING: older requests used up the tokens or places of the step"
-        if not entry.started and self.bulk and self.bulk.keeps_out:
-            return f"request {request_id!r} is WAITING: memory ran short, and nobody starts before a request has ended"
-        return f"request {request_id!r} is {request.state.value}: {entry.why}"
+        return why_not(self, entry)
 
     def _see_incoming(self) -> None:
         while self._incoming:
@@ -258,11 +251,14 @@ class Scheduler:
             if entry.age < 0:
                 try:
                     self.check(entry.request)
+                    known = self._known.setdefault(request_id, entry)
+                    if known.request is not entry.request:  # another thread has added it meanwhile
+                        raise _duplicate(entry.request)
+                    entry = known
                 except (KVPoolError, ValueError) as error:
                     self._refuse(entry.request, error)
                     refused.append((entry.request, error))
                     continue
-                self._known[request_id] = entry
                 entry.request._entry = entry
                 self._see(entry)
             world.append(entry)

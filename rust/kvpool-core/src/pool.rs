@@ -6,7 +6,7 @@
 //! `owner[slot]` says who has it; `check` adds it up.
 
 use crate::stack::Stack;
-use crate::sync::{AtomicU32, Counter, Field, Ordering};
+use crate::sync::{weak, AtomicU32, Counter, Field, Ordering, Weak};
 
 /// Who has a slot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -219,7 +219,8 @@ impl SlotPool {
         let mut others = Vec::new();
         // A unit for each slot in hand: no promise rests on what nobody else can find meanwhile.
         let found = loop {
-            if !self.reserve(1) {
+            let covered = !others.is_empty() && weak(Weak::RetireUncovered);
+            if !covered && !self.reserve(1) {
                 break false;
             }
             match self.take() {
@@ -234,7 +235,11 @@ impl SlotPool {
         if found {
             self.set_owner(slot, Owner::Retired);
         }
-        let units = others.len() as u32;
+        let units = if weak(Weak::RetireUncovered) {
+            0
+        } else {
+            others.len() as u32
+        };
         others.into_iter().rev().for_each(|other| self.give(other));
         self.unreserve(units);
         found

@@ -2,7 +2,7 @@
 
 use kvpool_core::types::{PageCopy, RangeSpec, Retain, RetentionSpec};
 use kvpool_core::words::Tier;
-use kvpool_core::{Claim, CoreError};
+use kvpool_core::{CacheInfo, Claim, CoreError};
 use pyo3::buffer::PyBuffer;
 use pyo3::exceptions::{PyMemoryError, PyValueError};
 use pyo3::prelude::*;
@@ -91,4 +91,11 @@ pub fn claim<'a>(
         least,
         most,
     }
+}
+
+/// (reused, capacity, history_length, committed), in tokens
+pub type Lengths = (u64, u64, u64, u64);
+
+pub fn lengths(info: &CacheInfo) -> Lengths {
+    (info.reused, info.capacity, info.history, info.committed)
 }

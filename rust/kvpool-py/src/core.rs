@@ -1,11 +1,10 @@
 //! The `Core` class and its caches: converts arguments, calls, converts the result.
 //!
-//! The core itself is shared without a lock. A cache is entered by one thread at a time: who finds another
-//! one inside gets a `LogicError` instead of waiting. Calls of microseconds keep the GIL (letting it go costs more
-//! than it gives); those that walk all blocks let it go.
+//! The core itself is shared without a lock; `cache.rs` says who may be in a cache. Calls of microseconds keep the GIL
+//! (letting it go costs more than it gives); those that walk all blocks let it go.
 
-use crate::cache::{distinct, enter_all, with, Cache};
-use crate::convert::{claim, int32s, outcome, plan, raise, retention, Copies, Ranges};
+use crate::cache::{distinct, enter_all, enter_all_soon, with, Cache};
+use crate::convert::{claim, int32s, lengths, outcome, plan, raise, retention, Copies, Lengths, Ranges};
 use crate::recorded::{Offload, Recorded};
 use crate::tables;
 use kvpool_core::events::{Event, EventKind};
@@ -16,7 +15,7 @@ use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedBytes;
 use pyo3::types::PyDict;
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 /// Tree, pools and their books. `core()` before a call in which the time counts.
 #[pyclass(frozen, module = "kvpool._core")]
@@ -37,10 +36,8 @@ impl Core {
 
     pub fn copies_failed(&self, py: Python<'_>, caches: &[Py<Cache>]) -> PyResult<()> {
         for cache in caches.iter().rev() {
-            with(py, cache.bind(py), |cache| {
-                self.core.copies_failed(cache);
-                Ok(())
-            })?;
+            let mut entered = outcome(py, cache.get().enter_soon(py))?;
+            self.core.copies_failed(&mut entered);
         }
         Ok(())
     }
@@ -246,10 +243,8 @@ impl Core {
     fn copies_done(&self, py: Python<'_>, caches: Vec<Py<Cache>>) -> PyResult<()> {
         let core = self.core(py)?;
         for cache in &caches {
-            with(py, cache.bind(py), |cache| {
-                core.copies_done(cache);
-                Ok(())
-            })?;
+            let mut entered = outcome(py, cache.get().enter_soon(py))?;
+            core.copies_done(&mut entered);
         }
         Ok(())
     }
@@ -286,32 +281,39 @@ impl Core {
         with(py, cache, |cache| core.commit(cache, &tokens))
     }
 
-    /// -> per cache: whether its id is free again (not so while a step is in flight, nor if it was closed before)
-    fn close(&self, py: Python<'_>, caches: Vec<Py<Cache>>) -> PyResult<Vec<bool>> {
+    /// -> per cache: whether its id is free again (not so while a step is in flight, nor if it was closed before); its
+    /// last (reused, capacity, history_length, committed), None if it was closed before
+    fn close(&self, py: Python<'_>, caches: Vec<Py<Cache>>) -> PyResult<Vec<(bool, Option<Lengths>)>> {
         let core = self.core(py)?;
+        let close = |cache: &mut kvpool_core::Cache| {
+            let last = core.info(cache).ok().map(|info| lengths(&info));
+            Ok((core.close(cache)?, last))
+        };
         if let [cache] = &caches[..] {
-            return Ok(vec![with(py, cache.bind(py), |cache| core.close(cache))?]);
+            return Ok(vec![with(py, cache.bind(py), close)?]);
         }
         let mut entered = enter_all(py, &caches)?;
-        let mut free = HashSet::new();
-        for ((cache, _), (this, _)) in entered.iter_mut().zip(distinct(&caches)) {
-            if outcome(py, core.close(cache))? {
-                free.insert(std::ptr::from_ref(this));
-            }
+        for (cache, _) in &entered {
+            outcome(py, core.can_close(cache))?; // all are closed, or none
         }
-        Ok(listed(&caches, &free))
+        let mut closed = HashMap::with_capacity(caches.len());
+        for ((cache, _), (this, _)) in entered.iter_mut().zip(distinct(&caches)) {
+            closed.insert(std::ptr::from_ref(this), outcome(py, close(cache))?);
+        }
+        let of = |cache: &Py<Cache>| closed[&std::ptr::from_ref(cache.get())];
+        Ok(caches.iter().map(of).collect())
     }
 
-    /// -> (state, reused, capacity, history_length, committed)
-    fn info(&self, py: Python<'_>, cache: &Bound<'_, Cache>) -> PyResult<(&'static str, u64, u64, u64, u64)> {
-        let info = with(py, cache, |cache| self.core.info(cache))?;
-        Ok((
-            info.state.name(),
-            info.reused,
-            info.capacity,
-            info.history,
-            info.committed,
-        ))
+    /// -> (state, reused, capacity, history_length, committed); None: it is closed
+    #[allow(clippy::type_complexity)]
+    fn info(&self, py: Python<'_>, cache: Py<Cache>) -> PyResult<Option<(&'static str, u64, u64, u64, u64)>> {
+        let cache = outcome(py, cache.get().look(py))?;
+        if self.core.is_closed(&cache) {
+            return Ok(None);
+        }
+        let info = outcome(py, self.core.info(&cache))?;
+        let (reused, capacity, history, committed) = lengths(&info);
+        Ok(Some((info.state.name(), reused, capacity, history, committed)))
     }
 
     /// Entries that the widest table of these caches has.
@@ -356,7 +358,7 @@ impl Core {
 
     /// -> per cache: whether it was closed meanwhile and is released now
     fn step_end(&self, py: Python<'_>, caches: Vec<Py<Cache>>) -> PyResult<Vec<bool>> {
-        let mut entered = enter_all(py, &caches)?;
+        let mut entered = enter_all_soon(py, &caches)?;
         for (cache, times) in &entered {
             outcome(py, self.core.can_end(cache, *times))?;
         }
@@ -421,8 +423,9 @@ impl Core {
 
     /// `caches`: all that are open or in flight.
     fn check(&self, py: Python<'_>, caches: Vec<Py<Cache>>) -> PyResult<()> {
-        let entered = enter_all(py, &caches)?;
-        let caches: Vec<&kvpool_core::Cache> = entered.iter().map(|(cache, _)| &**cache).collect();
+        let looks = caches.iter().map(|cache| outcome(py, cache.get().look(py)));
+        let looks = looks.collect::<PyResult<Vec<_>>>()?;
+        let caches: Vec<&kvpool_core::Cache> = looks.iter().map(|cache| &**cache).collect();
         outcome(py, self.core.check(&caches))
     }
 

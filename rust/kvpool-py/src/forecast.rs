@@ -1,6 +1,7 @@
 //! The `Forecast` class: started requests as they will grow, by pool.
 
 use kvpool_core::forecast::Growth;
+use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use std::sync::Mutex;
 
@@ -34,8 +35,10 @@ impl Forecast {
         held: Vec<u64>,
         back: Vec<u64>,
         available: Option<Vec<u64>>,
-    ) -> Option<(usize, u64, u64)> {
-        let mut pools = self.pools.try_lock().ok()?;
+    ) -> PyResult<Option<(usize, u64, u64)>> {
+        let pools = self.pools.try_lock();
+        let mut pools =
+            pools.map_err(|_| PyValueError::new_err("the forecast is in use by another thread"))?;
         let mut over = None;
         let mut places = Vec::with_capacity(pools.len());
         for (pool, rows) in pools.iter_mut().enumerate() {
@@ -56,7 +59,7 @@ impl Forecast {
                 rows.remove(place);
             }
         }
-        over
+        Ok(over)
     }
 }
 

@@ -16,7 +16,7 @@ mod tables;
 use pyo3::prelude::*;
 
 /// Bookkeeping core of kvpool.
-#[pymodule(gil_used = true)]
+#[pymodule(gil_used = false)]
 mod _core {
     #[pymodule_export]
     use crate::cache::Cache;

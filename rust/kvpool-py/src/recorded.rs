@@ -61,25 +61,25 @@ impl Recorder {
     }
 
     /// Pages whose content is bad: (pool, on the host, slot from 1) -> per cache: whether it claims or owns one of them, or
-    /// another thread is in it
-    fn lose(&self, caches: Vec<Py<Cache>>, pages: Vec<(usize, bool, u32)>) -> Vec<bool> {
+    /// another thread does not leave it
+    fn lose(&self, py: Python<'_>, caches: Vec<Py<Cache>>, pages: Vec<(usize, bool, u32)>) -> Vec<bool> {
         let core = &self.core.get().core;
         let tier = |host| if host { Tier::Host } else { Tier::Device };
         let pages = pages.into_iter();
         let bad: Vec<_> = pages
             .map(|(pool, host, slot)| core.lose(pool, tier(host), slot))
             .collect();
-        let hit = |cache: &Py<Cache>| match cache.get().enter() {
+        let hit = |cache: &Py<Cache>| match cache.get().look(py) {
             Ok(cache) => bad.iter().any(|page| core.has_bad(&cache, page)),
             Err(_) => true,
         };
         caches.iter().map(hit).collect()
     }
 
-    /// Whether a block on the cache's path is lost.
-    fn is_lost(&self, cache: &Bound<'_, Cache>) -> bool {
+    /// Whether a block on the cache's path is lost, or another thread does not leave the cache.
+    fn is_lost(&self, py: Python<'_>, cache: &Bound<'_, Cache>) -> bool {
         let core = &self.core.get().core;
-        cache.get().enter().is_ok_and(|cache| core.is_lost(&cache))
+        cache.get().look(py).map_or(true, |cache| core.is_lost(&cache))
     }
 
     /// Takes slots out of use for good: (pool, on the host, slot from 1) -> those that are not free yet

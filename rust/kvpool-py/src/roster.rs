@@ -98,7 +98,7 @@ impl Roster {
         let capacity = item.length(py) - 1 + item.tokens(py);
         if item.caches.len() > 1 {
             for (core, cache) in self.cores.iter().zip(&item.caches) {
-                let mut entered = outcome(py, cache.get().enter())?;
+                let mut entered = outcome(py, cache.get().enter(py))?;
                 let core = core.get().core(py)?;
                 let tokens = capacity - outcome(py, core.info(&entered))?.history;
                 if outcome(py, core.fitting(&mut entered, tokens, tokens, &[]))? < tokens {
@@ -110,7 +110,7 @@ impl Roster {
         let mut resumed = false;
         for (side, (core, cache)) in self.cores.iter().zip(&item.caches).enumerate() {
             let core = &core.get().core;
-            let mut entered = outcome(py, cache.get().enter())?;
+            let mut entered = outcome(py, cache.get().enter(py))?;
             let before = outcome(py, core.info(&entered))?;
             if before.state == CacheState::Active && before.capacity >= capacity {
                 continue;
@@ -118,7 +118,7 @@ impl Roster {
             resumed |= before.state != CacheState::Active;
             if !outcome(py, core.provide(&mut entered, capacity, &mut copies[side].1))? {
                 for (before, (core, cache)) in self.cores.iter().zip(&item.caches).take(side).enumerate() {
-                    let mut entered = outcome(py, cache.get().enter())?;
+                    let mut entered = outcome(py, cache.get().enter_soon(py))?;
                     core.get().core.copies_failed(&mut entered);
                     copies[before].1.truncate(made[before]);
                     copies[before].0.retain(|other| !other.is(cache));
@@ -192,7 +192,7 @@ impl Roster {
             }
         };
         for (core, cache) in self.cores.iter().zip(&item.caches) {
-            let mut entered = outcome(py, cache.get().enter())?;
+            let mut entered = outcome(py, cache.get().enter(py))?;
             let core = core.get().core(py)?;
             if let Err(error) = core.commit(&mut entered, inputs) {
                 return Ok(Err(format!("tokens that cannot be committed: {error:?}")));
@@ -455,8 +455,8 @@ impl Roster {
             for pool in 0..core.num_pools() {
                 let mut rows = Vec::with_capacity(items.len() + 16);
                 for item in items.iter() {
-                    let entered = outcome(py, item.caches[side].get().enter())?;
-                    let held = u64::from(core.held(&entered, pool));
+                    let cache = outcome(py, item.caches[side].get().look(py))?;
+                    let held = u64::from(core.held(&cache, pool));
                     rows.push(Growth {
                         steps: steps(share, item.new, item.produced(py)),
                         tokens: item.length(py),
@@ -484,8 +484,8 @@ impl Roster {
             for pool in 0..core.num_pools() {
                 let slots = decode_slots[at];
                 for item in items.iter().filter(|item| slots > 0 && Some(item.age) != but) {
-                    let entered = outcome(py, item.caches[side].get().enter())?;
-                    debts[at] += slots.saturating_sub(core.held_here(&entered, pool));
+                    let cache = outcome(py, item.caches[side].get().look(py))?;
+                    debts[at] += slots.saturating_sub(core.held_here(&cache, pool));
                 }
                 at += 1;
             }

@@ -18,7 +18,7 @@ type First = (
     Option<u64>,
 );
 
-/// As many tokens behind the history as there is room for; see `Started::provide`.
+/// As many tokens behind the history as there is room for; see `Started::provide`. `None`: it is closed now.
 fn chunk(
     core: &kvpool_core::Core,
     cache: &mut kvpool_core::Cache,
@@ -26,7 +26,7 @@ fn chunk(
     unit: u64,
     leave: &[u32],
     copies: &mut Vec<PageCopy>,
-) -> kvpool_core::Result<u64> {
+) -> kvpool_core::Result<Option<u64>> {
     let mut room = core.fitting(cache, tokens, unit, leave)?;
     let history = core.info(cache)?.history;
     if room > 0 && !core.provide(cache, history + room, copies)? {
@@ -34,8 +34,9 @@ fn chunk(
     }
     if room == 0 && core.is_in_work(cache) {
         core.close(cache)?;
+        return Ok(None);
     }
-    Ok(room)
+    Ok(Some(room))
 }
 
 /// (why, cache, reused tokens, slots taken per pool, pages shared per pool)
@@ -118,13 +119,13 @@ impl Started {
     }
 
     /// Room for (cache, tokens behind its history, unit) in order: as much as there is, in multiples of the unit ->
-    /// (tokens per cache, 0 if not one unit; copies to make). A cache that was only claimed is closed then.
+    /// (tokens per cache, 0 if not one unit, None if it was only claimed and is closed now; copies to make).
     fn provide(
         &self,
         py: Python<'_>,
         caches: Vec<(Py<Cache>, u64, u64)>,
         leave: Vec<u32>,
-    ) -> PyResult<(Vec<u64>, Copies)> {
+    ) -> PyResult<(Vec<Option<u64>>, Copies)> {
         let core = self.core.get().core(py)?;
         let handles: Vec<Py<Cache>> = caches.iter().map(|(cache, ..)| cache.clone_ref(py)).collect();
         let mut entered = enter_all(py, &handles)?;
@@ -146,14 +147,14 @@ impl Started {
 
     /// Per pool the pages that could leave the device if this ACTIVE cache were suspended; None if one would find no room.
     fn below(&self, py: Python<'_>, cache: &Bound<'_, Cache>) -> PyResult<Option<Vec<u32>>> {
-        let entered = outcome(py, cache.get().enter())?;
-        outcome(py, self.core.get().core.below(&entered))
+        let cache = outcome(py, cache.get().look(py))?;
+        outcome(py, self.core.get().core.below(&cache))
     }
 
     /// Per pool (live pages of the cache on the device, how many of them nobody else claims).
     fn holds(&self, py: Python<'_>, cache: &Bound<'_, Cache>) -> PyResult<Vec<(u32, u32)>> {
-        let entered = outcome(py, cache.get().enter())?;
-        outcome(py, self.core.get().core.holds(&entered))
+        let cache = outcome(py, cache.get().look(py))?;
+        outcome(py, self.core.get().core.holds(&cache))
     }
 
     /// Per pool the slots that are missing for so many tokens behind the history, with `leave` to be left.
@@ -164,19 +165,13 @@ impl Started {
         tokens: u64,
         leave: Vec<u32>,
     ) -> PyResult<Vec<u32>> {
-        let mut entered = outcome(py, cache.get().enter())?;
+        let mut entered = outcome(py, cache.get().enter(py))?;
         outcome(py, self.core.get().core.lacking(&mut entered, tokens, &leave))
-    }
-
-    /// Whether the cache is CLOSED.
-    fn is_closed(&self, py: Python<'_>, cache: &Bound<'_, Cache>) -> PyResult<bool> {
-        let entered = outcome(py, cache.get().enter())?;
-        Ok(self.core.get().core.info(&entered).is_err())
     }
 
     /// Whether a launched step may still touch the cache.
     fn in_flight(&self, py: Python<'_>, cache: &Bound<'_, Cache>) -> PyResult<bool> {
-        let entered = outcome(py, cache.get().enter())?;
-        Ok(self.core.get().core.is_in_flight(&entered))
+        let cache = outcome(py, cache.get().look(py))?;
+        Ok(self.core.get().core.is_in_flight(&cache))
     }
 }

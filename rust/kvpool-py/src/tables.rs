@@ -1,6 +1,6 @@
 //! Block tables, as rows of one array or in compressed form.
 
-use crate::cache::{with, Cache};
+use crate::cache::{look, Cache};
 use kvpool_core::{Core, CoreError};
 use pyo3::buffer::PyBuffer;
 use pyo3::exceptions::PyValueError;
@@ -22,7 +22,7 @@ fn bytes_of(values: &[i32]) -> Vec<u8> {
 pub fn widest(py: Python<'_>, core: &Core, caches: &[Py<Cache>], pool: usize) -> PyResult<usize> {
     let mut widest = 0;
     for cache in caches {
-        let length = with(py, cache.bind(py), |cache| Ok(core.table(cache, pool)?.len()))?;
+        let length = look(py, cache, |cache| Ok(core.table(cache, pool)?.len()))?;
         widest = widest.max(length);
     }
     Ok(widest)
@@ -56,7 +56,7 @@ pub fn rows(
     }
     let mut cells = vec![fill; out.item_count()];
     for (cache, row) in caches.iter().zip(cells.chunks_mut(columns.max(1))) {
-        with(py, cache.bind(py), |cache| {
+        look(py, cache, |cache| {
             let table = core.table(cache, pool)?;
             if table.len() > columns {
                 return Err(CoreError::State(
@@ -84,7 +84,7 @@ pub fn csr<'py>(
 ) -> PyResult<Csr<'py>> {
     let (mut indptr, mut indices, mut last) = (vec![0i32], Vec::new(), Vec::new());
     for cache in caches {
-        with(py, cache.bind(py), |cache| {
+        look(py, cache, |cache| {
             indices.extend(core.table(cache, pool)?.iter().map(|&slot| slot as i32));
             indptr.push(indices.len() as i32);
             let capacity = core.info(cache)?.capacity;

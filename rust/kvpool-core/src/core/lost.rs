@@ -3,6 +3,7 @@
 use super::Core;
 use crate::cache::Cache;
 use crate::pool::Owner;
+use crate::sync::{weak, Weak};
 use crate::words::{Link, Tier};
 
 /// A page whose content is bad.
@@ -34,7 +35,9 @@ impl Core {
             let (node, page) = (self.tree.at(index), self.tree.page(pool, index));
             if self.tree.is_live(node) && page.slot() == slot && page.tier() == tier {
                 bad.node = Some(node);
-                self.tree.lose(index);
+                if !weak(Weak::LoseUnmarked) {
+                    self.tree.lose(index);
+                }
                 self.drop_if_unclaimed(index);
             }
         }

@@ -13,6 +13,8 @@ mod commit;
 mod create;
 mod lost;
 #[cfg(all(test, kvpool_loom))]
+mod lost_models;
+#[cfg(all(test, kvpool_loom))]
 mod models;
 mod paths;
 mod provide;
@@ -67,7 +69,7 @@ pub(crate) struct Tallies {
 /// Unread events that are kept. loom and shuttle look at the ring by itself; others make many cores.
 const EVENTS: usize = if cfg!(any(kvpool_loom, kvpool_shuttle)) {
     0
-} else if cfg!(any(kvpool_stops, fuzzing)) {
+} else if cfg!(any(kvpool_stops, fuzzing, miri)) {
     1 << 10
 } else {
     1 << 16

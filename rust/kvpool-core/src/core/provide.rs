@@ -58,6 +58,21 @@ impl Core {
         })
     }
 
+    /// Whether it was closed; a step that it is in may still be launched.
+    pub fn is_closed(&self, cache: &Cache) -> bool {
+        cache.state == CacheState::Closed
+    }
+
+    /// Whether `close` would be refused: another thread has still to report copies of this cache.
+    pub fn can_close(&self, cache: &Cache) -> Result<()> {
+        self.own(cache)?;
+        let here = std::thread::current().id();
+        match &cache.undo {
+            Some(undo) if undo.by != here => Err(pending()),
+            _ => Ok(()),
+        }
+    }
+
     /// The slots of an ACTIVE cache in one pool, 0 for stale blocks.
     pub fn table<'a>(&self, cache: &'a Cache, pool: usize) -> Result<&'a [u32]> {
         self.active(cache, "a block table")?;

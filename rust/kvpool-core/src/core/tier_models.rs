@@ -109,7 +109,7 @@ fn move_whose_units_follow_the_beginning() {
 /// H18: who resumes while a block goes down has it on the device, or is refused and nothing has changed.
 #[test]
 fn resume_and_move() {
-    holds(1, || {
+    holds(2, || {
         let core = core(&[(2, 1, None), (2, 1, Some(1))]);
         let mut cache = committed(&core, &[1]);
         core.suspend(&mut cache).unwrap();

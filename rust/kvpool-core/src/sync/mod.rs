@@ -228,6 +228,10 @@ pub enum Weak {
     ChildrenStale,
     /// Who reads a host slot does not look again whether the page is still there.
     LendOnce,
+    /// A lost block that is claimed is not marked.
+    LoseUnmarked,
+    /// Who looks for a slot to be retired has one unit for all that it has in hand.
+    RetireUncovered,
     /// Who finds another thread inside waits for it.
     EnterWaits,
     /// A pin waits for the mover that has the node.
