@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup extras replay test test-t models stops soak fuzz sanitize lint instructions bench bench-rust bench-alone bench-python bench-report gpu-check clean
+.PHONY: setup extras replay test test-t models stops soak fuzz sanitize lint instructions bench bench-rust bench-alone bench-python \
+	bench-report gpu-check clean
 
 $(BIN)/kvpool: pyproject.toml Cargo.toml $(shell find rust kernels -name '*.rs' -o -name '*.cu' -o -name Cargo.toml)
 	$(PYTHON) -m venv $(VENV)

@@ -61,7 +61,7 @@ def by_two_threads(benchmark: Any, work: Callable[[int], None]) -> None:
 
 @pytest.mark.parametrize("windowed", [False, True], ids=["one pool", "windowed pool besides"])
 def test_w1_hot_claim_and_release(benchmark: Any, windowed: bool) -> None:
-    """create (hash, compare, claim), resume, block_table, close, of a full match nobody else holds."""
+    """create (compare, claim), resume, block_table, close, of a full match nobody else holds."""
     manager = build(windowed)
     given = prompts(SEQUENCES, BLOCKS * T + 1)
     for i, tokens in enumerate(given):

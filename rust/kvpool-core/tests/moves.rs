@@ -132,6 +132,24 @@ fn a_host_slot_that_a_plan_reads_is_not_used_again_before_the_plan_is_made() {
 }
 
 #[test]
+fn books_hold_while_another_cache_is_faster_with_a_page_that_comes_up() {
+    let (core, _) = core(1, &[(6, 2, None), (6, 2, Some(9))]);
+    serve(&core, &[1], None);
+    assert!(core.evict(1) > 0);
+    let (mut first, mut second) = (create(&core, &[1, 2]), create(&core, &[1, 3]));
+    let mut copies = Vec::new();
+    assert!(core.resume(&mut first, &mut copies).unwrap() && copies.len() == 2);
+    assert!(core.resume(&mut second, &mut copies).unwrap() && copies.len() == 2);
+    core.check(&[&first, &second]).unwrap();
+    core.copies_done(&mut second);
+    core.check(&[&first, &second]).unwrap();
+    core.copies_done(&mut first);
+    core.check(&[&first, &second]).unwrap();
+    assert_eq!(core.table(&first, 1).unwrap(), core.table(&second, 1).unwrap());
+    end(&core, [first, second]);
+}
+
+#[test]
 fn requests_of_a_batch_are_told_apart_by_block_not_by_slot() {
     let (core, _) = core(1, &[(6, 1, None)]);
     serve(&core, &[1], None);

@@ -192,11 +192,12 @@ impl World {
                     (s..e).contains(&block),
                     "pool {pool} block {block}: stale or not"
                 );
-                for at in block * t..((block + 1) * t).min(info.committed as usize) {
-                    if slot == 0 {
-                        continue;
-                    }
-                    if self.pages.read(Tier::Device, pool, slot, at % t) != content[at] {
+                if slot == 0 {
+                    continue;
+                }
+                let end = ((block + 1) * t).min(info.committed as usize);
+                for (at, &right) in content.iter().enumerate().take(end).skip(block * t) {
+                    if self.pages.read(Tier::Device, pool, slot, at % t) != right {
                         return Err(format!("pool {pool} slot {slot}: wrong byte at position {at}"));
                     }
                     compared += 1;

@@ -205,9 +205,11 @@ pub fn everything_short(world: &World, theirs: Option<Request>) -> Vec<&'static 
             assert_eq!(sum, books.slots, "free + active + held + cached + fenced");
         }
     };
-    // From all slots down to what can be had.
+    // From all slots down to what can be had. The history may be raised all the same: then the cache goes on from there.
     for blocks in (1..=6).rev() {
-        if one.grow(world, 2 * blocks) {
+        let capacity = 2 * blocks as u64;
+        if world.core.resize(&mut one.cache, capacity, Some(1)).unwrap() {
+            world.compute(&one.cache, &one.content);
             one.commit(world, 2 * blocks);
             break;
         }
@@ -217,6 +219,10 @@ pub fn everything_short(world: &World, theirs: Option<Request>) -> Vec<&'static 
             (0, 0),
             "a refused resize changed the cache"
         );
+        world
+            .core
+            .can_provide(&one.cache, 0)
+            .expect("a refused resize leaves a cache that goes on");
         refused.push(
             [
                 "1 block", "2 blocks", "3 blocks", "4 blocks", "5 blocks", "6 blocks",
