@@ -465,12 +465,15 @@ impl Core {
 
     /// Slots for blocks `[old, new)` out of the purse. `false`: they could not be found.
     fn grow(&self, cache: &mut Cache, pool: usize, old: usize, new: usize) -> bool {
+        if new <= old {
+            return true;
+        }
         let (s, e) = self.config.pools[pool].stale(cache.history, self.t());
-        let (s, e) = (s.clamp(old, new.max(old)), e.clamp(old, new.max(old)));
+        let (s, e) = (s.clamp(old, new), e.clamp(old, new));
         let grown = self.fill(cache, pool, s - old) && {
             let stale = cache.tables[pool].len() + (e - s);
             cache.tables[pool].resize(stale, 0);
-            self.fill(cache, pool, new.saturating_sub(e))
+            self.fill(cache, pool, new - e)
         };
         if grown {
             self.pools[pool].note_peak();
@@ -480,6 +483,9 @@ impl Core {
 
     /// Slots for the next `n` blocks out of the purse.
     fn fill(&self, cache: &mut Cache, pool: usize, n: usize) -> bool {
+        if n == 0 {
+            return true;
+        }
         // A page counted as coming back may have found another claimant since.
         let lacking = (n as u32).saturating_sub(cache.purse[pool]);
         if !self.pools[pool].reserve(lacking) {
