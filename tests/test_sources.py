@@ -74,7 +74,8 @@ def test_every_unsafe_block_has_a_safety_fact() -> None:
                 if re.search(r"\bunsafe\b(?! code)", re.sub(r"unsafe_code|unsafe code", "", line.partition("//")[0])):
                     assert guarded, f"{file}: a crate with unsafe code takes the workspace's lints"
                     above = at - 1
-                    while re.match(r"\s*(//|#\[|unsafe impl|unsafe fn|let )", lines[above]) and "SAFETY: " not in lines[above]:
+                    part = r"\s*(//|#\[|unsafe impl|unsafe fn|let )"
+                    while re.match(part, lines[above]) and "SAFETY: " not in lines[above]:
                         above -= 1
                     signature = re.search(r"\bunsafe fn\b", line)
                     assert signature or "SAFETY: " in lines[above], f"{file.name}:{at + 1}: unsafe without a fact"
