@@ -66,6 +66,7 @@ def test_every_unsafe_block_has_a_safety_fact() -> None:
     assert re.search(r'^undocumented_unsafe_blocks = "deny"$', manifest, re.MULTILINE)
     assert re.search(r'^unsafe_code = "deny"$', manifest, re.MULTILINE)
     crates = sorted(path.parent for path in RUST.glob("*/Cargo.toml"))
+    passed_over = r"\s*(//|#\[|unsafe impl|unsafe fn|let )"
     for crate in crates:
         guarded = "[lints]\nworkspace = true" in (crate / "Cargo.toml").read_text()
         for file in (path for path in crate.rglob("*.rs") if "target" not in path.parts):
@@ -74,7 +75,7 @@ def test_every_unsafe_block_has_a_safety_fact() -> None:
                 if re.search(r"\bunsafe\b(?! code)", re.sub(r"unsafe_code|unsafe code", "", line.partition("//")[0])):
                     assert guarded, f"{file}: a crate with unsafe code takes the workspace's lints"
                     above = at - 1
-                    while re.match(r"\s*(//|#\[|unsafe impl|unsafe fn|let )", lines[above]) and "SAFETY: " not in lines[above]:
+                    while "SAFETY: " not in lines[above] and re.match(passed_over, lines[above]):
                         above -= 1
                     signature = re.search(r"\bunsafe fn\b", line)
                     assert signature or "SAFETY: " in lines[above], f"{file.name}:{at + 1}: unsafe without a fact"
