@@ -195,13 +195,15 @@ pub const CASES: &[Case] = &[
         |world, held| {
             let core = &world.core;
             let cache = &mut held[0].cache;
-            (core.books(Tier::Device), core.books(Tier::Host), core.counters());
-            (core.available_tokens(), core.pressure(), core.stuck());
-            (
-                core.holds(cache).unwrap(),
-                core.below(cache).unwrap(),
-                core.costs(cache),
-            );
+            core.books(Tier::Device);
+            core.books(Tier::Host);
+            core.counters();
+            core.available_tokens();
+            core.pressure();
+            core.stuck();
+            core.holds(cache).unwrap();
+            core.below(cache).unwrap();
+            core.costs(cache);
             core.fitting(cache, 8, 2, &[]).unwrap();
             core.lacking(cache, 8, &[]).unwrap();
         },
@@ -226,7 +228,7 @@ pub fn claims<'a>(prompts: &'a [Vec<i32>]) -> Vec<Claim<'a>> {
         least: None,
         most: None,
     };
-    prompts.iter().map(|tokens| claim(tokens)).collect()
+    prompts.iter().map(claim).collect()
 }
 
 fn batch_claimed(world: &World, held: &mut Vec<Request>) {

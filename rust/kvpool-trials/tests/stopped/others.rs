@@ -163,7 +163,9 @@ fn monitors(world: &World) {
         }
     }
     assert!(world.core.available_tokens() <= 24);
-    (world.core.counters(), world.core.pressure(), world.core.stuck());
+    world.core.counters();
+    world.core.pressure();
+    world.core.stuck();
     let mut one = ready(world, &sequence(9000, 4));
     let fits = world.core.fitting(&mut one.cache, 6, 2, &[]).unwrap();
     assert_eq!(fits, 6, "there is room");
