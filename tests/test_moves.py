@@ -259,16 +259,27 @@ def test_a_failed_page_of_a_windowed_pool_loses_the_block(make: Callable[..., KV
     manager.check()
 
 
+def step_in_vain(manager: KVCacheManager, cache: KVCache, stalled: str) -> None:
+    """A step that waits for a direction that stands still; what goes the other way is over before, however slowly."""
+    moves = manager._moves
+    assert moves is not None
+    for flight in list(moves.flying):
+        assert flight.host is (stalled == "offload") or flight.ticket.wait(60)
+    moves._timeout = 0.05
+    manager.step_begin([cache])
+    manager.step_end([cache])
+    moves._timeout = 60.0
+
+
 def test_a_move_that_takes_too_long_counts_as_failed(make: Callable[..., KVCacheManager]) -> None:
-    manager = make(device=4, move_timeout_s=0.05)
+    manager = make(device=4)
     compute(manager, 1, A).close()
     compute(manager, 2, [*range(40, 56)]).close()
     manager.pages("kv")
     mover_of(manager).stall("onboard")
     cache = manager.create(3, [*A, 99])
     assert cache.resume()
-    manager.step_begin([cache])
-    manager.step_end([cache])
+    step_in_vain(manager, cache, "onboard")
     assert manager.lost() == [3]
     assert manager.stats().stuck_slots == 2
     cache.close()
@@ -294,15 +305,14 @@ def test_nobody_waits_again_for_a_move_that_was_given_up(
     make: Callable[..., KVCacheManager], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a GPU it may stand still for long: a LOST cache that is not closed yet must not cost the moves of others."""
-    manager = make(device=6, move_timeout_s=0.05)
+    manager = make(device=6)
     compute(manager, 1, A).close()
     compute(manager, 2, [*range(40, 64)]).close()
     manager.pages("kv")
     mover_of(manager).stall("onboard")
     gone = manager.create(3, [*A, 99])
     assert gone.resume()
-    manager.step_begin([gone])
-    manager.step_end([gone])
+    step_in_vain(manager, gone, "onboard")
     assert manager.lost() == [3]
     stuck = {slot for pool, tier, slot in mover_of(manager).fenced() if tier == "device"}
     assert len(stuck) == 2
@@ -314,7 +324,6 @@ def test_nobody_waits_again_for_a_move_that_was_given_up(
         return bool(begin(uses, *rest))
 
     monkeypatch.setattr(mover, "step_begin", recorded)
-    monkeypatch.setattr(manager._moves, "_timeout", 60.0)
     other = manager.create(4, [*range(40, 46), 70])
     assert other.resume()  # its copy is on its way
     manager.step_begin([gone])
@@ -337,6 +346,7 @@ def test_an_offload_that_takes_too_long_fences_its_host_slots(make: Callable[...
     assert other.resize(16)  # its slots are the sources of offloads that stand still
     manager.step_begin([other])
     manager.step_end([other])
+    manager._moves._timeout = 60.0  # type: ignore[union-attr]
     assert manager.stats().stuck_slots == 2
     assert manager.probe([*A, 99]) == 0
     assert manager.stats().pools["kv"]["host"]["fenced"] == 2

@@ -169,17 +169,17 @@ class Batches:
             moves.wait([(pool, self._slots(handles, pool)) for pool in range(len(self.config.pools))], stream)
         self._note_losses()
 
-    def _ready_in_steps(self, caches: Sequence[KVCache]) -> None:
+    def _ready_in_steps(self, caches: Sequence[KVCache], handles: Sequence[Cache]) -> None:
         """As `_ready`; on a GPU the stream of the step that a cache is begun for waits in the caller's place."""
         if self._moves is None or not self._moves.on_gpu:
-            self._ready([cache._handle for cache in caches])
+            self._ready(handles)
             return
         streams: dict[int, tuple[object, list[Cache]]] = {}
-        for cache in caches:
+        for cache, handle in zip(caches, handles, strict=True):
             stream = cache._uses[-1][0] if cache._uses else None
-            streams.setdefault(id(stream), (stream, []))[1].append(cache._handle)
-        for stream, handles in streams.values():
-            self._ready(handles, stream)
+            streams.setdefault(id(stream), (stream, []))[1].append(handle)
+        for stream, group in streams.values():
+            self._ready(group, stream)
 
     def _slots(self, handles: Sequence[Cache], pool: int) -> list[int]:
         _, indices, _ = self._core.block_tables_csr(handles, pool, self.config.tokens_per_block)

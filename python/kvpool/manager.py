@@ -320,7 +320,7 @@ class KVCacheManager(Batches, Closing):
             fill = int(fill)
         if not -(2**31) <= fill < 2**31:
             raise ValueError(f"fill: {fill!r} is not an int32")
-        self._ready_in_steps(caches)
+        self._ready_in_steps(caches, handles)
         self._check_arrived(caches, "block_tables")
         if out is None:
             out = np.empty((len(handles), self._core.widest(handles, index)), np.int32)
@@ -334,7 +334,7 @@ class KVCacheManager(Batches, Closing):
         """
         caches = _listed(caches)
         handles, index = self._handles(caches), self._pool(pool)
-        self._ready_in_steps(caches)
+        self._ready_in_steps(caches, handles)
         self._check_arrived(caches, "block_tables_csr")
         raw = self._core.block_tables_csr(handles, index, self.config.tokens_per_block)
         indptr, indices, last_page_len = (np.frombuffer(part, np.int32) for part in raw)

@@ -48,7 +48,7 @@ impl Core {
         }
         let prompt = cache.prompt.get(cache.committed as usize..).unwrap_or(&[]);
         let both = prompt.len().min(tokens.len());
-        if prompt[..both] != tokens[..both] {
+        if both > 0 && prompt[..both] != tokens[..both] {
             let at = prompt.iter().zip(tokens).take_while(|(a, b)| a == b).count();
             return Err(CoreError::State(format!(
                 "commit: token {} at position {} differs from the prompt's {}",
@@ -57,7 +57,13 @@ impl Core {
                 prompt[at]
             )));
         }
-        let mut changed = with_scratch(|scratch| self.commit_blocks(scratch, cache, tokens));
+        let mut changed = false;
+        if cache.tail.len() + tokens.len() < self.config.tokens_per_block as usize {
+            cache.tail.extend_from_slice(tokens);
+            cache.committed += tokens.len() as u64;
+        } else {
+            changed = with_scratch(|scratch| self.commit_blocks(scratch, cache, tokens));
+        }
         if cache.committed > cache.history {
             cache.history = cache.committed;
             changed |= self.make_stale(cache);

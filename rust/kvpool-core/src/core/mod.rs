@@ -19,6 +19,7 @@ mod models;
 mod paths;
 mod provide;
 mod release;
+mod resize;
 #[cfg(all(test, kvpool_loom))]
 mod tier_models;
 mod tiers;
