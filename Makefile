@@ -57,7 +57,7 @@ stops:
 OPERATIONS ?= 100000000
 SEED ?= 1
 soak:
-	cargo run --release -p kvpool-trials --bin soak -- --operations $(OPERATIONS) --threads 4 --seed $(SEED)
+	cargo run --profile models -p kvpool-trials --bin soak -- --operations $(OPERATIONS) --threads 4 --seed $(SEED)
 
 # Coverage-guided sequences of operations, from the corpus in the repository. Needs `cargo install cargo-fuzz` and a C++
 # compiler; new cases go to target/fuzz, failing ones to rust/fuzz/artifacts; rust/fuzz/README.md has the rest.

@@ -61,24 +61,36 @@ def test_nothing_is_sorted_by_a_key_that_others_change() -> None:
             assert not re.search(r"\bsort(_unstable)?_by(_key)?\(", file.read_text()), f"{file}: sort_by_cached_key"
 
 
+def _unsafe_lines(lines: list[str]) -> list[int]:
+    code = [re.sub(r"unsafe_code|unsafe fn", "", line.partition("//")[0]) for line in lines]
+    return [at for at, line in enumerate(code) if re.search(r"\bunsafe\b", line)]
+
+
+def _has_fact(lines: list[str], at: int) -> bool:
+    """Whether the comment right above the line, attributes between them, states a fact."""
+    for line in reversed(lines[:at]):
+        if "// SAFETY: " in line:
+            return True
+        if not re.match(r"\s*(//|#\[)", line):
+            return False
+    return False
+
+
 def test_every_unsafe_block_has_a_safety_fact() -> None:
     manifest = (RUST.parent / "Cargo.toml").read_text()
     assert re.search(r'^undocumented_unsafe_blocks = "deny"$', manifest, re.MULTILINE)
     assert re.search(r'^unsafe_code = "deny"$', manifest, re.MULTILINE)
-    crates = sorted(path.parent for path in RUST.glob("*/Cargo.toml"))
-    passed_over = r"\s*(//|#\[|unsafe impl|unsafe fn|let )"
-    for crate in crates:
+    found = 0
+    for crate in sorted(path.parent for path in RUST.glob("*/Cargo.toml")):
         guarded = "[lints]\nworkspace = true" in (crate / "Cargo.toml").read_text()
         for file in (path for path in crate.rglob("*.rs") if "target" not in path.parts):
             lines = file.read_text().splitlines()
-            for at, line in enumerate(lines):
-                if re.search(r"\bunsafe\b(?! code)", re.sub(r"unsafe_code|unsafe code", "", line.partition("//")[0])):
-                    assert guarded, f"{file}: a crate with unsafe code takes the workspace's lints"
-                    above = at - 1
-                    while "SAFETY: " not in lines[above] and re.match(passed_over, lines[above]):
-                        above -= 1
-                    signature = re.search(r"\bunsafe fn\b", line)
-                    assert signature or "SAFETY: " in lines[above], f"{file.name}:{at + 1}: unsafe without a fact"
+            for at in _unsafe_lines(lines):
+                assert guarded, f"{file}: a crate with unsafe code takes the workspace's lints"
+                assert _has_fact(lines, at), f"{file.name}:{at + 1}: unsafe without a fact"
+                found += 1
+    assert found >= 6
+    assert not _has_fact(["// SAFETY: of another block", "let a = 1;", "unsafe { f() }"], 2)
 
 
 def test_files_stay_short() -> None:

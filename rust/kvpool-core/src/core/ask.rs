@@ -128,7 +128,8 @@ impl Core {
                 .count();
             let private = table.iter().skip(cache.nodes.len()).filter(|&&slot| slot != 0);
             let count = (claimed + private.count()) as u32;
-            if count > 0 && self.reachable(pool) - self.pools[pool].available() + count > host.available() {
+            let movable = self.reachable(pool).saturating_sub(self.pools[pool].available());
+            if count > 0 && movable + count > host.available() {
                 return Ok(None);
             }
             pages.push(count);

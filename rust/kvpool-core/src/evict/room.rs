@@ -72,7 +72,8 @@ impl Core {
         let most_at_all = pools().map(|pool| self.reachable(pool)).min();
         let (mut most, mut too_much) = (most.unwrap_or(0), most_at_all.unwrap_or(0) + 1);
         let mut paper = None;
-        while self.tiered && too_much - most > 1 {
+        // Saturating: with others at work the second look may show less than the first.
+        while self.tiered && too_much.saturating_sub(most) > 1 {
             let middle = most + (too_much - most) / 2;
             let fits = self.is_within_bounds(&|_| middle).unwrap_or_else(|| {
                 let paper = paper.get_or_insert_with(|| self.on_paper());

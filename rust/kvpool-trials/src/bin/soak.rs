@@ -1,4 +1,4 @@
-//! `cargo run --release -p kvpool-trials --bin soak -- --operations 100000000 --threads 4 --seed 1`
+//! `cargo run --profile models -p kvpool-trials --bin soak -- --operations 100000000 --threads 4 --seed 1`
 //!
 //! Every call of the core is an operation; all books are recomputed whenever the threads stand still. A failure prints
 //! the seed of its world, and the exit status is 1.
