@@ -91,6 +91,40 @@ fn stack_without_a_tag() {
     fails(Weak::StackTag, "popped by two threads", 2, stack_pops_once);
 }
 
+/// H9: several indices taken in one step are nobody else's, though others pop and push meanwhile.
+fn stack_pops_many_once() {
+    let stack = Arc::new(Stack::full(3));
+    let other = {
+        let stack = stack.clone();
+        thread::spawn(move || {
+            let a = stack.pop();
+            let b = stack.pop();
+            stack.push_each(a.into_iter()); // the head is the same index again, and what was below it is gone
+            b
+        })
+    };
+    let mut all = Vec::new();
+    stack.pop_many(2, &mut all, |index| index);
+    all.extend(other.join().unwrap());
+    all.extend(stack.indices());
+    all.sort_unstable();
+    assert!(
+        all.windows(2).all(|two| two[0] != two[1]),
+        "popped by two threads"
+    );
+    assert_eq!(all, [0, 1, 2], "an index was lost");
+}
+
+#[test]
+fn stack_of_many() {
+    holds(2, stack_pops_many_once);
+}
+
+#[test]
+fn stack_of_many_without_a_tag() {
+    fails(Weak::StackTag, "popped by two threads", 2, stack_pops_many_once);
+}
+
 /// What the giver did with a slot is visible to its taker.
 fn stack_hands_on() {
     let stack = Arc::new(Stack::full(1));
