@@ -363,7 +363,9 @@ class KVCacheManager(Batches, Closing):
         caches = _listed(caches)
         handles = self._handles(caches)
         try:
-            if self._moves is not None and (uses := [use for cache in caches for use in cache._take_uses()]):
+            if self._moves is not None and (
+                uses := [use for cache in caches if cache._uses for use in cache._take_uses()]
+            ):
                 self._moves.used(uses, stream)
         finally:
             released = self._core.step_end(handles)

@@ -295,6 +295,8 @@ class Scheduler:
         nothing to launch; `update` takes it back all the same.
         """
         gone = lost_of(self, step)
+        if not gone:
+            return []
         step.drop([entry.request for entry in gone])
         for entry in gone:
             self.memory.roster.set_step(entry.age, 0)
