@@ -35,6 +35,17 @@ def stand_ins(gpu: fake_cupy.World, version: int | None = 12080) -> Iterator[Non
         yield
 
 
+def plant_a_wrong_ring(patch: pytest.MonkeyPatch) -> None:
+    """The ring kernel copies from 16 bytes behind its source."""
+    launch = CudaRuntime.launch
+
+    def shifted(self: CudaRuntime, plan: Any, arguments: Any, stream: Any) -> None:
+        source, *rest = arguments
+        launch(self, plan, (source + 16 if plan.kernel == "copy_ring_u128" else source, *rest), stream)
+
+    patch.setattr(CudaRuntime, "launch", shifted)
+
+
 def fake_gpu(seed: int = 0, version: int | None = 12080, **settings: Any) -> tuple[CudaRuntime, fake_cupy.World]:
     """A runtime on the stand-ins. It has tried the batched copy if there is one (version: as of `stand_ins`)."""
     gpu = fake_cupy.World(plain_kernels(), seed=seed, **settings)

@@ -15,13 +15,13 @@ import driver
 import fake_bindings
 import fake_cupy
 from cpu_kernels import plain_kernels
+from cuda_movers import plant_a_wrong_ring
 from fake_cupy import World
 from kvpool import CacheConfig, KVCacheManager, PoolConfig, machine
 from kvpool.cli import main
 from kvpool.mover import calibrate
 from kvpool.mover.calibration import Calibration, CalibrationError, Speed, file_of, folder, load
 from kvpool.mover.cuda import CudaMover
-from kvpool.mover.cuda_runtime import CudaRuntime
 from kvpool.mover.paths import ALWAYS, PATHS, Choice, Shape, Thresholds
 
 EVERY = frozenset(PATHS)
@@ -245,13 +245,7 @@ def test_a_damaged_calibration_is_a_warning_and_the_default_is_used(
 def test_a_wrong_byte_is_not_stored(
     world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    launch = CudaRuntime.launch
-
-    def shifted(self: CudaRuntime, plan: Any, arguments: Any, stream: Any) -> None:
-        source, *rest = arguments
-        launch(self, plan, (source + 16 if plan.kernel == "copy_ring_u128" else source, *rest), stream)
-
-    monkeypatch.setattr(CudaRuntime, "launch", shifted)
+    plant_a_wrong_ring(monkeypatch)
     assert main(["doctor", "--calibrate"]) == 1
     assert "nothing is stored: wrong byte: offload, pages of 512 bytes: ring" in capsys.readouterr().err
     assert load("Test GPU A", "12.8") is None

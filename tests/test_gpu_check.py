@@ -17,6 +17,7 @@ import fake_bindings
 import fake_cupy
 import kernel_cases
 from cpu_kernels import SIGNATURES, plain_kernels
+from cuda_movers import plant_a_wrong_ring
 from fake_cupy import World
 from gpu_kernels import GpuKernels, manager_round_trip, mover_round_trip
 from kvpool import machine
@@ -96,13 +97,7 @@ def test_every_path_is_verified_and_timed(
 def test_a_wrong_byte_ends_it_with_1(
     check: Any, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    launch = CudaRuntime.launch
-
-    def shifted(self: CudaRuntime, plan: Any, arguments: Any, stream: Any) -> None:
-        source, *rest = arguments
-        launch(self, plan, (source + 16 if plan.kernel == "copy_ring_u128" else source, *rest), stream)
-
-    monkeypatch.setattr(CudaRuntime, "launch", shifted)
+    plant_a_wrong_ring(monkeypatch)
     assert check.check("cuda", tmp_path / "report.json", False, SIZES, 8) == 1
     assert capsys.readouterr().err.endswith("wrong byte: offload, pages of 512 bytes: ring, 2 blocks\n")
     assert json.loads((tmp_path / "report.json").read_text())["wrong"] == "offload, pages of 512 bytes: ring, 2 blocks"

@@ -72,7 +72,7 @@ impl Core {
         Ok(changed)
     }
 
-    /// The full blocks among what is final now enter the tree; the rest waits in `tail`.
+    /// The full blocks among what is final now, at least one, enter the tree; the rest waits in `tail`.
     fn commit_blocks(&self, scratch: &mut Scratch, cache: &mut Cache, tokens: &[i32]) -> bool {
         let t = self.config.tokens_per_block as usize;
         let before = cache.deepest();
@@ -80,16 +80,14 @@ impl Core {
         let mut changed = false;
         let mut rest = tokens;
         if !cache.tail.is_empty() {
-            let run = rest.len().min(t - cache.tail.len());
-            cache.tail.extend_from_slice(&rest[..run]);
-            rest = &rest[run..];
-            if cache.tail.len() == t {
-                let mut block = std::mem::take(&mut cache.tail);
-                changed |= self.commit_block(scratch, cache, &block, left);
-                left -= 1;
-                block.clear();
-                cache.tail = block;
-            }
+            let (run, behind) = tokens.split_at(t - cache.tail.len());
+            let mut block = std::mem::take(&mut cache.tail);
+            block.extend_from_slice(run);
+            changed |= self.commit_block(scratch, cache, &block, left);
+            left -= 1;
+            block.clear();
+            cache.tail = block;
+            rest = behind;
         }
         let (whole, tail) = rest.split_at(rest.len() / t * t);
         for run in whole.chunks(RUN * t) {

@@ -127,7 +127,7 @@ impl Core {
         }
     }
 
-    pub(super) fn rebuild_leaves(&self, orders: &mut Orders, tier: Tier) {
+    fn rebuild_leaves(&self, orders: &mut Orders, tier: Tier) {
         let order = &mut orders.leaves[tier as usize];
         order.clear();
         for index in 0..self.tree.nodes.len() {

@@ -2,11 +2,10 @@
 //! others, without a way through the inbox and the heap. Who does not get in takes a leaf that it finds, and what that
 //! uncovers. One tier only; with two a leaf may move instead of going.
 
-use super::order::Key;
 use super::Orders;
 use crate::core::Core;
 use crate::tree::Dead;
-use crate::words::Link;
+use crate::words::{Link, Tier};
 
 /// Dead nodes that are given back at once.
 const RUN: usize = 32;
@@ -60,15 +59,11 @@ impl Core {
         let mut next = None;
         let mut scout = Link::NIL;
         while gone < n {
-            let node = match next.take() {
-                Some((_, node)) => node,
-                None => {
-                    let Some(node) = self.first_leaf_now(orders) else {
-                        break;
-                    };
-                    scout = Link::NIL;
-                    node
-                }
+            let Some(node) = next.take().or_else(|| {
+                scout = Link::NIL;
+                self.first_leaf(orders, Tier::Device).map(|(_, node)| node)
+            }) else {
+                break;
             };
             scout = self.look_up(scout, node);
             let Some(killed) = self.tree.kill(node.index()) else {
@@ -88,29 +83,12 @@ impl Core {
             }
         }
         self.tree.recycle_all(dead.iter_mut().filter_map(Option::take));
-        if let Some((key, node)) = next {
-            orders.leaves[0].push(key, node);
+        if let Some(node) = next {
+            self.queue_leaf(orders, node.index(), false);
         }
         self.counters.evicted.add(pages);
         self.counters.dropped.add(pages);
         gone
-    }
-
-    /// Takes the first leaf out of the order.
-    fn first_leaf_now(&self, orders: &mut Orders) -> Option<Link> {
-        while let Some((key, node)) = orders.leaves[0].pop() {
-            let index = node.index();
-            if !self.tree.is_live(node) || !self.tree.is_leaf(index) {
-                continue; // who releases or uncovers it reports it again
-            }
-            let now = self.leaf_key(index);
-            if now > key {
-                orders.leaves[0].push(now, node);
-            } else {
-                return Some(node);
-            }
-        }
-        None
     }
 
     /// Fetches what the next nodes on the way up will need, two ahead of the one that goes now.
@@ -135,24 +113,17 @@ impl Core {
     }
 
     /// A node has lost a child: it goes next if it is a leaf before all others now; else it takes its place in the order.
-    fn uncovered(&self, orders: &mut Orders, node: Link) -> Option<(Key, Link)> {
+    fn uncovered(&self, orders: &mut Orders, node: Link) -> Option<Link> {
         if node.is_nil() || !self.tree.is_live(node) || !self.tree.is_leaf(node.index()) {
             return None;
         }
         self.queue_expiry(orders, node.index());
-        let order = &mut orders.leaves[0];
-        if order.has(node) {
-            return None;
-        }
+        let order = &orders.leaves[0];
         let key = self.leaf_key(node.index());
-        if order.least().is_none_or(|least| key < least) {
-            return Some((key, node));
+        if !order.has(node) && order.least().is_none_or(|least| key < least) {
+            return Some(node);
         }
-        if order.is_full() {
-            self.rebuild_leaves(orders, crate::words::Tier::Device);
-        } else {
-            order.push(key, node);
-        }
+        self.queue_leaf(orders, node.index(), false);
         None
     }
 }

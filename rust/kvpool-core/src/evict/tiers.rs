@@ -89,7 +89,7 @@ impl Core {
     }
 
     /// Takes the first leaf of the tree in the order of a tier out of that order.
-    fn first_leaf(&self, orders: &mut Orders, tier: Tier) -> Option<(Key, Link)> {
+    pub(super) fn first_leaf(&self, orders: &mut Orders, tier: Tier) -> Option<(Key, Link)> {
         let mut first = None;
         while let Some((key, node)) = orders.leaves[tier as usize].pop() {
             let index = node.index();

@@ -276,12 +276,9 @@ impl Tree {
 
     /// Brings all lines of a node closer.
     pub fn warm_node(&self, index: usize) {
-        let node = &self.nodes[index];
-        warm(&node.state);
-        warm(&node.pins);
-        warm(&self.pages[0].word[index]);
+        self.warm_reading(index);
+        warm(&self.nodes[index].pins);
         if self.is_block(index) {
-            warm(&self.tokens[index * self.t.div_ceil(2)]);
             self.by_key.warm_next(index);
             self.by_first.warm_next(index);
         }
