@@ -345,6 +345,7 @@ def test_block_tables_in_place_and_csr(manager: KVCacheManager) -> None:
         np.zeros((3, 2), np.int32),
         np.zeros((2, 3), np.int32),
         np.zeros((3, 3), np.int64),
+        np.zeros((3, 3), ">i4"),  # the core takes it for one of this machine's
         np.zeros((3, 3), np.int32, order="F"),
         np.zeros(9, np.int32),
         [[0] * 3] * 3,

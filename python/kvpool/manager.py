@@ -324,6 +324,8 @@ class KVCacheManager(Batches, Closing):
         self._check_arrived(caches, "block_tables")
         if out is None:
             out = np.empty((len(handles), self._core.widest(handles, index)), np.int32)
+        elif not isinstance(out, np.ndarray) or out.dtype != np.int32:  # of the other byte order too
+            raise ValueError("out: must be a two-dimensional int32 array")
         self._core.block_tables(handles, index, out, fill)
         return out
 
