@@ -61,18 +61,27 @@ impl Inbox {
         }
     }
 
-    /// Takes all indices, the first pushed first, into `into`. One thread at a time.
-    pub fn take_all(&self, into: &mut Vec<u32>) {
-        into.clear();
+    /// Takes all indices. Returns the first that was pushed; [`Inbox::after`] tells the next. One thread at a time.
+    pub fn take_all(&self) -> Option<u32> {
         if self.head.load(Ordering::Relaxed) == NIL {
-            return; // Relaxed: a push that is not seen here is found by the next taker
+            return None; // Relaxed: a push that is not seen here is found by the next taker
         }
         let mut at = self.head.swap(NIL, Ordering::Acquire); // Acquire: partner the CAS in `push`
-        while at != NIL && into.len() < self.next.len() {
-            into.push(at);
-            at = self.next[at as usize].load(Ordering::Relaxed); // Relaxed: ordered by the swap above
+        let mut before = NIL;
+        // Turned round in place: nobody pushes an index again before it is opened.
+        while at != NIL {
+            let next = self.next[at as usize].load(Ordering::Relaxed); // Relaxed: ordered by the swap above
+            self.next[at as usize].store(before, Ordering::Relaxed); // Relaxed: the index is ours, until the swap in `open`
+            before = at;
+            at = next;
         }
-        into.reverse();
+        (before != NIL).then_some(before)
+    }
+
+    /// The taken index that was pushed after a taken one, which is not opened yet.
+    pub fn after(&self, index: u32) -> Option<u32> {
+        let next = self.next[index as usize].load(Ordering::Relaxed); // Relaxed: the index is ours, until the swap in `open`
+        (next != NIL).then_some(next)
     }
 
     /// Clears the flags of a taken index and returns them. From here on it may be pushed again.

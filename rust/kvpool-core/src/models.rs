@@ -221,9 +221,9 @@ fn inbox_loses_nothing() {
     };
     let take = || {
         let mut seen = 0;
-        let mut taken = Vec::new();
-        inbox.take_all(&mut taken);
-        for index in taken {
+        let mut next = inbox.take_all();
+        while let Some(index) = next {
+            next = inbox.after(index);
             inbox.open(index);
             seen |= idle.load(Ordering::Relaxed); // Relaxed: what the inbox must order
             inbox.clear_late(index);

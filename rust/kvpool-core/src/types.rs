@@ -48,7 +48,7 @@ pub enum PolicyKind {
     Slru,
 }
 
-/// Everything the core must know at construction; nothing grows afterwards.
+/// Everything the core must know at construction. Nothing grows afterwards but the orders of eviction, with their entries.
 #[derive(Debug, Clone)]
 pub struct CoreConfig {
     /// Tokens of one block, at least 1.

@@ -147,20 +147,31 @@ impl Core {
         }
     }
 
-    /// Takes what was reported since, and a new epoch, into the orders.
-    pub(super) fn catch_up(&self, orders: &mut Orders) {
-        if orders.epoch != self.epoch() {
-            orders.epoch = self.epoch();
-            for &tier in self.tiers() {
+    fn rebuild(&self, orders: &mut Orders, which: impl Fn(&Order) -> bool) {
+        for &tier in self.tiers() {
+            if which(&orders.leaves[tier as usize]) {
                 self.rebuild_leaves(orders, tier);
-                for pool in (0..self.pools.len()).filter(|&pool| self.tree.windowed[pool]) {
+            }
+            for pool in (0..self.pools.len()).filter(|&pool| self.tree.windowed[pool]) {
+                if which(&orders.pages[tier as usize][pool]) {
                     self.rebuild_pages(orders, tier, pool);
                 }
             }
         }
-        let mut reports = std::mem::take(&mut orders.reports);
-        self.keeper.leaves.take_all(&mut reports);
-        for &index in &reports {
+    }
+
+    /// Takes what was reported since, and a new epoch, into the orders.
+    pub(super) fn catch_up(&self, orders: &mut Orders) {
+        if orders.epoch != self.epoch() {
+            orders.epoch = self.epoch();
+            self.rebuild(orders, |_| true);
+        }
+        if orders.is_short() {
+            self.rebuild(orders, Order::is_short);
+        }
+        let mut next = self.keeper.leaves.take_all();
+        while let Some(index) = next {
+            next = self.keeper.leaves.after(index);
             let flags = self.keeper.leaves.open(index);
             if flags & ROSE != 0 && self.tree.nodes[index as usize].segment.get() == 1 {
                 let node = self.tree.at(index as usize);
@@ -174,7 +185,6 @@ impl Core {
             #[cfg(kvpool_loom)]
             self.keeper.leaves.clear_late(index);
         }
-        orders.reports = reports;
         if self.is_timed() {
             self.apply_expiries(orders);
         }
@@ -227,13 +237,12 @@ impl Core {
     }
 
     pub(super) fn catch_up_pages(&self, orders: &mut Orders, pool: usize) {
-        let mut reports = std::mem::take(&mut orders.reports);
-        self.keeper.pages[pool].take_all(&mut reports);
-        for &index in &reports {
+        let mut next = self.keeper.pages[pool].take_all();
+        while let Some(index) = next {
+            next = self.keeper.pages[pool].after(index);
             let flags = self.keeper.pages[pool].open(index);
             self.queue_page(orders, pool, index as usize, flags & LOWERED != 0);
         }
-        orders.reports = reports;
     }
 
     fn demote_overflow(&self, orders: &mut Orders) {

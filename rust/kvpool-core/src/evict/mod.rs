@@ -64,7 +64,14 @@ struct Orders {
     /// Expiries with which that heap is built anew.
     most_expiries: usize,
     epoch: u64,
-    reports: Vec<u32>,
+}
+
+impl Orders {
+    /// Whether one of them lacks an entry.
+    fn is_short(&self) -> bool {
+        let mut orders = self.leaves.iter().chain(self.pages.iter().flatten());
+        orders.any(Order::is_short)
+    }
 }
 
 /// Orders of eviction and the way to them.
@@ -108,7 +115,6 @@ impl Keeper {
                 expiries: BinaryHeap::new(),
                 most_expiries: 2 * nodes as usize + 64,
                 epoch: 0,
-                reports: Vec::with_capacity(nodes as usize),
             }),
         }
     }

@@ -6,6 +6,9 @@
 //!
 //! What nobody gave a priority or a duration comes in the order in which it was released: such entries wait in a line
 //! as long as none comes out of turn, and only the others in the heap. The least entry is the lesser of the two firsts.
+//!
+//! Both grow with the entries that there are. Where memory cannot be had an entry is left out and the order is short: it
+//! is built anew at the next look, and until then who finds no entry takes a page by a scan.
 
 use crate::types::DEFAULT_PRIORITY;
 use crate::words::{Link, Stamp};
@@ -72,24 +75,24 @@ pub struct Order {
     line: VecDeque<InLine>,
     queued: Vec<Link>,
     limit: usize,
+    short: bool,
 }
 
 impl Order {
-    /// For the pages of so many nodes; never allocates afterwards as long as [`Order::is_full`] is obeyed.
+    /// For the pages of so many nodes.
     pub fn new(nodes: usize) -> Self {
-        let limit = Self::limit(nodes);
         Self {
-            heap: BinaryHeap::with_capacity(if nodes == 0 { 0 } else { limit }),
-            line: VecDeque::with_capacity(if nodes == 0 { 0 } else { limit }),
+            heap: BinaryHeap::new(),
+            line: VecDeque::new(),
             queued: vec![Link::NIL; nodes],
-            limit,
+            limit: Self::limit(nodes),
+            short: false,
         }
     }
 
-    /// Bytes for one node, for the question whether they can be had.
+    /// Bytes for one node that are had from the beginning, for the question whether they can be had.
     pub fn bytes_per_node() -> usize {
-        let entries = std::mem::size_of::<(Key, Link)>() + std::mem::size_of::<InLine>();
-        entries * 5 / 4 + std::mem::size_of::<Link>()
+        std::mem::size_of::<Link>()
     }
 
     /// A quarter more than there can be: it is built anew that often at most.
@@ -114,8 +117,14 @@ impl Order {
         }
     }
 
+    /// Whether an entry was left out for want of memory since the last `clear`.
+    pub fn is_short(&self) -> bool {
+        self.short
+    }
+
     /// Forgets all entries.
     pub fn clear(&mut self) {
+        self.short = false;
         self.heap.clear();
         self.line.clear();
         self.queued.fill(Link::NIL);
@@ -129,15 +138,32 @@ impl Order {
 
     /// Adds a lower bound.
     pub fn push(&mut self, key: Key, node: Link) {
-        self.queued[node.index()] = node;
         if let Some(entry) = InLine::new(key, node) {
             let last = self.line.back().map(InLine::key);
-            if last.is_none_or(|last| last <= key) && self.line.len() < self.limit {
+            if last.is_none_or(|last| last <= key) && self.line.len() < self.limit && self.has_room_in_line()
+            {
+                self.queued[node.index()] = node;
                 self.line.push_back(entry);
                 return;
             }
         }
-        self.heap.push(Reverse((key, node)));
+        if self.has_room_in_heap() {
+            self.queued[node.index()] = node;
+            self.heap.push(Reverse((key, node)));
+        } else {
+            self.forget(node);
+            self.short = true;
+        }
+    }
+
+    fn has_room_in_line(&mut self) -> bool {
+        let len = self.line.len();
+        len < self.line.capacity() || self.line.try_reserve_exact(more(len, self.limit)).is_ok()
+    }
+
+    fn has_room_in_heap(&mut self) -> bool {
+        let len = self.heap.len();
+        len < self.heap.capacity() || self.heap.try_reserve_exact(more(len, self.limit)).is_ok()
     }
 
     /// The least key.
@@ -166,6 +192,11 @@ impl Order {
         }
         Some((key, node))
     }
+}
+
+/// Entries by which a full list grows.
+fn more(len: usize, limit: usize) -> usize {
+    (len / 2).max(64).min(limit.saturating_sub(len)).max(1)
 }
 
 #[cfg(all(test, not(any(kvpool_loom, kvpool_shuttle))))]
