@@ -184,7 +184,7 @@ fn stack_of_three_threads() {
 #[test]
 fn reserve_promises_once() {
     holds(2, || {
-        let pool = Arc::new(SlotPool::new(3));
+        let pool = Arc::new(SlotPool::new(3, false));
         let other = {
             let pool = pool.clone();
             thread::spawn(move || {

@@ -6,7 +6,8 @@
 //! `owner[slot]` says who has it; `check` adds it up.
 
 use crate::stack::Stack;
-use crate::sync::{weak, AtomicU32, Counter, Field, Ordering, Weak};
+use crate::sync::{weak, AtomicU32, Counter, Field, Field32, Ordering, Weak};
+use crate::words::MAX_NODES;
 
 /// Who has a slot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,25 +26,29 @@ pub enum Owner {
     Node(u32),
 }
 
+/// Nodes come behind the five others.
+const FIRST_NODE: u32 = 5;
+const _: () = assert!(MAX_NODES <= u32::MAX - FIRST_NODE);
+
 impl Owner {
-    fn to_u64(self) -> u64 {
+    fn to_u32(self) -> u32 {
         match self {
             Self::Free => 0,
             Self::Active => 1,
             Self::Held => 2,
             Self::Fenced => 3,
             Self::Retired => 4,
-            Self::Node(index) => u64::from(index) + 5,
+            Self::Node(index) => index + FIRST_NODE,
         }
     }
-    fn from_u64(raw: u64) -> Self {
+    fn from_u32(raw: u32) -> Self {
         match raw {
             0 => Self::Free,
             1 => Self::Active,
             2 => Self::Held,
             3 => Self::Fenced,
             4 => Self::Retired,
-            index => Self::Node((index - 5) as u32),
+            index => Self::Node(index - FIRST_NODE),
         }
     }
 }
@@ -56,10 +61,11 @@ const LEFT: u32 = 1 << 31;
 pub struct SlotPool {
     free: Stack,
     available: AtomicU32,
-    owner: Vec<Field>,
+    owner: Vec<Field32>,
     /// By slot: plans that read it and are not made yet, and [`LEFT`].
     lent: Vec<AtomicU32>,
-    /// Key of the block whose page a slot holds; written before the page is in the tree, read by who has taken it out.
+    /// Key of the block whose page a slot holds, of pools whose pages leave their nodes alone: written before the page is in
+    /// the tree, read by who has taken it out.
     key: Vec<Field>,
     taken: Counter,
     /// Units that claims of batches keep from call to call.
@@ -70,22 +76,24 @@ pub struct SlotPool {
 }
 
 impl SlotPool {
-    /// All of `1..=num_slots` free; the lowest is handed out first.
-    pub fn new(num_slots: u32) -> Self {
-        Self::make(num_slots, false)
+    /// All of `1..=num_slots` free; the lowest is handed out first. `alone`: pages leave their nodes alone.
+    pub fn new(num_slots: u32, alone: bool) -> Self {
+        Self::make(num_slots, alone, false)
     }
 
     /// As `new`, of slots that can be lent: those of the host.
-    pub fn lending(num_slots: u32) -> Self {
-        Self::make(num_slots, true)
+    pub fn lending(num_slots: u32, alone: bool) -> Self {
+        Self::make(num_slots, alone, true)
     }
 
-    fn make(num_slots: u32, lends: bool) -> Self {
+    fn make(num_slots: u32, alone: bool, lends: bool) -> Self {
         Self {
             free: Stack::full(num_slots),
             available: AtomicU32::new(num_slots),
-            owner: (0..=num_slots).map(|_| Field::new(0)).collect(),
-            key: (0..=num_slots).map(|_| Field::new(0)).collect(),
+            owner: (0..=num_slots).map(|_| Field32::new(0)).collect(),
+            key: (0..if alone { num_slots + 1 } else { 0 })
+                .map(|_| Field::new(0))
+                .collect(),
             lent: (0..=if lends { num_slots } else { 0 })
                 .map(|_| AtomicU32::new(0))
                 .collect(),
@@ -252,22 +260,25 @@ impl SlotPool {
 
     /// Who has a slot.
     pub fn owner(&self, slot: u32) -> Owner {
-        Owner::from_u64(self.owner[slot as usize].get())
+        Owner::from_u32(self.owner[slot as usize].get())
     }
 
     /// Writes down who has a slot; only who has it does.
     pub fn set_owner(&self, slot: u32, owner: Owner) {
-        self.owner[slot as usize].set(owner.to_u64());
+        self.owner[slot as usize].set(owner.to_u32());
     }
 
-    /// Key of the block whose page the slot holds; only who has the slot asks.
-    pub fn key(&self, slot: u32) -> u64 {
-        self.key[slot as usize].get()
+    /// Key of the block whose page the slot holds, which the caller has taken out of the tree; only who has the slot asks.
+    /// `None`: pages leave with their nodes, which have the key.
+    pub fn key(&self, slot: u32) -> Option<u64> {
+        self.key.get(slot as usize).map(Field::get)
     }
 
     /// Writes down whose page the slot is about to hold.
     pub fn set_key(&self, slot: u32, key: u64) {
-        self.key[slot as usize].set(key);
+        if let Some(at) = self.key.get(slot as usize) {
+            at.set(key);
+        }
     }
 
     /// The free slots, for `check`.

@@ -132,7 +132,7 @@ fn check_memory(config: &CoreConfig) -> Result<()> {
     let per_node = Tree::bytes_per_node(config.tokens_per_block as usize, pools)
         + (1 + pools) * (Order::bytes_per_node() + 16)
         + std::mem::size_of::<Timing>();
-    let bytes = nodes.saturating_mul(per_node).saturating_add(24 * slots);
+    let bytes = nodes.saturating_mul(per_node).saturating_add(20 * slots);
     Vec::<u8>::new().try_reserve_exact(bytes).map_err(|_| {
         CoreError::Memory(format!(
             "the tables of max_blocks = {nodes} nodes and {slots} slots need {bytes} bytes, which cannot be \
@@ -190,11 +190,15 @@ impl Core {
         Ok(Self {
             first_full: windowed.iter().position(|w| !w),
             keeper: Keeper::new(nodes, tiered, &windowed, config.policy),
-            pools: config.pools.iter().map(|p| SlotPool::new(p.num_slots)).collect(),
+            pools: config
+                .pools
+                .iter()
+                .map(|p| SlotPool::new(p.num_slots, p.window.is_some()))
+                .collect(),
             hosts: config
                 .pools
                 .iter()
-                .map(|p| SlotPool::lending(p.host_slots))
+                .map(|p| SlotPool::lending(p.host_slots, p.window.is_some()))
                 .collect(),
             tree: Tree::new(
                 config.tokens_per_block as usize,

@@ -356,7 +356,7 @@ impl Core {
     }
 
     fn came_up(&self, pool: usize, index: usize, from: u32, to: u32) {
-        let key = self.hosts[pool].key(from);
+        let key = self.tree.nodes[index].key.get();
         self.pools[pool].set_key(to, key);
         self.pools[pool].set_owner(to, Owner::Node(index as u32));
         self.hosts[pool].give_lent(from); // it was claimed there, and is claimed here

@@ -313,7 +313,9 @@ impl Core {
     /// The page that the caller has taken out of the tree is gone. Its key stands at the slot: the node may be another
     /// one's by now.
     fn note_removed(&self, pool: usize, page: Page) {
-        let key = self.slots(page.tier())[pool].key(page.slot());
+        let Some(key) = self.slots(page.tier())[pool].key(page.slot()) else {
+            return; // of a pool whose pages leave with their nodes
+        };
         self.events.push(EventKind::Removed, page.tier(), pool, key, None);
     }
 

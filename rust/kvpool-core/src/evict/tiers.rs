@@ -384,7 +384,8 @@ impl Core {
 
     /// Who has the host slot, before the page is there.
     fn arrive(&self, pool: usize, index: usize, from: u32, to: u32) {
-        let key = self.pools[pool].key(from);
+        let at_node = || self.tree.nodes[index].key.get(); // busy: it is no other block's meanwhile
+        let key = self.pools[pool].key(from).unwrap_or_else(at_node);
         self.hosts[pool].set_key(to, key);
         self.hosts[pool].set_owner(to, Owner::Node(index as u32));
         if self.tree.is_block(index) {

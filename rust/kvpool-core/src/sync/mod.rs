@@ -41,58 +41,78 @@ type Inside<'a, T> = MutexGuard<'a, T>;
 #[cfg(kvpool_stops)]
 use stops::Inside;
 
-/// The word below [`Field`] and [`Counter`]: no point at which a checker need switch threads.
-#[cfg(kvpool_loom)]
-type Plain = loom::sync::atomic::AtomicU64;
-#[cfg(not(kvpool_loom))]
-type Plain = AtomicU64;
-
-/// A value of a node: written by the node's owner before publication, read by anybody, and
-/// believed only after the reader has seen that the node is still the one it was linked as.
-#[derive(Debug)]
-pub struct Field(Plain);
-
-impl Field {
-    /// A field with a first value.
-    pub fn new(value: u64) -> Self {
-        Self(Plain::new(value))
-    }
-    /// The value, of whichever node lives here now.
-    pub fn get(&self) -> u64 {
-        self.0.load(Ordering::Relaxed) // Relaxed: ordered by the fence in `Tree::is`, partner the fence in `Tree::write`
-    }
-    /// Sets it; owner only, or a hint that nobody relies on.
-    pub fn set(&self, value: u64) {
-        self.0.store(value, Ordering::Relaxed); // Relaxed: made visible by the publishing CAS in `Chains::publish`
-    }
-    /// Sets it to `value` if it is still `seen`; a hint for the order of eviction.
-    pub fn replace(&self, seen: u64, value: u64) {
-        let _ = self
-            .0
-            .compare_exchange(seen, value, Ordering::Relaxed, Ordering::Relaxed);
-        // Relaxed: a hint, nothing is read through it
-    }
-    /// As `raise` without a locked instruction: of two at the same moment either stays.
-    pub fn advance(&self, value: u64) {
-        if self.get() < value {
-            self.set(value);
-        }
-    }
-    /// Raises it to at least `value`; a hint for the order of eviction.
-    pub fn raise(&self, value: u64) {
-        if self.get() < value {
-            self.0.fetch_max(value, Ordering::Relaxed); // Relaxed: the order of eviction is a hint, nothing is read through it
-        }
-    }
+/// The words below [`Field`] and [`Counter`]: no point at which a checker need switch threads.
+mod plain {
+    #[cfg(not(kvpool_loom))]
+    pub use super::{AtomicU32, AtomicU64};
+    #[cfg(kvpool_loom)]
+    pub use loom::sync::atomic::{AtomicU32, AtomicU64};
 }
+
+macro_rules! field {
+    ($(#[$doc:meta])* $name:ident, $value:ty, $plain:path) => {
+        $(#[$doc])*
+        #[derive(Debug)]
+        pub struct $name($plain);
+
+        #[allow(dead_code)]
+        impl $name {
+            /// A field with a first value.
+            pub fn new(value: $value) -> Self {
+                Self(<$plain>::new(value))
+            }
+            /// The value, of whichever node lives here now.
+            pub fn get(&self) -> $value {
+                self.0.load(Ordering::Relaxed) // Relaxed: ordered by the fence in `Tree::is`, partner the fence in `Tree::write`
+            }
+            /// Sets it; owner only, or a hint that nobody relies on.
+            pub fn set(&self, value: $value) {
+                self.0.store(value, Ordering::Relaxed); // Relaxed: made visible by the publishing CAS in `Chains::publish`
+            }
+            /// Sets it to `value` if it is still `seen`; a hint for the order of eviction.
+            pub fn replace(&self, seen: $value, value: $value) {
+                let _ = self
+                    .0
+                    .compare_exchange(seen, value, Ordering::Relaxed, Ordering::Relaxed);
+                // Relaxed: a hint, nothing is read through it
+            }
+            /// As `raise` without a locked instruction: of two at the same moment either stays.
+            pub fn advance(&self, value: $value) {
+                if self.get() < value {
+                    self.set(value);
+                }
+            }
+            /// Raises it to at least `value`; a hint for the order of eviction.
+            pub fn raise(&self, value: $value) {
+                if self.get() < value {
+                    self.0.fetch_max(value, Ordering::Relaxed); // Relaxed: the order of eviction is a hint, nothing is read through it
+                }
+            }
+        }
+    };
+}
+
+field!(
+    /// A value of a node: written by the node's owner before publication, read by anybody, and
+    /// believed only after the reader has seen that the node is still the one it was linked as.
+    Field,
+    u64,
+    plain::AtomicU64
+);
+field!(
+    /// As [`Field`], in four bytes.
+    Field32,
+    u32,
+    plain::AtomicU32
+);
 
 /// A statistic: exact once all threads have stopped, never part of a decision about memory.
 #[derive(Debug)]
-pub struct Counter(Plain);
+pub struct Counter(plain::AtomicU64);
 
 impl Default for Counter {
     fn default() -> Self {
-        Self(Plain::new(0))
+        Self(plain::AtomicU64::new(0))
     }
 }
 
