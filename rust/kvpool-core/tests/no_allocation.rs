@@ -2,8 +2,8 @@
 //! the thread has the size that its requests need, and the order of eviction that of its entries.
 #![allow(unsafe_code)]
 
-use kvpool_core::types::{CoreConfig, PageCopy, PolicyKind, PoolSpec};
-use kvpool_core::{Cache, Core};
+use kvpool_core::types::{CoreConfig, PageCopy, PolicyKind, PoolSpec, RangeSpec, Retain, RetentionSpec};
+use kvpool_core::{Cache, Core, CoreError};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 
@@ -11,7 +11,8 @@ struct Counting;
 
 thread_local! {
     static ALLOCATIONS: Cell<u64> = const { Cell::new(0) };
-    static FAILS: Cell<bool> = const { Cell::new(false) };
+    /// Bytes of the largest allocation that succeeds.
+    static MOST: Cell<usize> = const { Cell::new(usize::MAX) };
 }
 
 // SAFETY: every call goes to `System` unchanged, or fails; the counter and the switch are const-initialised thread locals
@@ -19,7 +20,7 @@ thread_local! {
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         ALLOCATIONS.with(|count| count.set(count.get() + 1));
-        if FAILS.with(Cell::get) {
+        if layout.size() > MOST.with(Cell::get) {
             return std::ptr::null_mut();
         }
         // SAFETY: the caller's contract is `System`'s.
@@ -33,6 +34,14 @@ unsafe impl GlobalAlloc for Counting {
 
 #[global_allocator]
 static COUNTING: Counting = Counting;
+
+/// While `f` runs this thread gets no allocation of more than `most` bytes.
+fn short_of_memory<T>(most: usize, f: impl FnOnce() -> T) -> T {
+    MOST.with(|at| at.set(most));
+    let result = f();
+    MOST.with(|at| at.set(usize::MAX));
+    result
+}
 
 fn counted<T>(total: &mut u64, f: impl FnOnce() -> T) -> T {
     let before = ALLOCATIONS.with(Cell::get);
@@ -118,53 +127,96 @@ fn run(policy: PolicyKind, slots: u32, host_slots: u32) -> [u64; 2] {
     [counters.offloaded, counters.onboarded]
 }
 
+const BLOCKS: i32 = 300;
+
+/// A core for so many blocks of one token.
+fn single_blocks(policy: PolicyKind) -> Core {
+    Core::new(CoreConfig {
+        tokens_per_block: 1,
+        pools: vec![PoolSpec {
+            name: "kv".into(),
+            num_slots: BLOCKS as u32,
+            host_slots: 0,
+            window: None,
+            sink_tokens: 0,
+        }],
+        max_blocks: BLOCKS as u32,
+        max_seq_len: None,
+        partial_reuse: false,
+        hash_seed: 1,
+        policy,
+        offload_min_priority: 30,
+        collide: false,
+    })
+    .unwrap()
+}
+
+/// A request of one token comes and goes.
+fn serve(core: &Core, token: i32, retention: Option<RetentionSpec>) -> Result<(), CoreError> {
+    let mut cache = core.create(&[token], b"", None, retention)?;
+    assert!(core.resume(&mut cache, &mut Vec::new())?);
+    assert!(core.resize(&mut cache, 1, None)?);
+    core.commit(&mut cache, &[token])?;
+    core.close(&mut cache)?;
+    Ok(())
+}
+
 /// The order of eviction grows with its entries. Where it cannot, as many blocks can be evicted as ever, in any order, and
 /// with memory again the order is exact: nothing was lost.
 #[test]
 fn where_no_memory_can_be_had_nothing_is_lost() {
-    const BLOCKS: i32 = 300;
     for policy in [PolicyKind::Lru, PolicyKind::Slru] {
-        let core = Core::new(CoreConfig {
-            tokens_per_block: 1,
-            pools: vec![PoolSpec {
-                name: "kv".into(),
-                num_slots: BLOCKS as u32,
-                host_slots: 0,
-                window: None,
-                sink_tokens: 0,
-            }],
-            max_blocks: BLOCKS as u32,
-            max_seq_len: None,
-            partial_reuse: false,
-            hash_seed: 1,
-            policy,
-            offload_min_priority: 30,
-            collide: false,
-        })
-        .unwrap();
-        for token in 0..BLOCKS {
-            let mut cache = core.create(&[token], b"", None, None).unwrap();
-            core.resume(&mut cache, &mut Vec::new()).unwrap();
-            assert!(core.resize(&mut cache, 1, None).unwrap());
-            core.commit(&mut cache, &[token]).unwrap();
-            core.close(&mut cache).unwrap();
-        }
+        let core = single_blocks(policy);
+        (0..BLOCKS).for_each(|token| serve(&core, token, None).unwrap());
         let cached = || {
             let is_there = |&token: &i32| core.probe(&[token, 0], b"", None).unwrap() == 1;
             (0..BLOCKS).filter(is_there).collect::<Vec<_>>()
         };
-        FAILS.with(|fails| fails.set(true));
-        let gone = core.evict(7);
-        FAILS.with(|fails| fails.set(false));
+        let gone = short_of_memory(0, || core.evict(7));
         let left = cached();
         assert_eq!((gone, left.len()), (7, BLOCKS as usize - 7));
         core.check(&[]).unwrap();
         assert_eq!(core.evict(9), 9);
         assert_eq!(cached(), left[9..], "the oldest go first");
-        FAILS.with(|fails| fails.set(true));
-        let gone = core.evict(u64::MAX);
-        FAILS.with(|fails| fails.set(false));
+        let gone = short_of_memory(0, || core.evict(u64::MAX));
         assert_eq!((gone, cached()), (BLOCKS as u64 - 16, vec![]));
         core.check(&[]).unwrap();
     }
+}
+
+/// Room for durations is made when the first one is given: where it cannot be had that request is refused with nothing
+/// changed, and the next one that gives a duration has all of it.
+#[test]
+fn a_first_duration_without_memory_is_refused_and_nothing_is_lost() {
+    let core = single_blocks(PolicyKind::Lru);
+    let retain = |duration| Retain {
+        priority: 80,
+        duration,
+    };
+    let whole = |duration| {
+        let range = RangeSpec {
+            start: 0,
+            end: u64::MAX,
+            retain: retain(duration),
+        };
+        Some(RetentionSpec {
+            ranges: vec![range],
+            decode: retain(duration),
+        })
+    };
+    core.advance(10.0);
+    let refused = short_of_memory(5000, || serve(&core, 0, whole(5.0)));
+    assert!(matches!(refused, Err(CoreError::Memory(_))), "{refused:?}");
+    assert!(!core.is_timed() && core.counters().requests == 0);
+    core.check(&[]).unwrap();
+    short_of_memory(5000, || serve(&core, 1, None)).unwrap();
+    serve(&core, 2, whole(5.0)).unwrap();
+    (3..BLOCKS).for_each(|token| short_of_memory(5000, || serve(&core, token, whole(50.0))).unwrap());
+    let is_there = |token: i32| core.probe(&[token, 0], b"", None).unwrap() == 1;
+    assert_eq!(core.evict(1), 1);
+    assert!(!is_there(1) && is_there(2), "the lower priority goes first");
+    core.advance(16.0);
+    assert_eq!(core.evict(1), 1);
+    assert!(!is_there(2) && is_there(3), "its duration is over");
+    core.check(&[]).unwrap();
 }

@@ -187,7 +187,7 @@ impl Core {
             }
         }
         if retention.as_ref().is_some_and(RetentionSpec::is_timed) {
-            self.timed.set(1);
+            self.give_time()?;
         }
         let root = self.root(scope, epoch);
         let mut cache = Cache::new(self, root, tokens, retention);

@@ -32,8 +32,8 @@ use crate::error::{CoreError, Result};
 use crate::events::{EventKind, Events};
 use crate::evict::{Keeper, Order};
 use crate::pool::SlotPool;
-use crate::retention::Timing;
-use crate::sync::{unique, AtomicU64, Counter, Field, Ordering};
+use crate::retention::Times;
+use crate::sync::{unique, AtomicU64, Counter, Field, Late, Ordering};
 use crate::tree::{Root, Tree};
 use crate::types::{CacheState, CoreConfig, Counters, Mover, NoMover, PoolBooks};
 use crate::words::{Tier, MAX_NODES, MAX_SLOTS};
@@ -97,12 +97,10 @@ pub struct Core {
     pub(crate) id: u64,
     /// What happened to the tree.
     pub events: Events,
-    /// By node: durations.
-    pub(crate) timing: Vec<Timing>,
+    /// Durations, once one was given.
+    pub(crate) times: Late<Times>,
     /// Claims of batches that are not settled.
     pub(crate) in_work: Counter,
-    /// 1 once a duration was given.
-    pub(crate) timed: Field,
     /// What the clock showed last, as a word.
     pub(crate) clock: Field,
     /// Number of the last release.
@@ -130,8 +128,7 @@ fn check_memory(config: &CoreConfig) -> Result<()> {
         .sum();
     let pools = config.pools.len();
     let per_node = Tree::bytes_per_node(config.tokens_per_block as usize, pools)
-        + (1 + pools) * (Order::bytes_per_node() + 16)
-        + std::mem::size_of::<Timing>();
+        + (1 + pools) * (Order::bytes_per_node() + 16);
     let bytes = nodes.saturating_mul(per_node).saturating_add(20 * slots);
     Vec::<u8>::new().try_reserve_exact(bytes).map_err(|_| {
         CoreError::Memory(format!(
@@ -213,9 +210,8 @@ impl Core {
             mover,
             id: unique(),
             events: Events::new(EVENTS),
-            timing: (0..nodes).map(|_| Timing::new()).collect(),
+            times: Late::default(),
             in_work: Counter::default(),
-            timed: Field::new(0),
             clock: Field::new(0),
             stamp: Counter::default(),
             #[cfg(test)]

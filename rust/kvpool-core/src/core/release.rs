@@ -25,9 +25,7 @@ impl Core {
         let last = page.claims() == 1 || self.in_work.get() > 0; // see `record_behind_claims`
         if stamp != Stamp::NONE && (stale || (last && !page.is_stale())) {
             pages.used[index].set(stamp.count);
-            if self.is_timed() {
-                pages.time[index].set(stamp.time);
-            }
+            self.set_page_time(pool, index, stamp.time);
         }
         let lowered = stale || page.is_stale();
         let idle = self.tree.release_page(pool, index, stale, cache.pinned);

@@ -87,7 +87,7 @@ impl Core {
                     let pages = &self.tree.pages[pool];
                     if !self.tree.page(pool, index).is_stale() {
                         pages.used[index].raise(stamp.count);
-                        pages.time[index].raise(stamp.time);
+                        self.raise_page_time(pool, index, stamp.time);
                     }
                 }
             }
@@ -123,7 +123,7 @@ impl Core {
                     self.pools[pool].set_owner(slot, Owner::Node(index as u32));
                     if windowed {
                         self.tree.pages[pool].used[index].set(0);
-                        self.tree.pages[pool].time[index].set(0);
+                        self.set_page_time(pool, index, 0);
                         self.tree.pages[pool].holders[index].add(holder as u64);
                     }
                 }

@@ -37,7 +37,7 @@ impl Core {
         let page = self.tree.page(pool, index);
         let pages = &self.tree.pages[pool];
         let used = Stamp {
-            time: self.time(&pages.time[index]),
+            time: self.page_time(pool, index),
             count: pages.used[index].get(),
         };
         Key {

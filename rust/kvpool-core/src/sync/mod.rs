@@ -139,6 +139,28 @@ impl Counter {
     }
 }
 
+/// Something that is made by whoever needs it first; of several at the same moment one's stays. Nobody waits.
+#[derive(Debug)]
+pub struct Late<T>(once_cell::race::OnceBox<T>);
+
+impl<T> Default for Late<T> {
+    fn default() -> Self {
+        Self(once_cell::race::OnceBox::new())
+    }
+}
+
+impl<T> Late<T> {
+    /// What was made. Wait-free.
+    #[inline]
+    pub fn get(&self) -> Option<&T> {
+        self.0.get()
+    }
+    /// Puts it there, unless another thread has. Wait-free.
+    pub fn set(&self, value: T) {
+        let _ = self.0.set(Box::new(value));
+    }
+}
+
 /// Something that one thread uses at a time. Entering is one CAS; who does not get in goes another
 /// way instead of waiting (`Mutex::lock` is never called).
 #[derive(Debug)]

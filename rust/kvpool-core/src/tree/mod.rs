@@ -116,8 +116,6 @@ pub struct Pages {
     word: Vec<AtomicU64>,
     /// When it went stale if it is stale, else its last release (windowed pools only).
     pub used: Vec<Field>,
-    /// The time of it.
-    pub time: Vec<Field>,
     /// Claims by [`Holder`] (windowed pools only).
     pub holders: Vec<Counter>,
     /// Pages on the device that only SUSPENDED caches claim; with a host tier only.
@@ -206,7 +204,6 @@ impl Tree {
             Pages {
                 word: (0..n).map(|_| AtomicU64::new(Page::NONE.0)).collect(),
                 used: (0..extra).map(|_| Field::new(0)).collect(),
-                time: (0..extra).map(|_| Field::new(0)).collect(),
                 holders: (0..extra).map(|_| Counter::default()).collect(),
                 held: Counter::default(),
             }
