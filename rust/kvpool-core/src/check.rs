@@ -56,16 +56,16 @@ fn check_tree(core: &Core) -> Result<()> {
                 "node {i}: its parent {} is gone",
                 parent.index()
             );
-            depth = tree.nodes[parent.index()].depth.get() + 1;
+            depth = tree.depth(parent.index()) + 1;
             children[parent.index()] += 1;
             let before = tree.nodes[parent.index()].key.get();
             let is_hash = || tree.extend_key(before, &tree.tokens(i).collect::<Vec<i32>>()) == node.key.get();
             ensure!(!block || is_hash(), "node {i}: key != hash of its prefix");
         }
         ensure!(
-            depth == node.depth.get() || !block,
+            depth == tree.depth(i) || !block,
             "node {i}: depth {} != {depth}",
-            node.depth.get()
+            tree.depth(i)
         );
         if block && !tree.is_lost(i) {
             let tokens: Vec<i32> = tree.tokens(i).collect();

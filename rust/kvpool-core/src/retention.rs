@@ -125,7 +125,7 @@ impl Core {
 
     /// Reuse with retention: the maximum of each.
     pub(crate) fn raise_retain(&self, index: usize, retain: Retain) {
-        self.tree.nodes[index].priority.raise(u64::from(retain.priority));
+        self.tree.nodes[index].priority.raise(retain.priority);
         if let Some(timing) = self.timing(index) {
             timing.duration.raise(retain.duration.to_bits());
         }
@@ -193,8 +193,8 @@ impl Core {
         }
         let node = &self.tree.nodes[index];
         let priority = node.priority.get();
-        if priority > u64::from(DEFAULT_PRIORITY) {
-            node.priority.replace(priority, u64::from(DEFAULT_PRIORITY));
+        if priority > DEFAULT_PRIORITY {
+            node.priority.replace(priority, DEFAULT_PRIORITY);
         }
         timing.expiry.replace(when, 0);
         timing.time.raise(when);

@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! State  [ version 36 | live 1 | busy 1 | host 1 | refs 25 ]   of a node
-//! Link   [ born    36 | mark 1 | index 27 ]  to a node, at one incarnation
+//! Link   [ born    36 | mark 1 | index 27 ]  to a node, at one incarnation; of no node: [ root 36 | mark 1 | nil 27 ]
+//! Birth  [ born    36 | depth 28 ]           of a node; of a first block: [ born 36 | root 28 ]
 //! Page   [ slot 27 | host 1 | stale 1 | busy 1 | active 17 | claims 17 ] of a node in one pool
 //! ```
 //!
@@ -33,6 +34,10 @@ impl Link {
     pub fn new(born: u64, index: u32) -> Self {
         Self((born & VERSION) << VERSION_SHIFT | u64::from(index))
     }
+    /// Above the first blocks of a root: no node, and what [`Birth`] has no room for of its digest.
+    pub fn above_firsts(digest: u64) -> Self {
+        Self(digest & !(FLAG | LOW) | LOW)
+    }
     /// Index in the slab.
     pub fn index(self) -> usize {
         (self.0 & LOW) as usize
@@ -56,6 +61,33 @@ impl Link {
     /// Whether it is no node.
     pub fn is_nil(self) -> bool {
         self.index() == LOW as usize
+    }
+}
+
+/// When a node was born, and how deep; or to which root a first block belongs: the rest of the digest is in the link above.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Birth(pub u64);
+
+impl Birth {
+    /// Born at this version, with so many blocks before it, as far as they can be counted.
+    pub fn new(born: u64, depth: u64) -> Self {
+        Self((born & VERSION) << VERSION_SHIFT | depth.min(FLAG | LOW))
+    }
+    /// Born at this version, the first block of a root.
+    pub fn first(born: u64, digest: u64) -> Self {
+        Self((born & VERSION) << VERSION_SHIFT | Self::root_bits(digest))
+    }
+    /// The part of a root's digest that a first block has here.
+    pub fn root_bits(digest: u64) -> u64 {
+        digest & (FLAG | LOW)
+    }
+    /// The version.
+    pub fn born(self) -> u64 {
+        self.0 >> VERSION_SHIFT
+    }
+    /// Blocks before it; of a first block the part of the digest.
+    pub fn low(self) -> u64 {
+        self.0 & (FLAG | LOW)
     }
 }
 
@@ -281,6 +313,18 @@ mod tests {
         assert_eq!(link.marked().unmarked(), link);
         assert_eq!(link.marked().born(), VERSION);
         assert!(Link::NIL.is_nil() && !link.is_nil());
+        let (above, birth) = (Link::above_firsts(u64::MAX), Birth::first(3, u64::MAX));
+        assert!(above.is_nil() && !above.is_marked() && above.marked().is_nil());
+        assert_eq!(
+            above.0 & !(FLAG | LOW) | birth.low(),
+            u64::MAX,
+            "the whole digest"
+        );
+        assert_eq!(
+            (birth.born(), Birth::new(VERSION, u64::MAX)),
+            (3, Birth(u64::MAX))
+        );
+        assert_eq!((Birth::new(7, 5).born(), Birth::new(7, 5).low()), (7, 5));
         let state = State::NEW.born();
         assert_eq!((state.version(), state.is_live(), state.refs()), (0, true, 1));
         assert!(!state.is_idle() && state.released().is_idle() && !state.released().busy().is_idle());

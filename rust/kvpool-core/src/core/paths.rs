@@ -206,8 +206,8 @@ impl Core {
             let mut rose = false;
             let unclaimed = self.tree.release(index, |node| {
                 self.record_use(index, node, stamp);
-                if segment > 0 && node.segment.get() < u64::from(segment) {
-                    node.segment.set(u64::from(segment));
+                if segment > 0 && node.segment.get() < segment {
+                    node.segment.set(segment);
                     rose = true;
                 }
             });

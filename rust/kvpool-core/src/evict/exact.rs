@@ -13,10 +13,10 @@ impl Core {
 
     pub(super) fn rank(&self, index: usize) -> i16 {
         let n = &self.tree.nodes[index];
-        if n.epoch.get() < self.epoch() {
+        if self.tree.epoch(index) < self.epoch() {
             -1
         } else {
-            n.priority.get() as i16
+            i16::from(n.priority.get())
         }
     }
 
@@ -25,9 +25,9 @@ impl Core {
         Key {
             priority: self.rank(index),
             in_window: true,
-            segment: n.segment.get() as u8,
+            segment: n.segment.get(),
             used: self.used(index),
-            depth: Reverse(n.depth.get() as u32),
+            depth: Reverse(self.tree.depth(index)),
             slot: self.tree.page(self.first_full.unwrap_or(0), index).slot(),
         }
     }
@@ -43,13 +43,13 @@ impl Core {
         Key {
             priority: self.rank(index),
             in_window: !page.is_stale(),
-            segment: n.segment.get() as u8,
+            segment: n.segment.get(),
             used: if page.is_stale() {
                 used
             } else {
                 used.max(self.used(index))
             },
-            depth: Reverse(n.depth.get() as u32),
+            depth: Reverse(self.tree.depth(index)),
             slot: page.slot(),
         }
     }

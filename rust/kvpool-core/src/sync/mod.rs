@@ -44,9 +44,9 @@ use stops::Inside;
 /// The words below [`Field`] and [`Counter`]: no point at which a checker need switch threads.
 mod plain {
     #[cfg(not(kvpool_loom))]
-    pub use super::{AtomicU32, AtomicU64};
+    pub use super::{AtomicU32, AtomicU64, AtomicU8};
     #[cfg(kvpool_loom)]
-    pub use loom::sync::atomic::{AtomicU32, AtomicU64};
+    pub use loom::sync::atomic::{AtomicU32, AtomicU64, AtomicU8};
 }
 
 macro_rules! field {
@@ -104,6 +104,12 @@ field!(
     Field32,
     u32,
     plain::AtomicU32
+);
+field!(
+    /// As [`Field`], in one byte.
+    Field8,
+    u8,
+    plain::AtomicU8
 );
 
 /// A statistic: exact once all threads have stopped, never part of a decision about memory.

@@ -13,7 +13,7 @@
 use super::lookup::{pack, pairs_of};
 use super::{Root, Tree};
 use crate::sync::{fence, weak, Ordering, Weak};
-use crate::words::{Link, Page, State, Tier, MAX_CLAIMS, MAX_REFS};
+use crate::words::{Birth, Link, Page, State, Tier, MAX_CLAIMS, MAX_REFS};
 
 /// A dead node in the hands of one owner, who publishes or recycles it.
 #[derive(Debug)]
@@ -82,27 +82,23 @@ impl Tree {
         let index = dead.index();
         let n = &self.nodes[index];
         let born = self.state(index).version();
+        let above = root.above(parent);
+        let birth = if parent.is_nil() {
+            Birth::first(born, root.digest[1])
+        } else {
+            Birth::new(born, u64::from(self.depth(parent.index())) + 1)
+        };
         if !weak(Weak::WriteBirth) {
-            n.born.store(born, Ordering::Release); // Release: partner the load in `Tree::born`
+            n.born.store(birth.0, Ordering::Release); // Release: partner the load in `Tree::born`
             fence(Ordering::Release); // Release: partner the fence in `Tree::is`: who reads a field below and looks again sees the birth
         }
         n.key.set(key);
-        n.parent.set(parent.0);
+        n.parent.set(above.0);
         n.below.store(Link::NIL.0, Ordering::Relaxed); // Relaxed: nobody follows it before the node is published
-        let depth = if parent.is_nil() {
-            0
-        } else {
-            self.nodes[parent.index()].depth.get() + 1
-        };
-        n.depth.set(depth);
         n.used.set(0);
-        n.priority.set(u64::from(priority));
+        n.priority.set(priority);
         n.segment.set(0);
-        n.seq.set(self.seq.next());
-        n.epoch.set(root.epoch);
-        for (field, value) in n.scope.iter().zip(root.digest) {
-            field.set(value);
-        }
+        self.epochs[index].set(root.epoch);
         let words = self.t.div_ceil(2);
         let stored = &self.tokens[index * words..(index + 1) * words];
         match pairs_of(tokens) {
@@ -116,7 +112,7 @@ impl Tree {
                 .for_each(|(field, pair)| field.set(pack(pair))),
         }
         if weak(Weak::WriteBirth) {
-            n.born.store(born, Ordering::Release); // Release: the planted weakness
+            n.born.store(birth.0, Ordering::Release); // Release: the planted weakness
         }
         Link::new(born, dead.0)
     }
@@ -166,7 +162,7 @@ impl Tree {
         }
         let first = self
             .by_first
-            .bucket(Self::first_hash(&root.digest, parent, tokens[0]));
+            .bucket(Self::first_hash(root.above(parent), tokens[0]));
         while !self.by_first.publish(first, self.by_first.head(first), link) {}
         self.adopt(parent, link);
         if !parent.is_nil() {

@@ -4,7 +4,8 @@
 use super::{Root, Tree};
 use crate::chains::{Recycled, Visit};
 use crate::sync::{weak, Field, Ordering, Weak};
-use crate::words::Link;
+use crate::words::{Birth, Link};
+use xxhash_rust::xxh3::Xxh3;
 
 impl Tree {
     /// The live child of `parent` with exactly these tokens. Lock-free; linearized at the read of the
@@ -56,10 +57,11 @@ impl Tree {
         key: u64,
         tokens: &[i32],
     ) -> Result<Option<Link>, Recycled> {
+        let above = root.above(parent);
         let visit = |link: Link| {
             let index = link.index();
             let n = &self.nodes[index];
-            if n.key.get() != key || !self.is_child_of(index, root, parent) || !self.has_tokens(index, tokens)
+            if n.key.get() != key || !self.is_child_of(index, root, above) || !self.has_tokens(index, tokens)
             {
                 return Visit::Next;
             }
@@ -76,13 +78,13 @@ impl Tree {
         self.by_key.walk(head, |link| self.is(link), visit)
     }
 
-    fn is_child_of(&self, index: usize, root: &Root, parent: Link) -> bool {
+    /// Of a first block: whether the second word of its root's digest is the same. The first one is in the key.
+    fn is_child_of(&self, index: usize, root: &Root, above: Link) -> bool {
         if weak(Weak::ParentLink) {
             return true;
         }
         let n = &self.nodes[index];
-        n.parent.get() == parent.0
-            && (!parent.is_nil() || n.scope.iter().zip(root.digest).all(|(a, b)| a.get() == b))
+        n.parent.get() == above.0 && (!above.is_nil() || n.birth().low() == Birth::root_bits(root.digest[1]))
     }
 
     #[inline]
@@ -114,33 +116,42 @@ impl Tree {
     /// The child of `parent` that shares most leading tokens with `tokens` and has a page in every
     /// pool; of several the one inserted first. Cost: the children that share the first token.
     pub fn closest_child(&self, root: &Root, parent: Link, tokens: &[i32]) -> Option<(Link, usize)> {
-        let first = *tokens.first()?;
-        let bucket = self
-            .by_first
-            .bucket(Self::first_hash(&root.digest, parent, first));
+        let above = root.above(parent);
+        let bucket = self.by_first.bucket(Self::first_hash(above, *tokens.first()?));
         loop {
-            let mut best: Option<(Link, usize, u64)> = None;
+            let mut best: Option<(Link, usize)> = None;
             let visit = |link: Link| {
                 let index = link.index();
-                if !self.is_child_of(index, root, parent) {
+                if !self.is_child_of(index, root, above) {
                     return Visit::Next;
                 }
                 let pairs = self.tokens(index).zip(tokens);
                 let common = pairs.take_while(|(a, b)| a == *b).count();
-                let seq = self.nodes[index].seq.get();
-                let better = best.map_or(common > 0, |(_, most, before)| {
-                    common > most || (common == most && seq < before)
-                });
+                // What was inserted first comes last.
+                let better = common > 0 && best.is_none_or(|(_, most)| common >= most);
                 if better && self.state(index).is_live() && self.has_all_pages(index) {
-                    best = Some((link, common, seq)); // believed only if `walk` finds the node unchanged behind us
+                    best = Some((link, common)); // believed only if `walk` finds the node unchanged behind us
                 }
                 Visit::Next
             };
             let head = self.by_first.head(bucket);
-            if self.by_first.walk(head, |link| self.is(link), visit).is_ok() {
-                return best.map(|(link, common, _)| (link, common));
+            if self.by_first.walk(head, |link| self.is(link), visit).is_err() {
+                continue;
+            }
+            let (link, _) = best?;
+            let same = !above.is_nil() || self.begins(root, link.index());
+            if self.is(link) {
+                return best.filter(|_| same);
             }
         }
+    }
+
+    /// Whether the first word of the digest of a first block's root is this root's: its key tells, for given tokens.
+    fn begins(&self, root: &Root, index: usize) -> bool {
+        let mut hasher = Xxh3::with_seed(self.seed);
+        let tokens = self.tokens(index);
+        tokens.for_each(|token| hasher.update(&token.to_ne_bytes()));
+        self.collide || Self::mix_key(root.key(), hasher.digest()) == self.nodes[index].key.get()
     }
 }
 
@@ -155,4 +166,77 @@ pub(super) fn pairs_of(tokens: &[i32]) -> Option<&[u64]> {
 pub(super) fn pack(pair: &[i32]) -> u64 {
     let high = pair.get(1).map_or(0, |&token| u64::from(token as u32));
     high << 32 | u64::from(pair[0] as u32)
+}
+
+#[cfg(all(test, not(any(kvpool_loom, kvpool_shuttle))))]
+mod tests {
+    use super::*;
+
+    /// All 128 bits of a root's digest count, for whole blocks and for parts of one; and what is below is nobody else's.
+    #[test]
+    fn a_root_that_differs_in_one_bit_finds_nothing() {
+        let tree = Tree::new(4, 8, None, vec![false], 1, false);
+        let root = |word: usize, bit: u64| {
+            let mut digest = [0x0123_4567_89AB_CDEF, 0xFEDC_BA98_7654_3210];
+            digest[word] ^= bit;
+            Root { digest, epoch: 0 }
+        };
+        let own = root(0, 0);
+        let mut above = Link::NIL;
+        for (tokens, slot) in [([1, 2, 3, 4], 1), ([5, 6, 7, 8], 2)] {
+            let before = if above.is_nil() {
+                own.key()
+            } else {
+                tree.nodes[above.index()].key.get()
+            };
+            let key = tree.extend_key(before, &tokens);
+            let dead = tree.take_node().unwrap();
+            let link = tree.write(&dead, &own, above, key, &tokens, 35);
+            tree.put_page(0, &dead, slot);
+            tree.publish(dead, link, &own, above, key, &tokens).unwrap();
+            assert_eq!(tree.depth(link.index()), slot - 1);
+            above = link;
+        }
+        let found = |root: &Root| {
+            let first = tree.below(root, Link::NIL, &[1, 2, 3, 4]);
+            let part = tree.closest_child(root, Link::NIL, &[1, 2, 9]);
+            let second = first.and_then(|first| tree.below(root, first, &[5, 6, 7, 8]));
+            (first.is_some(), part.map(|(_, common)| common), second)
+        };
+        assert_eq!(found(&own), (true, Some(2), Some(above)));
+        for (word, bit) in (0..2).flat_map(|word| (0..64).map(move |bit| (word, 1 << bit))) {
+            let other = root(word, bit);
+            assert_eq!(found(&other), (false, None, None), "word {word}, bit {bit:#x}");
+            assert_eq!(tree.root_of(0).digest[1], own.digest[1]);
+        }
+    }
+
+    /// Of several children that share as much the one inserted first is the closest.
+    #[test]
+    fn the_closest_child_is_the_one_inserted_first() {
+        let tree = Tree::new(4, 8, None, vec![false], 1, false);
+        let root = tree.root(b"", 0);
+        let links: Vec<Link> = [[1, 7, 7, 7], [1, 2, 7, 7], [1, 2, 8, 8], [1, 9, 9, 9]]
+            .iter()
+            .zip(1..)
+            .map(|(tokens, slot)| {
+                let key = tree.extend_key(root.key(), tokens);
+                let dead = tree.take_node().unwrap();
+                let link = tree.write(&dead, &root, Link::NIL, key, tokens, 35);
+                tree.put_page(0, &dead, slot);
+                tree.publish(dead, link, &root, Link::NIL, key, tokens).unwrap();
+                link
+            })
+            .collect();
+        assert_eq!(
+            tree.closest_child(&root, Link::NIL, &[1, 2, 3]),
+            Some((links[1], 2))
+        );
+        assert_eq!(tree.closest_child(&root, Link::NIL, &[1, 3]), Some((links[0], 1)));
+        assert_eq!(
+            tree.closest_child(&root, Link::NIL, &[1, 9, 9]),
+            Some((links[3], 3))
+        );
+        assert_eq!(tree.closest_child(&root, Link::NIL, &[2]), None);
+    }
 }

@@ -22,24 +22,24 @@ pub use life::{Claimed, Dead};
 
 use crate::chains::Chains;
 use crate::stack::Stack;
-use crate::sync::{fence, warm, weak, AtomicU32, AtomicU64, Counter, Field, Ordering, Weak};
-use crate::words::{Link, Page, State};
+use crate::sync::{fence, warm, weak, AtomicU32, AtomicU64, Counter, Field, Field8, Ordering, Weak};
+use crate::words::{Birth, Link, Page, State};
 use siphasher::sip128::{Hasher128, SipHasher24};
 use std::hash::Hasher;
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
-/// One token block in the tree, or a dead one. The first cache line has all that claims, releases and look-ups touch.
+/// One token block in the tree, or a dead one: one cache line.
 #[derive(Debug)]
 #[repr(C, align(64))]
 pub struct Node {
     /// [`State`]: version, live, refs.
     state: AtomicU64,
-    /// Version at which this incarnation was born; links carry it.
+    /// [`Birth`]: version at which this incarnation was born, which links carry; depth.
     born: AtomicU64,
     /// Hash of the whole prefix.
     pub key: Field,
-    /// [`Link`] to the parent, nil for the first block of a root. Marked: a page of the block is bad, and no look-up
-    /// finds it any more.
+    /// [`Link`] to the parent, above the first block of a root that root's. Marked: a page of the block is bad, and no
+    /// look-up finds it any more.
     parent: Field,
     /// [`Link`] to the child that was published last; it may be gone since.
     below: AtomicU64,
@@ -49,28 +49,32 @@ pub struct Node {
     pub holders: Counter,
     /// Nodes below.
     children: AtomicU32,
+    /// Retention priority.
+    pub priority: Field8,
+    /// Segment of the policy.
+    pub segment: Field8,
+}
+
+#[cfg(not(any(kvpool_loom, kvpool_shuttle)))]
+const _: () = assert!(std::mem::size_of::<Node>() == 64);
+
+/// What a node has besides, with a host tier.
+#[derive(Debug)]
+struct Stay {
+    /// ACTIVE caches, and batches in work, whose path contains the node, and the mark [`moves::NEAR`].
+    pins: AtomicU64,
     /// Nodes below that are on the device.
     near: AtomicU32,
-    /// ACTIVE caches, and batches in work, whose path contains this node, and the mark [`moves::NEAR`]; with a host tier only.
-    pins: AtomicU64,
-    /// Blocks before this one.
-    pub depth: Field,
-    /// Retention priority.
-    pub priority: Field,
-    /// Segment of the policy.
-    pub segment: Field,
-    /// Insertion number.
-    pub seq: Field,
-    /// Weights epoch of its root.
-    pub epoch: Field,
-    /// Digest of its root; compared for first blocks only.
-    scope: [Field; 2],
 }
 
 impl Node {
     /// Version at which it was born.
     fn born(&self) -> u64 {
-        self.born.load(Ordering::Acquire) // Acquire: partner the store in `Tree::write`: who sees the birth finds the node's former places left
+        self.birth().born()
+    }
+
+    fn birth(&self) -> Birth {
+        Birth(self.born.load(Ordering::Acquire)) // Acquire: partner the store in `Tree::write`: who sees the birth finds the node's former places left
     }
 
     /// Its state.
@@ -83,7 +87,7 @@ impl Node {
         self.children.load(Ordering::Relaxed) // Relaxed: ordered by the Acquire load of the state before it, see `Tree::kill`
     }
 
-    /// Its parent, if it is claimed or owned.
+    /// Its parent, if it is claimed or owned; nil of a first block.
     pub fn parent(&self) -> Link {
         Link(self.parent.get()).unmarked()
     }
@@ -138,6 +142,15 @@ impl Root {
     pub fn key(&self) -> u64 {
         self.digest[0]
     }
+
+    /// What stands above a block below `parent`: that, or the root.
+    fn above(&self, parent: Link) -> Link {
+        if parent.is_nil() {
+            Link::above_firsts(self.digest[1])
+        } else {
+            parent
+        }
+    }
 }
 
 /// See the module.
@@ -148,6 +161,10 @@ pub struct Tree {
     collide: bool,
     /// The slab.
     pub nodes: Vec<Node>,
+    /// By node: weights epoch of its root.
+    epochs: Vec<Field>,
+    /// By node; with a host tier only.
+    stays: Vec<Stay>,
     /// Two tokens per field.
     tokens: Vec<Field>,
     /// By pool.
@@ -162,7 +179,6 @@ pub struct Tree {
     /// Nodes beyond `max_blocks`, for private blocks of SUSPENDED caches.
     spare: Stack,
     max_blocks: u32,
-    seq: Counter,
     /// Claimed nodes on the device; with a host tier only.
     claimed_near: Counter,
     /// Pinned nodes on the device.
@@ -188,16 +204,14 @@ impl Tree {
             parent: Field::new(Link::NIL.0),
             below: AtomicU64::new(Link::NIL.0),
             children: AtomicU32::new(0),
-            near: AtomicU32::new(0),
-            pins: AtomicU64::new(0),
-            depth: Field::new(0),
             used: Field::new(0),
-            priority: Field::new(0),
-            segment: Field::new(0),
-            seq: Field::new(0),
-            epoch: Field::new(0),
-            scope: [Field::new(0), Field::new(0)],
+            priority: Field8::new(0),
+            segment: Field8::new(0),
             holders: Counter::default(),
+        };
+        let stay = || Stay {
+            pins: AtomicU64::new(0),
+            near: AtomicU32::new(0),
         };
         let pages = |windowed: &bool| {
             let extra = if *windowed { n } else { 0 };
@@ -213,6 +227,8 @@ impl Tree {
             seed,
             collide,
             nodes: (0..n).map(|_| node()).collect(),
+            epochs: (0..n).map(|_| Field::new(0)).collect(),
+            stays: (0..if spare.is_some() { n } else { 0 }).map(|_| stay()).collect(),
             tokens: (0..max_blocks as usize * t.div_ceil(2))
                 .map(|_| Field::new(0))
                 .collect(),
@@ -224,7 +240,6 @@ impl Tree {
             free: Stack::full(max_blocks),
             spare: Stack::full(spare.unwrap_or(0)),
             max_blocks,
-            seq: Counter::default(),
             claimed_near: Counter::default(),
             pinned_near: Counter::default(),
         }
@@ -232,7 +247,7 @@ impl Tree {
 
     /// Bytes of all tables for a node, for the question whether they can be had.
     pub fn bytes_per_node(t: usize, pools: usize) -> usize {
-        let words = 8 * (t.div_ceil(2) + 4 * pools + 6) + 4;
+        let words = 8 * (t.div_ceil(2) + 3 * pools + 7) + 4;
         std::mem::size_of::<Node>() + words
     }
 
@@ -255,16 +270,19 @@ impl Tree {
         if self.collide {
             return 0;
         }
-        let hash = xxh3_64_with_seed(bytemuck::cast_slice(tokens), self.seed);
+        Self::mix_key(before, xxh3_64_with_seed(bytemuck::cast_slice(tokens), self.seed))
+    }
+
+    /// The key for the hash of one block: for one hash different before, different after.
+    fn mix_key(before: u64, hash: u64) -> u64 {
         let mut key = (before.rotate_left(23) ^ hash).wrapping_mul(0x9E37_79B9_7F4A_7C15);
         key ^= key >> 32;
         key = key.wrapping_mul(0xBF58_476D_1CE4_E5B9);
         key ^ (key >> 29)
     }
 
-    fn first_hash(root: &[u64; 2], parent: Link, first: i32) -> u64 {
-        let above = if parent.is_nil() { root[1] } else { parent.0 };
-        let x = above ^ u64::from(first as u32).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+    fn first_hash(above: Link, first: i32) -> u64 {
+        let x = above.0 ^ u64::from(first as u32).wrapping_mul(0x9E37_79B9_7F4A_7C15);
         let x = (x ^ (x >> 31)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
         x ^ (x >> 29)
     }
@@ -274,7 +292,7 @@ impl Tree {
     /// Brings all lines of a node closer.
     pub fn warm_node(&self, index: usize) {
         self.warm_reading(index);
-        warm(&self.nodes[index].pins);
+        warm(&self.epochs[index]);
         if self.is_block(index) {
             self.by_key.warm_next(index);
             self.by_first.warm_next(index);
@@ -304,24 +322,19 @@ impl Tree {
 
     /// Brings the buckets closer into which blocks with these keys will be put, below each other, as these nodes.
     pub fn warm_births(&self, root: &Root, above: Link, births: impl Iterator<Item = (u64, i32, u32)>) {
-        let mut parent = above;
+        let mut above = root.above(above);
         for (key, first, index) in births {
             self.by_key.warm_bucket(self.by_key.bucket(key));
-            let bucket = self
-                .by_first
-                .bucket(Self::first_hash(&root.digest, parent, first));
-            self.by_first.warm_bucket(bucket);
-            parent = Link::new(self.state(index as usize).version(), index);
+            self.by_first
+                .warm_bucket(self.by_first.bucket(Self::first_hash(above, first)));
+            above = Link::new(self.state(index as usize).version(), index);
         }
     }
 
     /// The bucket by first token of a node that was written.
     fn first_bucket(&self, index: usize) -> usize {
-        let n = &self.nodes[index];
-        let root = [n.scope[0].get(), n.scope[1].get()];
         let first = self.tokens[index * self.t.div_ceil(2)].get() as i32;
-        self.by_first
-            .bucket(Self::first_hash(&root, self.parent(index), first))
+        self.by_first.bucket(Self::first_hash(self.parent(index), first))
     }
 
     // -- reading a node ---------------------------------------------------------------------
@@ -368,12 +381,12 @@ impl Tree {
 
     /// Nodes below that are on the device.
     pub fn near(&self, index: usize) -> u32 {
-        self.nodes[index].near.load(Ordering::Relaxed) // Relaxed: it grows under a pin only; `Tree::seize` looks at it after the pins
+        self.stays[index].near.load(Ordering::Relaxed) // Relaxed: it grows under a pin only; `Tree::seize` looks at it after the pins
     }
 
     /// ACTIVE caches whose path contains the node.
     pub fn pins(&self, index: usize) -> u64 {
-        self.nodes[index].pins.load(Ordering::Acquire) & !moves::NEAR // Acquire: partner the CAS in `Tree::unpin`
+        self.stays[index].pins.load(Ordering::Acquire) & !moves::NEAR // Acquire: partner the CAS in `Tree::unpin`
     }
 
     /// Nodes below.
@@ -381,7 +394,7 @@ impl Tree {
         self.nodes[index].children()
     }
 
-    /// The parent of a claimed or owned node.
+    /// The parent of a claimed or owned node; nil of a first block.
     pub fn parent(&self, index: usize) -> Link {
         self.nodes[index].parent()
     }
@@ -397,12 +410,29 @@ impl Tree {
         Link(self.nodes[index].parent.get()).is_marked()
     }
 
-    /// The root of a node, as far as its first block tells; for `check`.
+    /// Blocks before it; too few from 2^28 on.
+    pub fn depth(&self, index: usize) -> u32 {
+        let n = &self.nodes[index];
+        let first = self.is_block(index) && n.parent().is_nil();
+        if first {
+            0
+        } else {
+            n.birth().low() as u32
+        }
+    }
+
+    /// Weights epoch of its root.
+    pub fn epoch(&self, index: usize) -> u64 {
+        self.epochs[index].get()
+    }
+
+    /// The root of a first block, but for what is in its key; for `check`.
     pub fn root_of(&self, index: usize) -> Root {
         let n = &self.nodes[index];
+        let low = Birth::root_bits(u64::MAX);
         Root {
-            digest: [n.scope[0].get(), n.scope[1].get()],
-            epoch: n.epoch.get(),
+            digest: [0, n.parent().0 & !low | n.birth().low()],
+            epoch: self.epoch(index),
         }
     }
 

@@ -6,7 +6,7 @@
 use super::{Claimed, Dead, Root, Tree};
 use crate::chains::Visit;
 use crate::sync::{weak, Ordering, Weak};
-use crate::words::{Link, Page, State, Tier};
+use crate::words::{Birth, Link, Page, State, Tier};
 
 /// Mark in the word of the pins: the node is counted in `pinned_near`. Only a pinned node has it.
 pub(super) const NEAR: u64 = 1 << 63;
@@ -32,7 +32,7 @@ impl Tree {
 
     /// A pinned node is on the device.
     fn note_pinned(&self, index: usize) {
-        let before = self.nodes[index].pins.fetch_or(NEAR, Ordering::Relaxed); // Relaxed: a mark for a statistic, partner the CAS in `unpin`
+        let before = self.stays[index].pins.fetch_or(NEAR, Ordering::Relaxed); // Relaxed: a mark for a statistic, partner the CAS in `unpin`
         if before & NEAR == 0 {
             self.pinned_near.add(1);
         }
@@ -41,6 +41,7 @@ impl Tree {
     // -- children ---------------------------------------------------------------------------
 
     fn family(parent: Link) -> u64 {
+        let parent = if parent.is_nil() { Link::NIL } else { parent };
         let x = parent.0.wrapping_mul(0x9E37_79B9_7F4A_7C15);
         x ^ (x >> 29)
     }
@@ -48,7 +49,7 @@ impl Tree {
     /// A child of `parent` is on the device.
     pub(super) fn come_near(&self, parent: Link) {
         if self.by_parent.is_some() && !parent.is_nil() {
-            let near = &self.nodes[parent.index()].near;
+            let near = &self.stays[parent.index()].near;
             near.fetch_add(1, Ordering::Relaxed); // Relaxed: ordered by the release of the pin, see `Tree::seize`
         }
     }
@@ -56,7 +57,7 @@ impl Tree {
     /// A child of `parent` is no longer on the device.
     pub(super) fn go_far(&self, parent: Link) {
         if self.by_parent.is_some() && !parent.is_nil() {
-            let near = &self.nodes[parent.index()].near;
+            let near = &self.stays[parent.index()].near;
             near.fetch_sub(1, Ordering::AcqRel); // AcqRel: partner the RMW in `near_now`
         }
     }
@@ -119,7 +120,7 @@ impl Tree {
     /// Nodes below that are on the device, not older than what the caller did to the node before: of who unpins it and who
     /// takes the last child off the device, one sees both.
     pub fn near_now(&self, index: usize) -> u32 {
-        self.nodes[index].near.fetch_add(0, Ordering::AcqRel) // AcqRel: partner the fetch_sub in `go_far`
+        self.stays[index].near.fetch_add(0, Ordering::AcqRel) // AcqRel: partner the fetch_sub in `go_far`
     }
 
     // -- pins -------------------------------------------------------------------------------
@@ -127,7 +128,7 @@ impl Tree {
     /// An ACTIVE cache has this node, on which it has a claim, in its path. `false`: it is on the move.
     pub fn pin(&self, index: usize) -> bool {
         let n = &self.nodes[index];
-        let before = n.pins.fetch_add(1, Ordering::Relaxed); // Relaxed: the CAS below orders it before the look in `seize`
+        let before = self.stays[index].pins.fetch_add(1, Ordering::Relaxed); // Relaxed: the CAS below orders it before the look in `seize`
         loop {
             let now = self.state(index);
             if now.is_busy() {
@@ -155,13 +156,13 @@ impl Tree {
 
     /// As `pin`, of a node that nobody else can see yet.
     pub fn pin_first(&self, dead: &Dead) {
-        self.nodes[dead.index()].pins.fetch_add(1, Ordering::Relaxed); // Relaxed: published with the node
+        self.stays[dead.index()].pins.fetch_add(1, Ordering::Relaxed); // Relaxed: published with the node
         self.note_pinned(dead.index());
     }
 
     /// One pin less. Returns whether it was the last.
     pub fn unpin(&self, index: usize) -> bool {
-        let pins = &self.nodes[index].pins;
+        let pins = &self.stays[index].pins;
         let mut now = pins.load(Ordering::Relaxed); // Relaxed: the CAS below decides
         loop {
             let last = now & !NEAR == 1;
@@ -387,13 +388,12 @@ impl Tree {
         let index = dead.index();
         let n = &self.nodes[index];
         let born = self.state(index).version();
-        n.born.store(born, Ordering::Release); // Release: partner the load in `Tree::born`
+        n.born.store(Birth::new(born, depth).0, Ordering::Release); // Release: partner the load in `Tree::born`
         n.parent.set(parent.0);
-        n.depth.set(depth);
         n.used.set(0);
-        n.priority.set(u64::from(priority));
+        n.priority.set(priority);
         n.segment.set(0);
-        n.epoch.set(root.epoch);
+        self.epochs[index].set(root.epoch);
         if !parent.is_nil() {
             self.nodes[parent.index()]
                 .children
