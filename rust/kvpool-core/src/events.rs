@@ -1,12 +1,12 @@
 //! What happened to the tree, for whoever wants to follow it: a bounded ring that never blocks.
 //!
 //! ```text
-//! slot state:  [ number 63 | writing 1 ]      0: never written
+//! slot state:  [ lap 48 | pool 11 | host 1 | has_parent 1 | kind 2 | writing 1 ]      lap 0: never written
 //! ```
 //!
-//! Writers take the next number and the slot that belongs to it; a slot that somebody still writes, or that a later
-//! number has, is left alone and the event is lost. One reader at a time goes from number to number: what was
-//! overwritten or lost shows as a gap in the numbers.
+//! Writers take the next number and the slot that belongs to it (the lap is which of that slot's numbers it is); a slot
+//! that somebody still writes, or that a later number has, is left alone and the event is lost. One reader at a time goes
+//! from number to number: what was overwritten or lost shows as a gap in the numbers.
 //!
 //! push: wait-free. drain: lock-free for one reader; a second one meanwhile gets nothing.
 
@@ -42,15 +42,20 @@ pub struct Event {
 }
 
 const WRITING: u64 = 1;
+const KIND_SHIFT: u32 = 1;
 const KIND: u64 = 3;
-const HAS_PARENT: u64 = 4;
-const HOST: u64 = 8;
-const POOL_SHIFT: u32 = 4;
+const HAS_PARENT: u64 = 8;
+const HOST: u64 = 16;
+const POOL_SHIFT: u32 = 5;
+const LAP_SHIFT: u32 = 16;
+const LAP: u64 = u64::MAX << LAP_SHIFT;
+
+/// Pools that an event can tell apart.
+pub const MAX_POOLS: usize = 1 << (LAP_SHIFT - POOL_SHIFT);
 
 #[derive(Debug)]
 struct Slot {
     state: AtomicU64,
-    what: Field,
     key: Field,
     parent: Field,
 }
@@ -59,8 +64,9 @@ struct Slot {
 #[derive(Debug)]
 pub struct Events {
     slots: Vec<Slot>,
-    /// Bits of a number that tell its slot.
+    /// Bits of a number that tell its slot, and how many.
     mask: usize,
+    bits: u32,
     last: Counter,
     /// The next number to be read.
     reader: Sole<u64>,
@@ -75,13 +81,13 @@ impl Events {
         );
         let slot = |_| Slot {
             state: AtomicU64::new(0),
-            what: Field::new(0),
             key: Field::new(0),
             parent: Field::new(0),
         };
         Self {
             slots: (0..capacity).map(slot).collect(),
             mask: capacity.saturating_sub(1),
+            bits: capacity.trailing_zeros() % usize::BITS,
             last: Counter::default(),
             reader: Sole::new(1),
         }
@@ -104,28 +110,25 @@ impl Events {
         let Some(slot) = self.slots.get(number as usize & self.mask) else {
             return;
         };
+        let lap = self.lap(number);
         let before = slot.state.load(Ordering::Relaxed); // Relaxed: the CAS below decides
-        if before & WRITING != 0 || before >> 1 > number {
+        if before & WRITING != 0 || before & LAP > lap {
             return;
         }
         // Acquire: partner the store below: the former writer's fields come before ours. Relaxed on failure: the event is lost.
-        let taken = slot.state.compare_exchange(
-            before,
-            number << 1 | WRITING,
-            Ordering::Acquire,
-            Ordering::Relaxed,
-        );
+        let taken = slot
+            .state
+            .compare_exchange(before, lap | WRITING, Ordering::Acquire, Ordering::Relaxed);
         if taken.is_err() {
             return;
         }
         fence(Ordering::Release); // Release: partner the fence in `read`: who sees a field of ours sees that we write
         let has_parent = if parent.is_some() { HAS_PARENT } else { 0 };
         let host = if tier == Tier::Host { HOST } else { 0 };
-        slot.what
-            .set((pool as u64) << POOL_SHIFT | host | has_parent | kind as u64);
+        let what = (pool as u64) << POOL_SHIFT | host | has_parent | (kind as u64) << KIND_SHIFT;
         slot.key.set(key);
         slot.parent.set(parent.unwrap_or(0));
-        slot.state.store(number << 1, Ordering::Release); // Release: partner the load in `read`: the fields are there
+        slot.state.store(lap | what, Ordering::Release); // Release: partner the load in `read`: the fields are there
     }
 
     /// Appends what happened since the last call, at most `most` events, in the order of their numbers.
@@ -147,18 +150,24 @@ impl Events {
         }
     }
 
+    /// The lap of a number, where the state of its slot has it.
+    fn lap(&self, number: u64) -> u64 {
+        ((number >> self.bits) + 1) << LAP_SHIFT
+    }
+
     fn read(&self, number: u64) -> Read {
         let slot = &self.slots[number as usize & self.mask];
         let state = slot.state.load(Ordering::Acquire); // Acquire: partner the store in `push`
-        if state >> 1 > number {
+        let lap = self.lap(number);
+        if state & LAP > lap {
             return Read::Lost;
         }
-        if state != number << 1 {
+        if state & LAP < lap || state & WRITING != 0 {
             // A writer on its way, unless it gave up: then a younger event stands already.
-            let gave_up = state >> 1 < number && self.last.get() >= number + self.slots.len() as u64 / 2;
+            let gave_up = state & LAP < lap && self.last.get() >= number + self.slots.len() as u64 / 2;
             return if gave_up { Read::Lost } else { Read::NotYet };
         }
-        let (what, key, parent) = (slot.what.get(), slot.key.get(), slot.parent.get());
+        let (key, parent) = (slot.key.get(), slot.parent.get());
         fence(Ordering::Acquire); // Acquire: partner the fence in `push`
         let again = slot.state.load(Ordering::Relaxed); // Relaxed: ordered by the fence above
         if again != state && !weak(Weak::EventAgain) {
@@ -166,19 +175,19 @@ impl Events {
         }
         Read::Event(Event {
             number,
-            kind: match what & KIND {
+            kind: match state >> KIND_SHIFT & KIND {
                 0 => EventKind::Stored,
                 1 => EventKind::Removed,
                 _ => EventKind::Moved,
             },
-            tier: if what & HOST == 0 {
+            tier: if state & HOST == 0 {
                 Tier::Device
             } else {
                 Tier::Host
             },
-            pool: (what >> POOL_SHIFT) as u32,
+            pool: (state >> POOL_SHIFT) as u32 % MAX_POOLS as u32,
             key,
-            parent: (what & HAS_PARENT != 0).then_some(parent),
+            parent: (state & HAS_PARENT != 0).then_some(parent),
         })
     }
 }
@@ -222,6 +231,34 @@ mod tests {
             .all(|e| e.kind == EventKind::Removed && e.key == e.number));
         events.drain(9, &mut out);
         assert_eq!(out.len(), 4);
+    }
+
+    /// Each value of each part, through several laps.
+    #[test]
+    fn parts_of_an_event_do_not_touch_each_other() {
+        let events = Events::new(2);
+        let mut number = 0;
+        for kind in [EventKind::Stored, EventKind::Removed, EventKind::Moved] {
+            for tier in [Tier::Device, Tier::Host] {
+                for pool in [0, 1, MAX_POOLS - 1] {
+                    for parent in [None, Some(0), Some(u64::MAX)] {
+                        number += 1;
+                        events.push(kind, tier, pool, !number, parent);
+                        let mut out = Vec::new();
+                        events.drain(9, &mut out);
+                        let whole = Event {
+                            number,
+                            kind,
+                            tier,
+                            pool: pool as u32,
+                            key: !number,
+                            parent,
+                        };
+                        assert_eq!(out, [whole]);
+                    }
+                }
+            }
+        }
     }
 
     #[test]

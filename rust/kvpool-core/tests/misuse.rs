@@ -3,7 +3,9 @@
 mod common;
 
 use common::{claim, core, pool, serve};
-use kvpool_core::types::PolicyKind;
+use kvpool_core::events::MAX_POOLS;
+use kvpool_core::types::{CoreConfig, PolicyKind};
+use kvpool_core::{Core, CoreError};
 
 /// While copies are out every other call is refused, and the report ends that.
 #[test]
@@ -90,4 +92,30 @@ fn failed_copies_restore_the_whole_promise() {
     c.copies_failed(x);
     c.check(&[x]).unwrap();
     assert_eq!(c.available_tokens(), before, "the cache is as it was before");
+}
+
+/// An event has room for the number of so many pools.
+#[test]
+fn a_core_of_more_pools_than_an_event_can_name_is_refused() {
+    let config = |pools: usize| CoreConfig {
+        tokens_per_block: 1,
+        pools: vec![pool(1, None); pools],
+        max_blocks: 1,
+        max_seq_len: None,
+        partial_reuse: true,
+        hash_seed: 1,
+        policy: PolicyKind::Lru,
+        offload_min_priority: 30,
+        collide: false,
+    };
+    let most = Core::new(config(MAX_POOLS)).unwrap();
+    serve(&most, &[5], None);
+    let mut events = Vec::new();
+    most.events.drain(usize::MAX, &mut events);
+    let pools: Vec<u32> = events.iter().map(|event| event.pool).collect();
+    assert_eq!(pools, (0..MAX_POOLS as u32).collect::<Vec<u32>>());
+    assert!(matches!(
+        Core::new(config(MAX_POOLS + 1)),
+        Err(CoreError::Value(_))
+    ));
 }

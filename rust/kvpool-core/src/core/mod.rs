@@ -29,7 +29,7 @@ pub use lost::BadPage;
 
 use crate::cache::Cache;
 use crate::error::{CoreError, Result};
-use crate::events::{EventKind, Events};
+use crate::events::{EventKind, Events, MAX_POOLS};
 use crate::evict::{Keeper, Order};
 use crate::pool::SlotPool;
 use crate::retention::Times;
@@ -150,6 +150,12 @@ impl Core {
             return Err(CoreError::Value(
                 "tokens_per_block, pools and max_blocks must not be empty".into(),
             ));
+        }
+        if config.pools.len() > MAX_POOLS {
+            return Err(CoreError::Value(format!(
+                "pools: {} of them are above {MAX_POOLS}, the most that a core can have",
+                config.pools.len()
+            )));
         }
         check_memory(&config)?;
         if config.max_blocks > MAX_NODES {
