@@ -65,6 +65,7 @@ fn stack_pops_once() {
         thread::spawn(move || {
             let a = stack.pop().unwrap();
             own(&owners, a);
+            stack.set_note(a, 1); // could be an index
             let b = stack.pop();
             if let Some(b) = b {
                 own(&owners, b);
@@ -99,6 +100,7 @@ fn stack_pops_many_once() {
         thread::spawn(move || {
             let a = stack.pop();
             let b = stack.pop();
+            a.iter().for_each(|&a| stack.set_note(a, 9)); // is no index
             stack.push_each(a.into_iter()); // the head is the same index again, and what was below it is gone
             b
         })

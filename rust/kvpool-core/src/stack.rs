@@ -1,6 +1,8 @@
 //! A lock-free stack of indices below a fixed number: free nodes, free slots.
 //!
-//! Head = [tag 32 | index 32]. Every change of the head steps the tag, so a pop whose `next` was read
+//! Each index has a word: on the stack the way to the one below, off it a note of whoever owns the index.
+//!
+//! Head = [tag 32 | index 32], word = [on the stack 1 | index below or note 31]. Every change of the head steps the tag, so a pop whose `next` was read
 //! before others popped and pushed the same index fails (2^32 steps during one pop are taken as
 //! impossible). An index is on the stack at most once: who pops it owns it until the push.
 //!
@@ -8,13 +10,14 @@
 
 use crate::sync::{weak, AtomicU32, AtomicU64, Ordering, Weak};
 
-const NIL: u32 = u32::MAX;
+const ON: u32 = 1 << 31;
+const NIL: u32 = ON - 1;
 
 /// See the module.
 #[derive(Debug)]
 pub struct Stack {
     head: AtomicU64,
-    next: Vec<AtomicU32>,
+    words: Vec<AtomicU32>,
 }
 
 fn step(head: u64, index: u32) -> u64 {
@@ -29,11 +32,29 @@ fn step(head: u64, index: u32) -> u64 {
 impl Stack {
     /// All indices below `count` are on it, the lowest on top.
     pub fn full(count: u32) -> Self {
-        let below = |i: u32| if i + 1 < count { i + 1 } else { NIL };
+        assert!(count < NIL, "count: {count}");
+        let below = |i: u32| ON | if i + 1 < count { i + 1 } else { NIL };
         Self {
             head: AtomicU64::new(u64::from(if count == 0 { NIL } else { 0 })),
-            next: (0..count).map(|i| AtomicU32::new(below(i))).collect(),
+            words: (0..count).map(|i| AtomicU32::new(below(i))).collect(),
         }
+    }
+
+    /// Indices in all.
+    pub fn count(&self) -> u32 {
+        self.words.len() as u32
+    }
+
+    /// The note of who owns an index; `None`: it is on the stack, or nothing was noted since it was.
+    pub fn note(&self, index: u32) -> Option<u32> {
+        let word = self.words[index as usize].load(Ordering::Relaxed); // Relaxed: a monitor's reading, or the owner's own
+        (word & ON == 0).then_some(word)
+    }
+
+    /// Notes something below 2^31 at an index that the caller owns.
+    pub fn set_note(&self, index: u32, note: u32) {
+        debug_assert!(note & ON == 0, "note: {note}");
+        self.words[index as usize].store(note, Ordering::Relaxed); // Relaxed: ordered before the push by the next owner as all that the owner did
     }
 
     /// Takes the index on top.
@@ -44,13 +65,13 @@ impl Stack {
             if index == NIL {
                 return None;
             }
-            let next = self.next[index as usize].load(Ordering::Relaxed); // Relaxed: a value of another turn fails the CAS by its tag
+            let below = self.words[index as usize].load(Ordering::Relaxed) & !ON; // Relaxed: a word of another turn fails the CAS by its tag
             let success = if weak(Weak::StackOrder) {
                 Ordering::Relaxed // Relaxed: the planted weakness
             } else {
                 Ordering::Acquire // Acquire: partner the CAS in `push_chain`
             };
-            let (old, new) = (head, step(head, next));
+            let (old, new) = (head, step(head, below));
             // Acquire on failure: partner the CAS in `push_chain`.
             match self
                 .head
@@ -69,9 +90,9 @@ impl Stack {
         loop {
             into.truncate(before);
             let mut at = head as u32;
-            while at != NIL && into.len() - before < n {
+            while let Some(word) = self.words.get(at as usize).filter(|_| into.len() - before < n) {
                 into.push(own(at));
-                at = self.next[at as usize].load(Ordering::Relaxed); // Relaxed: a value of another turn fails the CAS by its tag
+                at = word.load(Ordering::Relaxed) & !ON; // Relaxed: a word of another turn, a note too, fails the CAS by its tag
             }
             if into.len() == before {
                 return;
@@ -100,7 +121,7 @@ impl Stack {
         };
         let mut top = first;
         for index in indices {
-            self.next[index as usize].store(top, Ordering::Relaxed); // Relaxed: published by the CAS in `push_chain`
+            self.words[index as usize].store(ON | top, Ordering::Relaxed); // Relaxed: published by the CAS in `push_chain`
             top = index;
         }
         self.push_chain(top, first);
@@ -109,7 +130,7 @@ impl Stack {
     fn push_chain(&self, top: u32, bottom: u32) {
         let mut head = self.head.load(Ordering::Relaxed); // Relaxed: only its value is used
         loop {
-            self.next[bottom as usize].store(head as u32, Ordering::Relaxed); // Relaxed: published by the CAS below
+            self.words[bottom as usize].store(ON | head as u32, Ordering::Relaxed); // Relaxed: published by the CAS below
             let success = if weak(Weak::StackOrder) {
                 Ordering::Relaxed // Relaxed: the planted weakness
             } else {
@@ -131,9 +152,9 @@ impl Stack {
     pub fn indices(&self) -> Vec<u32> {
         let mut found = Vec::new();
         let mut at = self.head.load(Ordering::Acquire) as u32; // Acquire: partner the CAS in `push_chain`
-        while at != NIL && found.len() <= self.next.len() {
+        while at != NIL && found.len() <= self.words.len() {
             found.push(at);
-            at = self.next[at as usize].load(Ordering::Relaxed); // Relaxed: the stack is at rest
+            at = self.words[at as usize].load(Ordering::Relaxed) & !ON; // Relaxed: the stack is at rest
         }
         found
     }

@@ -302,6 +302,12 @@ pub fn seconds(word: u64) -> f64 {
     f64::from_bits(if word >> 63 == 1 { word & !(1 << 63) } else { !word })
 }
 
+/// 31 bits of a weights epoch. Those of epochs less than 2^29 apart differ: multiples of the golden ratio keep away from
+/// whole numbers.
+pub fn era(epoch: u64) -> u32 {
+    (epoch.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 33) as u32
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -387,5 +393,17 @@ mod tests {
         let last = State(VERSION << VERSION_SHIFT | FLAG);
         assert_eq!(last.killed(), State(0));
         assert_eq!(last.claimed(false), State(FLAG | 1));
+    }
+
+    /// The nearest epochs that share an era would be Fibonacci numbers apart.
+    #[test]
+    fn epochs_less_than_2_to_the_29_apart_are_told_apart() {
+        for start in [0, 1, 12345, 1 << 40, u64::MAX - (1 << 30)] {
+            let (mut before, mut apart) = (1, 1);
+            while apart < 1 << 29 {
+                assert_ne!(era(start), era(start + apart), "{start} + {apart}");
+                (before, apart) = (apart, before + apart);
+            }
+        }
     }
 }

@@ -13,7 +13,7 @@ impl Core {
 
     pub(super) fn rank(&self, index: usize) -> i16 {
         let n = &self.tree.nodes[index];
-        if self.tree.epoch(index) < self.epoch() {
+        if self.tree.is_outdated(index, self.epoch()) {
             -1
         } else {
             i16::from(n.priority.get())

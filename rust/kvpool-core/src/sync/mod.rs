@@ -44,9 +44,9 @@ use stops::Inside;
 /// The words below [`Field`] and [`Counter`]: no point at which a checker need switch threads.
 mod plain {
     #[cfg(not(kvpool_loom))]
-    pub use super::{AtomicU32, AtomicU64, AtomicU8};
+    pub use super::{AtomicU64, AtomicU8};
     #[cfg(kvpool_loom)]
-    pub use loom::sync::atomic::{AtomicU32, AtomicU64, AtomicU8};
+    pub use loom::sync::atomic::{AtomicU64, AtomicU8};
 }
 
 macro_rules! field {
@@ -98,12 +98,6 @@ field!(
     Field,
     u64,
     plain::AtomicU64
-);
-field!(
-    /// As [`Field`], in four bytes.
-    Field32,
-    u32,
-    plain::AtomicU32
 );
 field!(
     /// As [`Field`], in one byte.

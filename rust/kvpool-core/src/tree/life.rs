@@ -98,7 +98,7 @@ impl Tree {
         n.used.set(0);
         n.priority.set(priority);
         n.segment.set(0);
-        self.epochs[index].set(root.epoch);
+        self.note_epoch(dead, root.epoch);
         let words = self.t.div_ceil(2);
         let stored = &self.tokens[index * words..(index + 1) * words];
         match pairs_of(tokens) {

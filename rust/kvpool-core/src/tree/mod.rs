@@ -23,7 +23,7 @@ pub use life::{Claimed, Dead};
 use crate::chains::Chains;
 use crate::stack::Stack;
 use crate::sync::{fence, warm, weak, AtomicU32, AtomicU64, Counter, Field, Field8, Ordering, Weak};
-use crate::words::{Birth, Link, Page, State};
+use crate::words::{era, Birth, Link, Page, State};
 use siphasher::sip128::{Hasher128, SipHasher24};
 use std::hash::Hasher;
 use xxhash_rust::xxh3::xxh3_64_with_seed;
@@ -161,8 +161,6 @@ pub struct Tree {
     collide: bool,
     /// The slab.
     pub nodes: Vec<Node>,
-    /// By node: weights epoch of its root.
-    epochs: Vec<Field>,
     /// By node; with a host tier only.
     stays: Vec<Stay>,
     /// Two tokens per field.
@@ -175,8 +173,9 @@ pub struct Tree {
     by_first: Chains,
     /// Children by parent; with a host tier only.
     by_parent: Option<Chains>,
+    /// Free nodes; the note of another one is the [`era`] of its root.
     free: Stack,
-    /// Nodes beyond `max_blocks`, for private blocks of SUSPENDED caches.
+    /// As `free`, nodes beyond `max_blocks`, for private blocks of SUSPENDED caches.
     spare: Stack,
     max_blocks: u32,
     /// Claimed nodes on the device; with a host tier only.
@@ -227,7 +226,6 @@ impl Tree {
             seed,
             collide,
             nodes: (0..n).map(|_| node()).collect(),
-            epochs: (0..n).map(|_| Field::new(0)).collect(),
             stays: (0..if spare.is_some() { n } else { 0 }).map(|_| stay()).collect(),
             tokens: (0..max_blocks as usize * t.div_ceil(2))
                 .map(|_| Field::new(0))
@@ -247,7 +245,7 @@ impl Tree {
 
     /// Bytes of all tables for a node, for the question whether they can be had.
     pub fn bytes_per_node(t: usize, pools: usize) -> usize {
-        let words = 8 * (t.div_ceil(2) + 3 * pools + 7) + 4;
+        let words = 8 * (t.div_ceil(2) + 3 * pools + 6) + 4;
         std::mem::size_of::<Node>() + words
     }
 
@@ -292,7 +290,6 @@ impl Tree {
     /// Brings all lines of a node closer.
     pub fn warm_node(&self, index: usize) {
         self.warm_reading(index);
-        warm(&self.epochs[index]);
         if self.is_block(index) {
             self.by_key.warm_next(index);
             self.by_first.warm_next(index);
@@ -421,9 +418,21 @@ impl Tree {
         }
     }
 
-    /// Weights epoch of its root.
-    pub fn epoch(&self, index: usize) -> u64 {
-        self.epochs[index].get()
+    /// Whether its root is of another weights epoch than this. Not told apart: one in 2^31 of those that are 2^29 or more
+    /// away; such a node keeps its place in the order of eviction, and is found by nobody all the same.
+    pub fn is_outdated(&self, index: usize, epoch: u64) -> bool {
+        let note = match (index as u32).checked_sub(self.max_blocks) {
+            None => self.free.note(index as u32),
+            Some(spare) => self.spare.note(spare),
+        };
+        note != Some(era(epoch))
+    }
+
+    fn note_epoch(&self, dead: &Dead, epoch: u64) {
+        match dead.0.checked_sub(self.max_blocks) {
+            None => self.free.set_note(dead.0, era(epoch)),
+            Some(spare) => self.spare.set_note(spare, era(epoch)),
+        }
     }
 
     /// The root of a first block, but for what is in its key; for `check`.
@@ -432,7 +441,7 @@ impl Tree {
         let low = Birth::root_bits(u64::MAX);
         Root {
             digest: [0, n.parent().0 & !low | n.birth().low()],
-            epoch: self.epoch(index),
+            epoch: 0,
         }
     }
 

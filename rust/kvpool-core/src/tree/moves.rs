@@ -393,7 +393,7 @@ impl Tree {
         n.used.set(0);
         n.priority.set(priority);
         n.segment.set(0);
-        self.epochs[index].set(root.epoch);
+        self.note_epoch(&dead, root.epoch);
         if !parent.is_nil() {
             self.nodes[parent.index()]
                 .children
