@@ -304,7 +304,7 @@ impl Core {
 
     /// A block has left the tree: the policy may remember it.
     pub(super) fn note_gone(&self, orders: &mut Orders, dead: &Dead) {
-        if self.tree.is_block(dead.index()) {
+        if self.keeper.wants_keys() && self.tree.is_block(dead.index()) {
             orders.policy.removed(self.tree.nodes[dead.index()].key.get());
         }
     }

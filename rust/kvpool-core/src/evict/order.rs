@@ -68,12 +68,22 @@ impl InLine {
     }
 }
 
-/// Entries of one order. An index has one entry that counts (`queued`), and maybe older ones that do not.
+/// An index has an entry, and the last bits of the version at which that node was born.
+const QUEUED: u32 = 1 << 31;
+
+fn queued(node: Link) -> u32 {
+    QUEUED | node.born() as u32
+}
+
+/// Entries of one order. An index has one entry that counts (`queued`), and maybe older ones that do not. A node that is
+/// born 2^31 versions of its index after another one whose entry is still there would be taken to have it; who pops that
+/// entry sees that it has not.
 #[derive(Debug)]
 pub struct Order {
     heap: BinaryHeap<Reverse<(Key, Link)>>,
     line: VecDeque<InLine>,
-    queued: Vec<Link>,
+    /// [`queued`] by index, or 0.
+    queued: Vec<u32>,
     limit: usize,
     short: bool,
 }
@@ -84,7 +94,7 @@ impl Order {
         Self {
             heap: BinaryHeap::new(),
             line: VecDeque::new(),
-            queued: vec![Link::NIL; nodes],
+            queued: vec![0; nodes],
             limit: Self::limit(nodes),
             short: false,
         }
@@ -92,7 +102,7 @@ impl Order {
 
     /// Bytes for one node that are had from the beginning, for the question whether they can be had.
     pub fn bytes_per_node() -> usize {
-        std::mem::size_of::<Link>()
+        std::mem::size_of::<u32>()
     }
 
     /// A quarter more than there can be: it is built anew that often at most.
@@ -107,13 +117,13 @@ impl Order {
 
     /// Whether there is an entry for this node whose key is a lower bound.
     pub fn has(&self, node: Link) -> bool {
-        self.queued[node.index()] == node
+        self.queued[node.index()] == queued(node)
     }
 
     /// What is known of this node is no lower bound any more: the next report queues it anew.
     pub fn forget(&mut self, node: Link) {
         if self.has(node) {
-            self.queued[node.index()] = Link::NIL;
+            self.queued[node.index()] = 0;
         }
     }
 
@@ -127,7 +137,7 @@ impl Order {
         self.short = false;
         self.heap.clear();
         self.line.clear();
-        self.queued.fill(Link::NIL);
+        self.queued.fill(0);
     }
 
     /// Indices of the nodes in it, some of them twice, some gone.
@@ -142,13 +152,13 @@ impl Order {
             let last = self.line.back().map(InLine::key);
             if last.is_none_or(|last| last <= key) && self.line.len() < self.limit && self.has_room_in_line()
             {
-                self.queued[node.index()] = node;
+                self.queued[node.index()] = queued(node);
                 self.line.push_back(entry);
                 return;
             }
         }
         if self.has_room_in_heap() {
-            self.queued[node.index()] = node;
+            self.queued[node.index()] = queued(node);
             self.heap.push(Reverse((key, node)));
         } else {
             self.forget(node);
@@ -187,9 +197,7 @@ impl Order {
             let Reverse(entry) = self.heap.pop()?;
             entry
         };
-        if self.queued[node.index()] == node {
-            self.queued[node.index()] = Link::NIL;
-        }
+        self.forget(node);
         Some((key, node))
     }
 }

@@ -8,7 +8,7 @@ use std::collections::{HashMap, VecDeque};
 /// Contract: `overflow` names a block only while more are protected than the policy wants; the core
 /// answers every name with exactly one of `demoted` (it left the segment or the tree) or `keep`.
 pub trait Policy: Send + std::fmt::Debug {
-    /// Whether `request` looks at keys past the match.
+    /// Whether `request` looks at keys past the match; only then it is told by `removed` what left.
     fn wants_keys(&self) -> bool;
     /// A request looked for the blocks with these keys and found the first `matched`.
     /// Returns the segment that its blocks get when they are released.
