@@ -3,6 +3,7 @@
 #![allow(unsafe_code)]
 
 use kvpool_core::types::{CoreConfig, PageCopy, PolicyKind, PoolSpec, RangeSpec, Retain, RetentionSpec};
+use kvpool_core::words::Tier;
 use kvpool_core::{Cache, Core, CoreError};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
@@ -130,17 +131,17 @@ fn run(policy: PolicyKind, slots: u32, host_slots: u32) -> [u64; 2] {
 const BLOCKS: i32 = 300;
 
 /// A core for so many blocks of one token.
-fn single_blocks(policy: PolicyKind) -> Core {
+fn single_blocks(policy: PolicyKind, host_slots: u32) -> Core {
     Core::new(CoreConfig {
         tokens_per_block: 1,
         pools: vec![PoolSpec {
             name: "kv".into(),
             num_slots: BLOCKS as u32,
-            host_slots: 0,
+            host_slots,
             window: None,
             sink_tokens: 0,
         }],
-        max_blocks: BLOCKS as u32,
+        max_blocks: 2 * BLOCKS as u32,
         max_seq_len: None,
         partial_reuse: false,
         hash_seed: 1,
@@ -166,7 +167,7 @@ fn serve(core: &Core, token: i32, retention: Option<RetentionSpec>) -> Result<()
 #[test]
 fn where_no_memory_can_be_had_nothing_is_lost() {
     for policy in [PolicyKind::Lru, PolicyKind::Slru] {
-        let core = single_blocks(policy);
+        let core = single_blocks(policy, 0);
         (0..BLOCKS).for_each(|token| serve(&core, token, None).unwrap());
         let cached = || {
             let is_there = |&token: &i32| core.probe(&[token, 0], b"", None).unwrap() == 1;
@@ -188,7 +189,7 @@ fn where_no_memory_can_be_had_nothing_is_lost() {
 /// changed, and the next one that gives a duration has all of it.
 #[test]
 fn a_first_duration_without_memory_is_refused_and_nothing_is_lost() {
-    let core = single_blocks(PolicyKind::Lru);
+    let core = single_blocks(PolicyKind::Lru, 0);
     let retain = |duration| Retain {
         priority: 80,
         duration,
@@ -218,5 +219,21 @@ fn a_first_duration_without_memory_is_refused_and_nothing_is_lost() {
     core.advance(16.0);
     assert_eq!(core.evict(1), 1);
     assert!(!is_there(2) && is_there(3), "its duration is over");
+    core.check(&[]).unwrap();
+}
+
+/// As without a host tier: what the order lacks is dropped instead of moved, and with memory again all that can move does.
+#[test]
+fn where_no_memory_can_be_had_nothing_is_lost_on_two_tiers_either() {
+    let core = single_blocks(PolicyKind::Lru, BLOCKS as u32);
+    (0..BLOCKS).for_each(|token| serve(&core, token, None).unwrap());
+    let on_device = || u64::from(core.books(Tier::Device)[0].cached);
+    assert_eq!(short_of_memory(0, || core.evict(7)), 7);
+    assert_eq!((on_device(), core.counters().offloaded), (BLOCKS as u64 - 7, 0));
+    core.check(&[]).unwrap();
+    assert_eq!(core.evict(9), 9);
+    assert_eq!((on_device(), core.counters().offloaded), (BLOCKS as u64 - 16, 9));
+    assert_eq!(core.evict(u64::MAX), BLOCKS as u64 - 16);
+    assert_eq!((on_device(), core.counters().offloaded), (0, BLOCKS as u64 - 7));
     core.check(&[]).unwrap();
 }

@@ -285,7 +285,7 @@ impl Core {
                 }
             }
             if claimed {
-                orders.aside.push((now, node));
+                orders.set_aside(now, node);
                 continue;
             }
             self.drop_below(&mut orders.below, index);
@@ -295,7 +295,7 @@ impl Core {
                 break;
             }
             if self.tiered {
-                orders.aside.push((now, node)); // claimed meanwhile: it may move down yet
+                orders.set_aside(now, node); // claimed meanwhile: it may move down yet
             }
         }
         self.put_back(orders, |orders| &mut orders.leaves[0]);
@@ -313,6 +313,9 @@ impl Core {
     pub(super) fn put_back(&self, orders: &mut Orders, order: impl Fn(&mut Orders) -> &mut Order) {
         while let Some((key, node)) = orders.aside.pop() {
             order(orders).push(key, node);
+        }
+        if std::mem::take(&mut orders.aside_short) {
+            order(orders).set_short();
         }
     }
 
@@ -339,7 +342,7 @@ impl Core {
                 }
             }
             if claimed {
-                orders.aside.push((now, node));
+                orders.set_aside(now, node);
                 continue;
             }
             if let Some(page) = self.take_idle_page(pool, index) {
@@ -348,7 +351,7 @@ impl Core {
                 break;
             }
             if self.tiered {
-                orders.aside.push((now, node)); // claimed meanwhile: it may move down yet
+                orders.set_aside(now, node); // claimed meanwhile: it may move down yet
             }
         }
         self.put_back(orders, |orders| &mut orders.pages[0][pool]);

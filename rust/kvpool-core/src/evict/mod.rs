@@ -52,6 +52,8 @@ struct Orders {
     pages: [Vec<Order>; 2],
     /// Entries that could not go, to be put back. With a host tier only: without one who releases a leaf reports it.
     aside: Vec<(Key, Link)>,
+    /// One of them is missing for want of memory.
+    aside_short: bool,
     /// Descendants that are still to be looked at.
     below: Vec<Link>,
     /// Pages of full-attention pools of the block that moves.
@@ -67,6 +69,15 @@ struct Orders {
 }
 
 impl Orders {
+    /// Keeps an entry that was popped until it is put back.
+    fn set_aside(&mut self, key: Key, node: Link) {
+        if self.aside.try_reserve(1).is_ok() {
+            self.aside.push((key, node));
+        } else {
+            self.aside_short = true;
+        }
+    }
+
     /// Whether one of them lacks an entry.
     fn is_short(&self) -> bool {
         let mut orders = self.leaves.iter().chain(self.pages.iter().flatten());
@@ -107,7 +118,8 @@ impl Keeper {
                         .map(|&windowed| Order::new(if windowed { far as usize } else { 0 }))
                         .collect(),
                 ],
-                aside: Vec::with_capacity(far as usize),
+                aside: Vec::new(),
+                aside_short: false,
                 below: Vec::with_capacity(far as usize),
                 ways: Vec::with_capacity(windowed.len()),
                 pages_along: Vec::with_capacity(windowed.len()),

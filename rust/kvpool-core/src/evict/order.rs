@@ -132,6 +132,11 @@ impl Order {
         self.short
     }
 
+    /// An entry that was taken out could not be put back.
+    pub fn set_short(&mut self) {
+        self.short = true;
+    }
+
     /// Forgets all entries.
     pub fn clear(&mut self) {
         self.short = false;

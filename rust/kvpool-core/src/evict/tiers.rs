@@ -103,7 +103,7 @@ impl Core {
                 first = Some((now, node));
                 break;
             } else {
-                orders.aside.push((now, node)); // claimed by SUSPENDED caches, or with children on the host
+                orders.set_aside(now, node); // claimed by SUSPENDED caches, or with children on the host
             }
         }
         self.put_back(orders, |orders| &mut orders.leaves[tier as usize]);
