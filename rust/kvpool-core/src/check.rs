@@ -71,6 +71,10 @@ fn check_tree(core: &Core) -> Result<()> {
             let tokens: Vec<i32> = tree.tokens(i).collect();
             let found = tree.child(&tree.root_of(i), parent, node.key.get(), &tokens);
             ensure!(found == Some(tree.at(i)), "node {i}: look-up finds {found:?}");
+            ensure!(
+                tree.is_in_start(i),
+                "node {i}: the chain of its beginning lacks it, or is too long"
+            );
         }
         for pool in (0..core.pools.len()).filter(|&pool| !tree.windowed[pool]) {
             ensure!(

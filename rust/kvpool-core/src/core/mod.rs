@@ -210,6 +210,7 @@ impl Core {
                 windowed,
                 config.hash_seed,
                 config.collide,
+                config.partial_reuse,
             ),
             counters: Tallies::default(),
             tiered,

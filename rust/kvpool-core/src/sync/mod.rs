@@ -44,9 +44,9 @@ use stops::Inside;
 /// The words below [`Field`] and [`Counter`]: no point at which a checker need switch threads.
 mod plain {
     #[cfg(not(kvpool_loom))]
-    pub use super::{AtomicU64, AtomicU8};
+    pub use super::{AtomicU32, AtomicU64, AtomicU8};
     #[cfg(kvpool_loom)]
-    pub use loom::sync::atomic::{AtomicU64, AtomicU8};
+    pub use loom::sync::atomic::{AtomicU32, AtomicU64, AtomicU8};
 }
 
 macro_rules! field {
@@ -98,6 +98,12 @@ field!(
     Field,
     u64,
     plain::AtomicU64
+);
+field!(
+    /// As [`Field`], in four bytes.
+    Field32,
+    u32,
+    plain::AtomicU32
 );
 field!(
     /// As [`Field`], in one byte.
@@ -230,10 +236,10 @@ pub enum Weak {
     PublishHead,
     /// A published node's fields are not ordered before its link.
     PublishOrder,
+    /// A chain's room is looked up at another head than the one in front of which a node is put.
+    CrowdHead,
     /// An unlinked node is not marked first.
     UnlinkMark,
-    /// The way down to a child is not ordered behind its fields.
-    BelowOrder,
     /// A child is believed without a look at its parent link.
     ParentLink,
     /// A claim takes its unit after the reference.

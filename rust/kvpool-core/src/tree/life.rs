@@ -13,7 +13,7 @@
 use super::lookup::{pack, pairs_of};
 use super::{Root, Tree};
 use crate::sync::{fence, weak, Ordering, Weak};
-use crate::words::{Birth, Link, Page, State, Tier, MAX_CLAIMS, MAX_REFS};
+use crate::words::{era, Birth, Link, Page, State, Tier, MAX_CLAIMS, MAX_REFS};
 
 /// A dead node in the hands of one owner, who publishes or recycles it.
 #[derive(Debug)]
@@ -94,11 +94,19 @@ impl Tree {
         }
         n.key.set(key);
         n.parent.set(above.0);
-        n.below.store(Link::NIL.0, Ordering::Relaxed); // Relaxed: nobody follows it before the node is published
+        // Children of the former node that are not out of its chain yet are in none from here on. Relaxed: nobody follows it
+        // before the node is published; a child's CAS that comes later fails, one that came before left what this reads.
+        if n.below.load(Ordering::Relaxed) != Link::NIL.0 {
+            n.below.swap(Link::NIL.0, Ordering::Relaxed); // Relaxed: as above
+        }
+        if let Some(families) = &self.families {
+            families.start(index);
+        }
+        self.numbers[index].set(self.number.next() as u32);
         n.used.set(0);
         n.priority.set(priority);
         n.segment.set(0);
-        self.note_epoch(dead, root.epoch);
+        self.free.set_note(dead.0, era(root.epoch));
         let words = self.t.div_ceil(2);
         let stored = &self.tokens[index * words..(index + 1) * words];
         match pairs_of(tokens) {
@@ -156,23 +164,12 @@ impl Tree {
                     self.note_claimed(Tier::Device, false);
                     return Err((dead, other));
                 }
-                Ok(None) if self.by_key.publish(bucket, head, link) => break,
+                Ok(None) if self.by_key.publish(self.by_key.cell(bucket), head, link) => break,
                 _ => {}
             }
         }
-        let first = self
-            .by_first
-            .bucket(Self::first_hash(root.above(parent), tokens[0]));
-        while !self.by_first.publish(first, self.by_first.head(first), link) {}
+        self.enter_start(root, parent, tokens, link);
         self.adopt(parent, link);
-        if !parent.is_nil() {
-            let order = if weak(Weak::BelowOrder) {
-                Ordering::Relaxed // Relaxed: the planted weakness
-            } else {
-                Ordering::Release // Release: partner the load in `Tree::follow`: who goes down here finds the fields of this incarnation, or later ones
-            };
-            self.nodes[parent.index()].below.store(link.0, order);
-        }
         Ok(())
     }
 
@@ -316,9 +313,10 @@ impl Tree {
             return parent;
         }
         self.by_key
-            .unlink(self.by_key.bucket(n.key.get()), link, |link| self.is(link));
-        self.by_first
-            .unlink(self.first_bucket(index), link, |link| self.is(link));
+            .unlink(self.by_key.cell(self.by_key.bucket(n.key.get())), link, |link| {
+                self.is(link)
+            });
+        self.leave_start(link);
         self.disown(parent, link);
         parent
     }
@@ -402,7 +400,7 @@ impl Tree {
     /// Takes the page of a dead node, if it has one. The slot of one that is busy stays its mover's.
     pub fn strip(&self, pool: usize, dead: &Dead) -> Option<Page> {
         let word = &self.pages[pool].word[dead.index()];
-        if !self.windowed[pool] && self.by_parent.is_none() {
+        if !self.windowed[pool] && self.families.is_none() {
             let page = self.page(pool, dead.index());
             word.store(Page::NONE.0, Ordering::Relaxed); // Relaxed: pages of such pools change with their nodes only, and this one is ours
             return (page.slot() != 0).then_some(page);
@@ -419,7 +417,7 @@ impl Tree {
         let changed = word
             .compare_exchange(from.0, to.0, Ordering::AcqRel, Ordering::Relaxed)
             .is_ok();
-        if changed && self.by_parent.is_some() && from.is_held() != to.is_held() {
+        if changed && self.families.is_some() && from.is_held() != to.is_held() {
             let held = &self.pages[pool].held;
             if to.is_held() {
                 held.add(1);

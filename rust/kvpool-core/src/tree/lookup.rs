@@ -5,7 +5,7 @@ use super::{Root, Tree};
 use crate::chains::{Recycled, Visit};
 use crate::sync::{weak, Field, Ordering, Weak};
 use crate::words::{Birth, Link};
-use xxhash_rust::xxh3::Xxh3;
+use xxhash_rust::xxh3::{xxh3_64_with_seed, Xxh3};
 
 impl Tree {
     /// The live child of `parent` with exactly these tokens. Lock-free; linearized at the read of the
@@ -33,11 +33,11 @@ impl Tree {
         })
     }
 
-    /// As `child`, of the one that was published last below `parent`, which is not nil: without a hash and a bucket.
-    /// `None` says nothing. Wait-free; linearized at the read of the state.
+    /// As `child`, of the first in the parent's own chain, mostly the one that was published last below `parent`, which is
+    /// not nil: without a hash and a bucket. `None` says nothing. Wait-free; linearized at the read of the state.
     #[inline]
     pub fn follow(&self, parent: Link, tokens: &[i32]) -> Option<Link> {
-        let link = Link(self.nodes[parent.index()].below.load(Ordering::Acquire)); // Acquire: partner the store in `Tree::publish`
+        let link = Link(self.nodes[parent.index()].below.load(Ordering::Acquire)); // Acquire: partner the CAS in `Chains::publish`
         if link.is_nil() {
             return None;
         }
@@ -79,7 +79,7 @@ impl Tree {
     }
 
     /// Of a first block: whether the second word of its root's digest is the same. The first one is in the key.
-    fn is_child_of(&self, index: usize, root: &Root, above: Link) -> bool {
+    pub(super) fn is_child_of(&self, index: usize, root: &Root, above: Link) -> bool {
         if weak(Weak::ParentLink) {
             return true;
         }
@@ -113,45 +113,25 @@ impl Tree {
         }
     }
 
-    /// The child of `parent` that shares most leading tokens with `tokens` and has a page in every
-    /// pool; of several the one inserted first. Cost: the children that share the first token.
-    pub fn closest_child(&self, root: &Root, parent: Link, tokens: &[i32]) -> Option<(Link, usize)> {
-        let above = root.above(parent);
-        let bucket = self.by_first.bucket(Self::first_hash(above, *tokens.first()?));
-        loop {
-            let mut best: Option<(Link, usize)> = None;
-            let visit = |link: Link| {
-                let index = link.index();
-                if !self.is_child_of(index, root, above) {
-                    return Visit::Next;
-                }
-                let pairs = self.tokens(index).zip(tokens);
-                let common = pairs.take_while(|(a, b)| a == *b).count();
-                // What was inserted first comes last.
-                let better = common > 0 && best.is_none_or(|(_, most)| common >= most);
-                if better && self.state(index).is_live() && self.has_all_pages(index) {
-                    best = Some((link, common)); // believed only if `walk` finds the node unchanged behind us
-                }
-                Visit::Next
-            };
-            let head = self.by_first.head(bucket);
-            if self.by_first.walk(head, |link| self.is(link), visit).is_err() {
-                continue;
-            }
-            let (link, _) = best?;
-            let same = !above.is_nil() || self.begins(root, link.index());
-            if self.is(link) {
-                return best.filter(|_| same);
-            }
-        }
-    }
-
     /// Whether the first word of the digest of a first block's root is this root's: its key tells, for given tokens.
-    fn begins(&self, root: &Root, index: usize) -> bool {
-        let mut hasher = Xxh3::with_seed(self.seed);
-        let tokens = self.tokens(index);
-        tokens.for_each(|token| hasher.update(&token.to_ne_bytes()));
-        self.collide || Self::mix_key(root.key(), hasher.digest()) == self.nodes[index].key.get()
+    #[cold]
+    pub(super) fn begins(&self, root: &Root, index: usize) -> bool {
+        let mut pairs = [0; 32];
+        let hash = if self.t <= 2 * pairs.len() && cfg!(target_endian = "little") {
+            let stored = &self.tokens[index * self.t.div_ceil(2)..];
+            pairs
+                .iter_mut()
+                .zip(stored)
+                .for_each(|(at, word)| *at = word.get());
+            let tokens: &[i32] = bytemuck::cast_slice(&pairs);
+            xxh3_64_with_seed(bytemuck::cast_slice(&tokens[..self.t]), self.seed)
+        } else {
+            let mut hasher = Xxh3::with_seed(self.seed); // a thousand instructions more
+            let tokens = self.tokens(index);
+            tokens.for_each(|token| hasher.update(&token.to_ne_bytes()));
+            hasher.digest()
+        };
+        self.collide || Self::mix_key(root.key(), hash) == self.nodes[index].key.get()
     }
 }
 
@@ -175,7 +155,12 @@ mod tests {
     /// All 128 bits of a root's digest count, for whole blocks and for parts of one; and what is below is nobody else's.
     #[test]
     fn a_root_that_differs_in_one_bit_finds_nothing() {
-        let tree = Tree::new(4, 8, None, vec![false], 1, false);
+        [4, 5, 64, 65, 200].into_iter().for_each(one_bit_of_a_root);
+    }
+
+    fn one_bit_of_a_root(t: usize) {
+        let tree = Tree::new(t, 8, None, vec![false], 1, false, true);
+        let block = |from: i32| (from..from + t as i32).collect::<Vec<i32>>();
         let root = |word: usize, bit: u64| {
             let mut digest = [0x0123_4567_89AB_CDEF, 0xFEDC_BA98_7654_3210];
             digest[word] ^= bit;
@@ -183,7 +168,7 @@ mod tests {
         };
         let own = root(0, 0);
         let mut above = Link::NIL;
-        for (tokens, slot) in [([1, 2, 3, 4], 1), ([5, 6, 7, 8], 2)] {
+        for (tokens, slot) in [(block(1), 1), (block(500), 2)] {
             let before = if above.is_nil() {
                 own.key()
             } else {
@@ -198,9 +183,9 @@ mod tests {
             above = link;
         }
         let found = |root: &Root| {
-            let first = tree.below(root, Link::NIL, &[1, 2, 3, 4]);
+            let first = tree.below(root, Link::NIL, &block(1));
             let part = tree.closest_child(root, Link::NIL, &[1, 2, 9]);
-            let second = first.and_then(|first| tree.below(root, first, &[5, 6, 7, 8]));
+            let second = first.and_then(|first| tree.below(root, first, &block(500)));
             (first.is_some(), part.map(|(_, common)| common), second)
         };
         assert_eq!(found(&own), (true, Some(2), Some(above)));
@@ -214,7 +199,7 @@ mod tests {
     /// Of several children that share as much the one inserted first is the closest.
     #[test]
     fn the_closest_child_is_the_one_inserted_first() {
-        let tree = Tree::new(4, 8, None, vec![false], 1, false);
+        let tree = Tree::new(4, 8, None, vec![false], 1, false, true);
         let root = tree.root(b"", 0);
         let links: Vec<Link> = [[1, 7, 7, 7], [1, 2, 7, 7], [1, 2, 8, 8], [1, 9, 9, 9]]
             .iter()

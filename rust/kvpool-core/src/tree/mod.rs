@@ -1,4 +1,5 @@
-//! The radix tree of cached blocks: a slab of nodes, two tables that find them, and their pages.
+//! The radix tree of cached blocks: a slab of nodes, the chains that find them (by key, by beginning, by parent), and
+//! their pages.
 //!
 //! A node is one token block. Its key is the hash of the whole prefix; its parent, at its incarnation, and
 //! its tokens are compared on every look-up, so a collision costs time and nothing else.
@@ -10,6 +11,7 @@
 //!
 //! Who may call: any thread. Orderings and hazards: docs/CONCURRENCY.md.
 
+mod families;
 mod life;
 mod lookup;
 #[cfg(all(test, kvpool_loom))]
@@ -17,14 +19,21 @@ mod models;
 #[cfg(all(test, kvpool_loom))]
 mod move_models;
 mod moves;
+#[cfg(all(test, kvpool_loom))]
+mod start_models;
+mod starts;
+#[cfg(all(test, not(kvpool_loom)))]
+mod starts_tests;
 
 pub use life::{Claimed, Dead};
 
 use crate::chains::Chains;
 use crate::stack::Stack;
-use crate::sync::{fence, warm, weak, AtomicU32, AtomicU64, Counter, Field, Field8, Ordering, Weak};
+use crate::sync::{fence, warm, weak, AtomicU32, AtomicU64, Counter, Field, Field32, Field8, Ordering, Weak};
 use crate::words::{era, Birth, Link, Page, State};
+use families::Families;
 use siphasher::sip128::{Hasher128, SipHasher24};
+use starts::Starts;
 use std::hash::Hasher;
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
@@ -41,7 +50,7 @@ pub struct Node {
     /// [`Link`] to the parent, above the first block of a root that root's. Marked: a page of the block is bad, and no
     /// look-up finds it any more.
     parent: Field,
-    /// [`Link`] to the child that was published last; it may be gone since.
+    /// [`Link`] to the first of the children that are in the chain of this node: see `starts.rs`.
     below: AtomicU64,
     /// Stamp of the last release.
     pub used: Field,
@@ -53,6 +62,9 @@ pub struct Node {
     pub priority: Field8,
     /// Segment of the policy.
     pub segment: Field8,
+    /// The chain in which its beginning is found, and how many are in it up to here: see `starts.rs`.
+    chain: Field8,
+    rank: Field8,
 }
 
 #[cfg(not(any(kvpool_loom, kvpool_shuttle)))]
@@ -170,9 +182,12 @@ pub struct Tree {
     /// Pools that have a window.
     pub windowed: Vec<bool>,
     by_key: Chains,
-    by_first: Chains,
-    /// Children by parent; with a host tier only.
-    by_parent: Option<Chains>,
+    starts: Starts,
+    /// With a host tier only.
+    families: Option<Families>,
+    /// By node: insertion number.
+    numbers: Vec<Field32>,
+    number: Counter,
     /// Free nodes; the note of another one is the [`era`] of its root.
     free: Stack,
     /// As `free`, nodes beyond `max_blocks`, for private blocks of SUSPENDED caches.
@@ -186,7 +201,7 @@ pub struct Tree {
 
 impl Tree {
     /// An empty tree of at most `max_blocks` nodes of `t` tokens. `spare`: private blocks that SUSPENDED caches can have
-    /// beside, if there is a host tier.
+    /// beside, if there is a host tier. `partial`: whether [`Tree::closest_child`] is going to be asked.
     pub fn new(
         t: usize,
         max_blocks: u32,
@@ -194,6 +209,7 @@ impl Tree {
         windowed: Vec<bool>,
         seed: u64,
         collide: bool,
+        partial: bool,
     ) -> Self {
         let n = max_blocks as usize + spare.unwrap_or(0) as usize;
         let node = || Node {
@@ -203,6 +219,8 @@ impl Tree {
             parent: Field::new(Link::NIL.0),
             below: AtomicU64::new(Link::NIL.0),
             children: AtomicU32::new(0),
+            chain: Field8::new(0),
+            rank: Field8::new(0),
             used: Field::new(0),
             priority: Field8::new(0),
             segment: Field8::new(0),
@@ -233,8 +251,10 @@ impl Tree {
             pages: windowed.iter().map(pages).collect(),
             windowed,
             by_key: Chains::new(max_blocks),
-            by_first: Chains::new(max_blocks),
-            by_parent: spare.map(|_| Chains::new(max_blocks)),
+            starts: Starts::new(t, max_blocks, partial),
+            families: spare.map(|_| Families::new(max_blocks)),
+            numbers: (0..n).map(|_| Field32::new(0)).collect(),
+            number: Counter::default(),
             free: Stack::full(max_blocks),
             spare: Stack::full(spare.unwrap_or(0)),
             max_blocks,
@@ -245,7 +265,7 @@ impl Tree {
 
     /// Bytes of all tables for a node, for the question whether they can be had.
     pub fn bytes_per_node(t: usize, pools: usize) -> usize {
-        let words = 8 * (t.div_ceil(2) + 3 * pools + 6) + 4;
+        let words = 8 * (t.div_ceil(2) + 3 * pools + 5) + 8;
         std::mem::size_of::<Node>() + words
     }
 
@@ -279,12 +299,6 @@ impl Tree {
         key ^ (key >> 29)
     }
 
-    fn first_hash(above: Link, first: i32) -> u64 {
-        let x = above.0 ^ u64::from(first as u32).wrapping_mul(0x9E37_79B9_7F4A_7C15);
-        let x = (x ^ (x >> 31)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        x ^ (x >> 29)
-    }
-
     // -- memory on its way ------------------------------------------------------------------
 
     /// Brings all lines of a node closer.
@@ -292,7 +306,7 @@ impl Tree {
         self.warm_reading(index);
         if self.is_block(index) {
             self.by_key.warm_next(index);
-            self.by_first.warm_next(index);
+            self.warm_start_next(index);
         }
     }
 
@@ -313,25 +327,15 @@ impl Tree {
         if self.is_block(index) {
             let n = &self.nodes[index];
             self.by_key.warm_bucket(self.by_key.bucket(n.key.get()));
-            self.by_first.warm_bucket(self.first_bucket(index));
+            self.warm_own_start(index);
         }
     }
 
-    /// Brings the buckets closer into which blocks with these keys will be put, below each other, as these nodes.
-    pub fn warm_births(&self, root: &Root, above: Link, births: impl Iterator<Item = (u64, i32, u32)>) {
-        let mut above = root.above(above);
-        for (key, first, index) in births {
+    /// Brings the buckets closer into which blocks with these keys will be put.
+    pub fn warm_births(&self, keys: &[u64]) {
+        for &key in keys {
             self.by_key.warm_bucket(self.by_key.bucket(key));
-            self.by_first
-                .warm_bucket(self.by_first.bucket(Self::first_hash(above, first)));
-            above = Link::new(self.state(index as usize).version(), index);
         }
-    }
-
-    /// The bucket by first token of a node that was written.
-    fn first_bucket(&self, index: usize) -> usize {
-        let first = self.tokens[index * self.t.div_ceil(2)].get() as i32;
-        self.by_first.bucket(Self::first_hash(self.parent(index), first))
     }
 
     // -- reading a node ---------------------------------------------------------------------
@@ -426,13 +430,6 @@ impl Tree {
             Some(spare) => self.spare.note(spare),
         };
         note != Some(era(epoch))
-    }
-
-    fn note_epoch(&self, dead: &Dead, epoch: u64) {
-        match dead.0.checked_sub(self.max_blocks) {
-            None => self.free.set_note(dead.0, era(epoch)),
-            Some(spare) => self.spare.set_note(spare, era(epoch)),
-        }
     }
 
     /// The root of a first block, but for what is in its key; for `check`.
