@@ -8,6 +8,17 @@ use crate::tree::Dead;
 use crate::words::{Stamp, Tier};
 use std::cmp::Reverse;
 
+impl Orders {
+    /// Keeps an entry that was popped until it is put back.
+    pub(super) fn set_aside(&mut self, key: Key, node: Link) {
+        if self.aside.try_reserve(1).is_ok() {
+            self.aside.push((key, node));
+        } else {
+            self.aside_short = true;
+        }
+    }
+}
+
 impl Core {
     // -- keys -------------------------------------------------------------------------------
 
@@ -147,27 +158,21 @@ impl Core {
         }
     }
 
-    fn rebuild(&self, orders: &mut Orders, which: impl Fn(&Order) -> bool) {
-        for &tier in self.tiers() {
-            if which(&orders.leaves[tier as usize]) {
-                self.rebuild_leaves(orders, tier);
-            }
-            for pool in (0..self.pools.len()).filter(|&pool| self.tree.windowed[pool]) {
-                if which(&orders.pages[tier as usize][pool]) {
-                    self.rebuild_pages(orders, tier, pool);
-                }
-            }
-        }
-    }
-
     /// Takes what was reported since, and a new epoch, into the orders.
     pub(super) fn catch_up(&self, orders: &mut Orders) {
         if orders.epoch != self.epoch() {
             orders.epoch = self.epoch();
-            self.rebuild(orders, |_| true);
+            for &tier in self.tiers() {
+                self.rebuild_leaves(orders, tier);
+                for pool in (0..self.pools.len()).filter(|&pool| self.tree.windowed[pool]) {
+                    self.rebuild_pages(orders, tier, pool);
+                }
+            }
         }
-        if orders.is_short() {
-            self.rebuild(orders, Order::is_short);
+        for &tier in self.tiers() {
+            if orders.leaves[tier as usize].is_short() {
+                self.rebuild_leaves(orders, tier);
+            }
         }
         let mut next = self.keeper.leaves.take_all();
         while let Some(index) = next {
@@ -237,6 +242,11 @@ impl Core {
     }
 
     pub(super) fn catch_up_pages(&self, orders: &mut Orders, pool: usize) {
+        for &tier in self.tiers() {
+            if orders.pages[tier as usize][pool].is_short() {
+                self.rebuild_pages(orders, tier, pool);
+            }
+        }
         let mut next = self.keeper.pages[pool].take_all();
         while let Some(index) = next {
             next = self.keeper.pages[pool].after(index);

@@ -52,7 +52,6 @@ struct Orders {
     pages: [Vec<Order>; 2],
     /// Entries that could not go, to be put back. With a host tier only: without one who releases a leaf reports it.
     aside: Vec<(Key, Link)>,
-    /// One of them is missing for want of memory.
     aside_short: bool,
     /// Descendants that are still to be looked at.
     below: Vec<Link>,
@@ -66,23 +65,6 @@ struct Orders {
     /// Expiries with which that heap is built anew.
     most_expiries: usize,
     epoch: u64,
-}
-
-impl Orders {
-    /// Keeps an entry that was popped until it is put back.
-    fn set_aside(&mut self, key: Key, node: Link) {
-        if self.aside.try_reserve(1).is_ok() {
-            self.aside.push((key, node));
-        } else {
-            self.aside_short = true;
-        }
-    }
-
-    /// Whether one of them lacks an entry.
-    fn is_short(&self) -> bool {
-        let mut orders = self.leaves.iter().chain(self.pages.iter().flatten());
-        orders.any(Order::is_short)
-    }
 }
 
 /// Orders of eviction and the way to them.
