@@ -5,7 +5,7 @@ use super::Orders;
 use crate::core::Core;
 use crate::inbox::{LOWERED, ROSE};
 use crate::tree::Dead;
-use crate::words::{Stamp, Tier};
+use crate::words::{Link, Stamp, Tier};
 use std::cmp::Reverse;
 
 impl Orders {
