@@ -331,7 +331,7 @@ class World:
 
     def launch(self, step: Step) -> None:
         self.steps += 1
-        for manager, caches in self.scheduler.memory.caches(list(step.requests)):
+        for manager, caches in self.scheduler.memory.caches(step):
             manager.step_begin(caches)
             step_caches.setdefault(id(step), []).append((manager, caches))
         self.flying.append(step)

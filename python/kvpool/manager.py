@@ -296,12 +296,11 @@ class KVCacheManager(Batches, Closing):
             raise LogicError("pages: there is no host tier; set host_bytes")
         return self._host_pages[pool]
 
-    def _handles(self, caches: Iterable[KVCache]) -> list[_core.Cache]:
-        handles = []
-        for cache in _listed(caches):
-            if not isinstance(cache, KVCache) or cache._manager is not self:
-                raise ValueError(f"caches: {cache!r} is not a cache of this manager")
-            handles.append(cache._handle)
+    def _handles(self, caches: Sequence[KVCache]) -> list[_core.Cache]:
+        handles = [cache._handle for cache in caches if isinstance(cache, KVCache) and cache._manager is self]
+        if len(handles) < len(caches):
+            other = next(one for one in caches if not isinstance(one, KVCache) or one._manager is not self)
+            raise ValueError(f"caches: {other!r} is not a cache of this manager")
         return handles
 
     def block_tables(
@@ -365,16 +364,16 @@ class KVCacheManager(Batches, Closing):
         caches = _listed(caches)
         handles = self._handles(caches)
         try:
-            if self._moves is not None and (
-                uses := [use for cache in caches if cache._uses for use in cache._take_uses()]
-            ):
-                self._moves.used(uses, stream)
+            if self._moves is not None and self._moves.noted:
+                uses = [use for cache in caches if cache._uses for use in cache._take_uses()]
+                if uses:
+                    self._moves.used(uses, stream)
         finally:
-            released = self._core.step_end(handles)
-            gone = [cache for cache, is_gone in zip(caches, released, strict=True) if is_gone]
+            gone = [caches[at] for at in self._core.step_end(handles)]
             for cache in gone:
                 self._forget(cache)
-            self._bury(gone)
+            if gone:
+                self._bury(gone)
         self._after()
 
     def drain_events(self, most: int = 2**31) -> list[Event]:

@@ -67,7 +67,8 @@ def run_pass(scheduler: Scheduler, run: Pass) -> None:
     step.generation = scheduler.memory.roster.requests(step.number)
     if scheduler.adapters:
         step.generation.sort(key=lambda request: adapter_order(request.lora_id))
-    step.context.sort(key=lambda chunk: (chunk.is_last, adapter_order(chunk.request.lora_id)))
+    if len(step.context) > 1:
+        step.context.sort(key=lambda chunk: (chunk.is_last, adapter_order(chunk.request.lora_id)))
 
 
 # -- generations ------------------------------------------------------------------------------------
