@@ -297,7 +297,10 @@ class KVCacheManager(Batches, Closing):
         return self._host_pages[pool]
 
     def _handles(self, caches: Sequence[KVCache]) -> list[_core.Cache]:
-        handles = [cache._handle for cache in caches if isinstance(cache, KVCache) and cache._manager is self]
+        try:
+            handles = [cache._handle for cache in caches if cache._manager is self]
+        except AttributeError:
+            handles = []
         if len(handles) < len(caches):
             other = next(one for one in caches if not isinstance(one, KVCache) or one._manager is not self)
             raise ValueError(f"caches: {other!r} is not a cache of this manager")

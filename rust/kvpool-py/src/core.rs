@@ -353,10 +353,11 @@ impl Core {
     /// -> places in the list of those that were closed meanwhile and are released now
     fn step_end(&self, py: Python<'_>, caches: Vec<Py<Cache>>) -> PyResult<Vec<usize>> {
         let once = distinct(&caches);
-        let entered = once.iter().map(|(cache, _)| outcome(py, cache.enter_soon(py)));
-        let mut entered = entered.collect::<PyResult<Vec<_>>>()?;
-        for (cache, (_, times)) in entered.iter().zip(&once) {
-            outcome(py, self.core.can_end(cache, *times))?;
+        let mut entered = Vec::with_capacity(once.len());
+        for (cache, times) in &once {
+            let cache = outcome(py, cache.enter_soon(py))?;
+            outcome(py, self.core.can_end(&cache, *times))?;
+            entered.push(cache);
         }
         let core = self.core(py)?;
         let mut released = HashSet::new();
