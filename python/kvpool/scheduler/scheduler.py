@@ -93,7 +93,7 @@ class Scheduler:
         self.check(request)
         if request.state is not RequestState.WAITING or request._entry is not None:
             raise LogicError(f"request_id: {request.request_id!r} is {request.state} already; add a new Request")
-        entry = Entry(request, -1, self)
+        entry = Entry(request, -1)
         if self._known.setdefault(request.request_id, entry) is not entry:
             raise _duplicate(request)
         request._entry = entry
@@ -242,7 +242,7 @@ class Scheduler:
                 raise _duplicate(request)
             if known is None and request._entry is not None:
                 raise LogicError(f"request_id: {request.request_id!r} belongs to another scheduler")
-            entries[request.request_id] = known or Entry(request, -1, self)
+            entries[request.request_id] = known or Entry(request, -1)
         missing = [entry for entry in self.started if entry.request.request_id not in entries]
         if missing:
             raise LogicError(
@@ -464,6 +464,7 @@ class Scheduler:
             self._leave_waiting(entry)
         del self._known[request.request_id]
         request.state, request.finish_reason, request.error = RequestState.FINISHED, reason, error
+        request._entry = None  # no cycle: its tokens go with the last reference, not with the next collection
         self.ended.append(request)
 
     def _leave_started(self, entry: Entry) -> None:
