@@ -359,8 +359,9 @@ class KVCacheManager(Batches, Closing):
         noted = self._moves is not None and self._moves.notes(stream)
         uses = [(stream, self._used_by(cache)) for cache in caches] if noted else []  # before: it may raise
         self._core.step_begin(handles)
-        for cache, used in zip(caches, uses, strict=noted):
-            cache._uses.append(used)
+        if noted:
+            for cache, used in zip(caches, uses, strict=True):
+                cache._uses.append(used)
 
     def step_end(self, caches: Sequence[KVCache], stream: object = None) -> None:
         """After the step: what was freed or closed meanwhile is given back. LogicError without `step_begin`."""

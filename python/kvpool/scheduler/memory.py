@@ -168,15 +168,19 @@ class Memory:
 
     # -- moves ----------------------------------------------------------------------------------
 
-    def before(self) -> None:
-        """Before the books change: there is room in the movers' queues."""
+    def before(self) -> bool:
+        """Before the books change: there is room in the movers' queues. See `has_failed`."""
         for side in self.sides:
-            side.manager._before()
+            moves = side.manager._moves
+            if moves is not None and (moves.flying or moves.failed):
+                side.manager._before()
+        return self.has_failed
 
     def after(self) -> None:
         """After they have changed: pages that go down are on their way."""
         for side in self.sides:
-            side.manager._after()
+            if side.tiered:
+                side.manager._after()
 
     @property
     def has_failed(self) -> bool:
@@ -345,9 +349,8 @@ class Memory:
 
     def caches(self, step: Step) -> list[tuple[KVCacheManager, list[KVCache]]]:
         """Per manager the caches of the requests in a step, the oldest first."""
-        return [
-            (side.manager, caches) for side, caches in zip(self.sides, self.roster.caches(step.number), strict=True)
-        ]
+        caches = self.roster.caches(step.number)
+        return [(side.manager, caches[at]) for at, side in enumerate(self.sides)]
 
 
 def first_chunk(rest: int, budget: int, unit: int | None) -> int:

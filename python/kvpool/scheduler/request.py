@@ -110,7 +110,7 @@ class Request:
         """Tokens [start, end) of prompt and output: int32, what a chunk of a context covers."""
         n = len(self._prompt)
         if end <= n:
-            return self._prompt[start:end]
+            return self._prompt if end - start == n else self._prompt[start:end]
         output = np.array(self.output_tokens[max(0, start - n) : end - n], np.int32)
         return output if start >= n else np.concatenate([self._prompt[start:], output])
 

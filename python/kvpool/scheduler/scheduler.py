@@ -146,8 +146,7 @@ class Scheduler:
             self._see_incoming()
         while self._cancelled:
             self.end(self._cancelled.popleft(), "cancelled")
-        self.memory.before()
-        if self.memory.has_failed:
+        if self.memory.before():
             self._take_lost()
 
     def _take_lost(self) -> None:
@@ -290,16 +289,17 @@ class Scheduler:
         self.memory.after()
         return self._take_ended()
 
-    @alone
     def drop_lost(self, step: Step) -> list[Request]:
         """Requests whose pages did not arrive leave the step: between `step_begin` and the launch. Returns them.
 
         They are under `step.recompute`, and a later step computes them again. Of a step that has nothing left there is
         nothing to launch; `update` takes it back all the same.
         """
+        return self._drop_lost(step) if self.memory.has_failed else []
+
+    @alone
+    def _drop_lost(self, step: Step) -> list[Request]:
         gone = lost_of(self, step)
-        if not gone:
-            return []
         step.drop([entry.request for entry in gone])
         for entry in gone:
             self.memory.roster.set_step(entry.age, 0)

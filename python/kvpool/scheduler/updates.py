@@ -28,8 +28,6 @@ def as_outputs(outputs: Mapping[int | str, Sequence[int]]) -> dict[Any, Any]:
 
 def lost_of(scheduler: Scheduler, step: Step) -> list[Entry]:
     """The started requests of a step that have a LOST cache."""
-    if not scheduler.memory.has_failed:
-        return []
     lost = set(scheduler.memory.lost())
     found = [scheduler.find(request.request_id) for request in step.requests if request.request_id in lost]
     mine = {id(request) for request in step.requests}
