@@ -174,7 +174,7 @@ class Memory:
             moves = side.manager._moves
             if moves is not None and (moves.flying or moves.failed):
                 side.manager._before()
-        return self.has_failed
+        return self.has_failed()
 
     def after(self) -> None:
         """After they have changed: pages that go down are on their way."""
@@ -182,7 +182,6 @@ class Memory:
             if side.tiered:
                 side.manager._after()
 
-    @property
     def has_failed(self) -> bool:
         """Whether a move ever failed: else no cache is LOST."""
         return any(map(_FAILED, self._moves))

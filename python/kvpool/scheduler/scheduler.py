@@ -196,7 +196,7 @@ class Scheduler:
                 if isinstance(error, KeyError | LogicError) and self._end_closed():
                     continue
                 raise
-            if run.step:
+            if run.step.num_tokens:
                 return run
             if not (run.step.suspended or run.step.recompute):
                 if patient or not run.gave_up:
@@ -217,7 +217,7 @@ class Scheduler:
         step = run.step
         step.refused = refused
         self._last = step
-        if step:
+        if step.num_tokens:
             self.stats.steps += 1
             self._steps[step.number] = step
             return step
@@ -281,7 +281,7 @@ class Scheduler:
         self._enter()
         self._take_back(step)
         self.memory.arrive(step)
-        if self.memory.has_failed:
+        if self.memory.has_failed():
             for entry in lost_of(self, step):
                 self.memory.roster.set_step(entry.age, 0)  # nothing of it leaves the engine
             self._take_lost()
@@ -295,7 +295,7 @@ class Scheduler:
         They are under `step.recompute`, and a later step computes them again. Of a step that has nothing left there is
         nothing to launch; `update` takes it back all the same.
         """
-        return self._drop_lost(step) if self.memory.has_failed else []
+        return self._drop_lost(step) if self.memory.has_failed() else []
 
     @alone
     def _drop_lost(self, step: Step) -> list[Request]:
@@ -363,7 +363,6 @@ class Scheduler:
 
     # -- lists that the phases use --------------------------------------------------------------
 
-    @property
     def anybody_waits(self) -> bool:
         """Whether some request waits."""
         return bool(self._fresh or self._returned)
