@@ -88,7 +88,11 @@ impl Tree {
         }
         n.key.set(key);
         n.parent.set(parent.0);
-        n.below.store(Link::NIL.0, Ordering::Relaxed); // Relaxed: nobody follows it before the node is published; children of the former one that are not taken out yet are in no chain then
+        // Children of the former node that are not out of its chain yet are in none from here on. Relaxed: nobody follows it
+        // before the node is published; a child's CAS that comes later fails, one that came before left what this reads.
+        if n.below.load(Ordering::Relaxed) != Link::NIL.0 {
+            n.below.swap(Link::NIL.0, Ordering::Relaxed); // Relaxed: as above
+        }
         if let Some(families) = &self.families {
             families.start(index);
         }
