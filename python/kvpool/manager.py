@@ -302,7 +302,10 @@ class KVCacheManager(Batches, Closing):
         return self._host_pages[pool]
 
     def _handles(self, caches: list[KVCache]) -> list[_core.Cache]:
-        handles = [cache._handle for cache in caches if isinstance(cache, KVCache) and cache._manager is self]
+        try:
+            handles = [cache._handle for cache in caches if cache._manager is self]
+        except AttributeError:
+            handles = []
         if len(handles) < len(caches):
             other = next(one for one in caches if not isinstance(one, KVCache) or one._manager is not self)
             raise ValueError(f"caches: {other!r} is not a cache of this manager")
@@ -371,7 +374,7 @@ class KVCacheManager(Batches, Closing):
         caches = _listed(caches)
         handles = self._handles(caches)
         try:
-            if self._moves is not None:
+            if self._moves is not None and self._moves.noted:
                 steps: dict[StepUses, list[int]] = {}
                 for cache in caches:
                     if cache._uses and (use := cache._take_use()) is not None:
@@ -379,11 +382,11 @@ class KVCacheManager(Batches, Closing):
                 if steps:
                     self._moves.used(steps, stream)
         finally:
-            released = self._core.step_end(handles)
-            gone = [cache for cache, is_gone in zip(caches, released, strict=True) if is_gone]
+            gone = [caches[at] for at in self._core.step_end(handles)]
             for cache in gone:
                 self._forget(cache)
-            self._bury(gone)
+            if gone:
+                self._bury(gone)
         self._after()
 
     def drain_events(self, most: int = 2**31) -> list[Event]:

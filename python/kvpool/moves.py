@@ -38,6 +38,7 @@ class Moves:
         self.flying: list[_Flight] = []
         self.failed = 0
         self.launched = False  # whether steps may be computed behind their `step_end`
+        self.noted = False  # whether what a step uses was ever written down
         self.stuck: set[BadPage] = set()  # a move that was given up may still write them
         self.loose: list[BadPage] = []  # those of them that are not out of use yet
         self._names = list(pools)
@@ -201,7 +202,10 @@ class Moves:
 
     def notes(self, stream: object) -> bool:
         """Whether what a step uses must be written down: not if it is over at `step_end` and no page ever failed."""
-        return self._checked or self.failed > 0 or self._knows(stream)
+        if self._checked or self.failed > 0 or self._knows(stream):
+            self.noted = True  # never set back: another thread may have set it meanwhile
+            return True
+        return False
 
     def _knows(self, stream: object) -> bool:
         """Whether the stream is one of the mover's kind; else the caller waits in its place."""
