@@ -333,9 +333,12 @@ class CudaMover:
             events.mark(number, place, slots, writes)
 
     def _checked(self) -> None:
+        """Raises what was found, in one thread alone."""
         if self._findings:
-            found, self._findings = self._findings, []
-            raise InvariantError("; ".join(found))
+            with self._lock:
+                found, self._findings = self._findings, []
+            if found:  # not if another thread has them
+                raise InvariantError("; ".join(found))
 
     def _uses(self, uses: Sequence[SlotUse]) -> list[_Use]:
         found = list[_Use]()
