@@ -352,6 +352,11 @@ class CudaMover:
             found.append((events, slots, use.writes))
         return found
 
+    def check_stream(self, stream: Any) -> None:
+        """ValueError if it is no CUDA stream, or one more than the mover can know; else it is known from here on."""
+        with self._lock:
+            self._streams.number(stream)
+
     def wait_on(
         self, stream: Any, pool: str, tier: str, slots: Sequence[int] | Int32Array, timeout: float | None = None
     ) -> bool:
