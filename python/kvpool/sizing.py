@@ -157,7 +157,7 @@ def _fill(left: int, slots: list[int], page_bytes: list[int], weights: list[int]
 
 
 def _warn_of_crowded_windows(config: CacheConfig, host: list[int]) -> None:
-    """If the default typical step leaves a window less of the host than two requests can use, and another pool has it."""
+    """If the default typical step leaves a window less of the host than two requests can use, and others have it."""
     pools = list(zip(config.pools, host, strict=True))
     crowded = []
     for pool, slots in pools:
@@ -172,9 +172,9 @@ def _warn_of_crowded_windows(config: CacheConfig, host: list[int]) -> None:
             )
     if crowded:
         warnings.warn(
-            f"host_bytes: {config.host_bytes} gives {'; '.join(crowded)}: hardly a window stays there, and what "
-            "is reused is the least of all pools. Without a typical_step a step of one request of 2,049 tokens is taken; set "
-            "typical_step to one of yours, e.g. BatchDesc([KVCacheDesc(capacity, history_length)])",
+            f"host_bytes: {config.host_bytes} gives {'; '.join(crowded)}: hardly a window stays there, and what is "
+            "reused is the least of all pools. Without a typical_step a step of one request of 2,049 tokens is taken; "
+            "set typical_step to one of yours, e.g. BatchDesc([KVCacheDesc(capacity, history_length)])",
             UserWarning,
             stacklevel=3,
         )
