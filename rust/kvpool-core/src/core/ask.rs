@@ -22,8 +22,7 @@ impl Core {
         if !self.tiered {
             return vec![u32::MAX; self.pools.len()];
         }
-        let movable = |pool: usize| self.reachable(pool).saturating_sub(self.pools[pool].available());
-        let pool = |pool: usize| self.suspended_pages(pool).saturating_sub(movable(pool));
+        let pool = |pool: usize| self.suspended_pages(pool).saturating_sub(self.movable(pool));
         (0..self.pools.len()).map(pool).collect()
     }
 
@@ -126,8 +125,7 @@ impl Core {
                 .count();
             let private = table.iter().skip(cache.nodes.len()).filter(|&&slot| slot != 0);
             let count = (claimed + private.count()) as u32;
-            let movable = self.reachable(pool).saturating_sub(self.pools[pool].available());
-            if count > 0 && movable + count > host.available() {
+            if count > 0 && self.movable(pool) + count > host.available() {
                 return Ok(None);
             }
             pages.push(count);

@@ -26,11 +26,17 @@ impl Core {
     /// Slots of a pool that could be had now at most: what is available, and what could move down if no other pool's part
     /// of the host were in the way.
     pub(crate) fn reachable(&self, pool: usize) -> u32 {
+        self.pools[pool].available() + self.movable(pool)
+    }
+
+    /// Pages of a pool that could move down at most. Not the difference of two looks at `available`: with others at work the
+    /// second may show more.
+    pub(crate) fn movable(&self, pool: usize) -> u32 {
         let windowed = &self.tree.windowed;
         let hosts =
             (0..self.hosts.len()).filter(|&other| other == pool || !windowed[other] && !windowed[pool]);
         let room = hosts.map(|pool| self.hosts[pool].available()).min().unwrap_or(0);
-        self.pools[pool].available() + self.suspended_pages(pool).min(room)
+        self.suspended_pages(pool).min(room)
     }
 
     /// Whether each pool could have so many slots available. One comparison by pool, unless pages of SUSPENDED caches have
@@ -68,12 +74,13 @@ impl Core {
     /// The most slots that each pool could have available at once.
     pub(crate) fn most_for_all(&self) -> u32 {
         let pools = || 0..self.pools.len();
-        let most = pools().map(|pool| self.pools[pool].available()).min();
-        let most_at_all = pools().map(|pool| self.reachable(pool)).min();
-        let (mut most, mut too_much) = (most.unwrap_or(0), most_at_all.unwrap_or(0) + 1);
+        // One look at each pool: `most` is below `too_much` whatever others do meanwhile.
+        let (mut most, mut too_much) = pools().fold((u32::MAX, u32::MAX), |(most, too_much), pool| {
+            let there = self.pools[pool].available();
+            (most.min(there), too_much.min(there + self.movable(pool) + 1))
+        });
         let mut tries = Tries::new(self, true);
-        // Saturating: with others at work the second look may show less than the first.
-        while self.tiered && too_much.saturating_sub(most) > 1 {
+        while self.tiered && too_much - most > 1 {
             let middle = most + (too_much - most) / 2;
             if tries.can_have(|_| middle) {
                 most = middle;
