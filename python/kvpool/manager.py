@@ -16,6 +16,8 @@ import numpy as np
 
 from kvpool import _core
 from kvpool.arguments import (
+    INT32,
+    NO_SCOPE,
     ByteArray,
     Int32Array,
     Tokens,
@@ -24,7 +26,7 @@ from kvpool.arguments import (
     scope_key,
     token_array,
 )
-from kvpool.batches import Batches
+from kvpool.batches import Batches, checked_id, taken
 from kvpool.buffers import check_apart, given_buffers
 from kvpool.cache import CacheState, Closing, KVCache
 from kvpool.config import CacheConfig, Retention, Scope
@@ -33,6 +35,7 @@ from kvpool.mover import Mover
 from kvpool.mover.cpu_memory import CpuMemory
 from kvpool.moves import Moves
 from kvpool.sizing import PoolPlan, plan_pools
+from kvpool.uses import StepUses
 
 if TYPE_CHECKING:
     from kvpool.mover.cuda_memory import CudaMemory
@@ -101,7 +104,7 @@ class Event:
 def _listed(caches: Iterable[KVCache]) -> list[KVCache]:
     if type(caches) is not list and not isinstance(caches, Iterable):
         raise ValueError(f"caches: {caches!r} is not a list of caches")
-    return list(caches)
+    return list(caches)  # a copy: another thread may change the caller's
 
 
 def _memory_of(device: str | None, numa_node: int | None) -> CpuMemory | CudaMemory | None:
@@ -229,13 +232,15 @@ class KVCacheManager(Batches, Closing):
         LogicError: the id has a cache. ValueError: more than max_seq_len tokens, tokens out of range.
         """
         self._open()
-        self._check_new(request_id)
-        key, epoch = scope_key(scope)
-        handle = self._core.create(token_array(tokens), key, epoch, retention_spec(retention))
-        cache = KVCache(self, request_id, handle)
+        if checked_id(request_id) in self._caches:
+            raise taken(request_id)
+        key, epoch = NO_SCOPE if scope is None else scope_key(scope)
+        spec = None if retention is None else retention_spec(retention)
+        cache = KVCache(self, request_id, self._core.create(token_array(tokens), key, epoch, spec))
         if self._caches.setdefault(request_id, cache) is not cache or self._closed:
             self._register([cache])  # raises: another thread was faster, or has closed the manager
-        self._check_lost([cache])
+        if self._moves is not None:
+            self._check_lost([cache])
         return cache
 
     def cache(self, request_id: int | str) -> KVCache:
@@ -296,12 +301,11 @@ class KVCacheManager(Batches, Closing):
             raise LogicError("pages: there is no host tier; set host_bytes")
         return self._host_pages[pool]
 
-    def _handles(self, caches: Iterable[KVCache]) -> list[_core.Cache]:
-        handles = []
-        for cache in _listed(caches):
-            if not isinstance(cache, KVCache) or cache._manager is not self:
-                raise ValueError(f"caches: {cache!r} is not a cache of this manager")
-            handles.append(cache._handle)
+    def _handles(self, caches: list[KVCache]) -> list[_core.Cache]:
+        handles = [cache._handle for cache in caches if isinstance(cache, KVCache) and cache._manager is self]
+        if len(handles) < len(caches):
+            other = next(one for one in caches if not isinstance(one, KVCache) or one._manager is not self)
+            raise ValueError(f"caches: {other!r} is not a cache of this manager")
         return handles
 
     def block_tables(
@@ -320,11 +324,12 @@ class KVCacheManager(Batches, Closing):
             fill = int(fill)
         if not -(2**31) <= fill < 2**31:
             raise ValueError(f"fill: {fill!r} is not an int32")
-        self._ready_in_steps(caches, handles)
-        self._check_arrived(caches, "block_tables")
+        if self._moves is not None:
+            self._ready_in_steps(caches)
+            self._check_arrived(caches, "block_tables")
         if out is None:
             out = np.empty((len(handles), self._core.widest(handles, index)), np.int32)
-        elif not isinstance(out, np.ndarray) or out.dtype != np.int32:  # of the other byte order too
+        elif not isinstance(out, np.ndarray) or out.dtype != INT32:  # of the other byte order too
             raise ValueError("out: must be a two-dimensional int32 array")
         self._core.block_tables(handles, index, out, fill)
         return out
@@ -336,7 +341,7 @@ class KVCacheManager(Batches, Closing):
         """
         caches = _listed(caches)
         handles, index = self._handles(caches), self._pool(pool)
-        self._ready_in_steps(caches, handles)
+        self._ready_in_steps(caches)
         self._check_arrived(caches, "block_tables_csr")
         raw = self._core.block_tables_csr(handles, index, self.config.tokens_per_block)
         indptr, indices, last_page_len = (np.frombuffer(part, np.int32) for part in raw)
@@ -354,24 +359,28 @@ class KVCacheManager(Batches, Closing):
         handles = self._handles(caches)
         if self._moves is not None:
             self._moves.check_stream(stream)
-        self._ready(handles, stream, launch=True)
+        self._ready(caches, stream, launch=True)
         if self._moves is not None and (fault := self._moves.fault()) is not None:
             raise KVPoolError(f"step_begin: the GPU is at its end ({fault}); end the process, and start anew")
         noted = self._moves is not None and self._moves.notes(stream)
-        uses = [(stream, self._used_by(cache)) for cache in caches] if noted else []  # before: it may raise
+        uses = StepUses(self._core, handles, stream) if noted else None  # before: it may raise
         self._core.step_begin(handles)
-        for cache, used in zip(caches, uses, strict=noted):
-            cache._uses.append(used)
+        if uses is not None:
+            for position, cache in enumerate(caches):
+                cache._uses.append((uses, position))
 
     def step_end(self, caches: Sequence[KVCache], stream: object = None) -> None:
         """After the step: what was freed or closed meanwhile is given back. LogicError without `step_begin`."""
         caches = _listed(caches)
         handles = self._handles(caches)
         try:
-            if self._moves is not None and (
-                uses := [use for cache in caches if cache._uses for use in cache._take_uses()]
-            ):
-                self._moves.used(uses, stream)
+            if self._moves is not None:
+                steps: dict[StepUses, list[int]] = {}
+                for cache in caches:
+                    if cache._uses and (use := cache._take_use()) is not None:
+                        steps.setdefault(use[0], []).append(use[1])
+                if steps:
+                    self._moves.used(steps, stream)
         finally:
             released = self._core.step_end(handles)
             gone = [cache for cache, is_gone in zip(caches, released, strict=True) if is_gone]

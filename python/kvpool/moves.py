@@ -7,13 +7,15 @@ changed its books by then, so a move that fails is reported later (`report`), by
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 from kvpool._core import Core, Recorder
+from kvpool.arguments import Int32Array
 from kvpool.mover import CpuStream, MoveBatch, Mover, SlotUse, Ticket
+from kvpool.uses import StepUses
 
 if TYPE_CHECKING:
     from kvpool.mover.cuda import CudaMover
@@ -62,16 +64,15 @@ class Moves:
         """Submit the offloads that the core has decided on."""
         with self._lock:
             taken = self.recorder.take()
-            pools: dict[int, tuple[list[int], list[int]]] = {}
+            pools: dict[int, dict[int, int]] = {}
             for pool, source, target in taken:
-                sources, targets = pools.setdefault(pool, ([], []))
-                if target in targets:  # the page that went there is gone again: another batch behind the first
-                    self._submit(pool, "offload", sources, targets)
-                    sources, targets = pools[pool] = ([], [])
-                sources.append(source)
-                targets.append(target)
-            for pool, (sources, targets) in pools.items():
-                self._submit(pool, "offload", sources, targets)
+                sources = pools.setdefault(pool, {})
+                if target in sources:  # the page that went there is gone again: another batch behind the first
+                    self._submit(pool, "offload", [*sources.values()], [*sources])
+                    sources.clear()
+                sources[target] = source
+            for pool, sources in pools.items():
+                self._submit(pool, "offload", [*sources.values()], [*sources])
 
     def make(self, copies: Iterable[tuple[int, bool, int, int]]) -> None:
         """Offloads first, then (pool, source on the host, source, destination): onboards, then copies."""
@@ -155,7 +156,7 @@ class Moves:
                 lose(self, self._bad)
                 self._bad = []
 
-    def wait(self, slots: Sequence[tuple[int, list[int]]], stream: object = None) -> None:
+    def wait(self, slots: Sequence[tuple[int, Int32Array]], stream: object = None) -> None:
         """Everything that touches these device slots, by pool, is over; what is not in time has failed.
 
         If no move is on its way the stream alone waits for the steps that were launched before. On a GPU a stream that
@@ -173,14 +174,18 @@ class Moves:
         if self.stuck:
             with self._lock:
                 # Whoever has one is LOST; they are counted already.
-                self._bad += [page for pool, of in slots for slot in of if (page := (pool, False, slot)) in self.stuck]
+                self._bad += [
+                    page for pool, of in slots for slot in of.tolist() if (page := (pool, False, slot)) in self.stuck
+                ]
 
-    def _good(self, slots: Sequence[tuple[int, list[int]]]) -> list[SlotUse]:
+    def _good(self, slots: Sequence[tuple[int, Int32Array]]) -> list[SlotUse]:
         """Uses of these slots but the stuck ones: to wait for those would be in vain."""
         if not self.stuck:
             return [SlotUse(self._names[pool], "device", of) for pool, of in slots]
         return [
-            SlotUse(self._names[pool], "device", [slot for slot in of if (pool, False, slot) not in self.stuck])
+            SlotUse(
+                self._names[pool], "device", [slot for slot in of.tolist() if (pool, False, slot) not in self.stuck]
+            )
             for pool, of in slots
         ]
 
@@ -211,8 +216,9 @@ class Moves:
         if self.on_gpu and stream is not None:
             cast("CudaMover", self.mover).check_stream(stream)
 
-    def used(self, uses: Sequence[SlotUse], stream: object) -> None:
-        """A step, launched on this stream or over, used these slots."""
+    def used(self, steps: Mapping[StepUses, Sequence[int]], stream: object) -> None:
+        """Steps, launched on this stream or over, used the slots of their caches at these positions."""
+        uses = [use for step, positions in steps.items() for use in step.of(positions, self._names, self.stuck)]
         if self._knows(stream):  # never set back: another thread may have set it meanwhile
             self.launched = True
         self.mover.step_end(uses, stream if self._knows(stream) else None)

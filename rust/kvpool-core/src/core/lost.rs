@@ -64,7 +64,7 @@ impl Core {
             let comes = cache
                 .onboards
                 .iter()
-                .any(|&(pool, _, slot)| (pool as usize, slot) == (bad.pool, bad.slot));
+                .any(|&(_, pool, slot)| (pool as usize, slot) == (bad.pool, bad.slot));
             comes || { private }.any(|&slot| slot == bad.slot)
         };
         let mut path = cache.nodes.iter().zip(table);

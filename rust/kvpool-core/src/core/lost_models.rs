@@ -89,7 +89,7 @@ fn nothing_is_left(core: &Core, mut cache: Cache) {
     }
 }
 
-/// H28: a page is lost while its block enters the tree. Who claims the block by then is told, nobody finds it from then on,
+/// H32: a page is lost while its block enters the tree. Who claims the block by then is told, nobody finds it from then on,
 /// and whose page it is has it in its books.
 fn lose_against_publish() {
     let core = core(&[2], 2);
@@ -161,7 +161,7 @@ fn tiered(windows: &[Option<u64>], mover: Box<dyn Mover>) -> Arc<Core> {
     Arc::new(Core::with_mover(config, mover).unwrap())
 }
 
-/// H28: a page is lost while it takes the place of the one that the tree has on the host.
+/// H32: a page is lost while it takes the place of the one that the tree has on the host.
 fn lose_against_taking_over(windows: &[Option<u64>]) {
     let core = tiered(windows, Box::new(NoMover));
     cached(&core, &[1]);
@@ -198,7 +198,7 @@ fn lose_and_bring_up_quietly() {
     });
 }
 
-/// H28: a page is lost while it comes up. Who else claims its block is told, or finds the block lost.
+/// H32: a page is lost while it comes up. Who else claims its block is told, or finds the block lost.
 fn lose_against_landing() {
     let core = tiered(&[None], Box::new(NoMover));
     cached(&core, &[1]);
@@ -237,7 +237,7 @@ fn lose_and_land_quietly() {
     );
 }
 
-/// H28: a private block becomes a node while its page is lost: its cache is told, also once it is private again.
+/// H32: a private block becomes a node while its page is lost: its cache is told, also once it is private again.
 fn lose_against_suspension() {
     let core = tiered(&[None], Box::new(NoMover));
     let mut ours = open(&core);
@@ -282,7 +282,7 @@ impl Mover for Begun {
     }
 }
 
-/// H28: a copy to the host turns out to have failed before its block has gone there.
+/// H32: a copy to the host turns out to have failed before its block has gone there.
 fn lose_against_offload() {
     let begun = Arc::new(AtomicU32::new(0));
     let core = tiered(&[None], Box::new(Begun(begun.clone())));

@@ -279,9 +279,13 @@ impl Core {
 
     /// Changes the state and with it how all that the cache holds is counted.
     pub(super) fn set_holder(&self, cache: &mut Cache, state: CacheState) {
-        let from = cache.holder();
+        let (before, from) = (cache.state, cache.holder());
         cache.state = state;
         let to = cache.holder();
+        if (before, from) == (state, to) {
+            return;
+        }
+        cache.alterations += 1; // who was SUSPENDED may find its pages elsewhere
         let private = cache.private_owner();
         let change = |holders: &Counter| {
             holders.add(to as u64);

@@ -185,7 +185,7 @@ impl Core {
         for pool in 0..self.pools.len() {
             for (&node, &slot) in cache.nodes.iter().zip(&cache.tables[pool]) {
                 let far = slot != 0 && self.tree.page(pool, node.index()).tier() == Tier::Host;
-                if far && !comes_up(copies, pool, node) {
+                if far && !self.comes_up(copies, pool, node) {
                     cache.far[pool] += 1;
                 }
             }
@@ -288,11 +288,12 @@ impl Core {
         if !self.tiered || cache.state == CacheState::Active {
             return true;
         }
+        let before = copies.len();
         for pool in 0..self.pools.len() {
             for i in 0..cache.nodes.len() {
                 let block = cache.nodes[i];
                 let page = self.tree.page(pool, block.index());
-                let up = page.tier() == Tier::Device || comes_up(copies, pool, block);
+                let up = page.tier() == Tier::Device || self.comes_up(&copies[..before], pool, block);
                 if cache.tables[pool][i] == 0 || up {
                     continue;
                 }
@@ -313,7 +314,7 @@ impl Core {
                     src: page.slot(),
                     dst,
                 });
-                cache.onboards.push((pool as u32, i as u32, dst));
+                cache.onboards.push((i as u32, pool as u32, dst));
             }
             self.pools[pool].note_peak();
         }
@@ -325,11 +326,10 @@ impl Core {
         if !self.tiered {
             return;
         }
-        for (i, &node) in cache.nodes.iter().enumerate() {
-            let mine = || { cache.onboards.iter() }.filter(move |&&(_, block, _)| block as usize == i);
-            if mine().next().is_some() {
-                self.land_block(node, mine().map(|&(pool, _, dst)| (pool as usize, dst)));
-            }
+        cache.onboards.sort_unstable();
+        for pages in cache.onboards.chunk_by(|(a, ..), (b, ..)| a == b) {
+            let node = cache.nodes[pages[0].0 as usize];
+            self.land_block(node, pages.iter().map(|&(_, pool, dst)| (pool as usize, dst)));
         }
         cache.onboards.clear();
         self.unpark(cache);
@@ -370,7 +370,7 @@ impl Core {
 
     /// The copies to the device are not made: their slots are given back.
     pub(super) fn stay_down(&self, cache: &mut Cache) {
-        for (pool, _, dst) in cache.onboards.drain(..) {
+        for (_, pool, dst) in cache.onboards.drain(..) {
             self.pools[pool as usize].give(dst);
             cache.purse[pool as usize] += 1;
         }
@@ -400,16 +400,15 @@ impl Core {
         }
     }
 
+    /// Whether an earlier request of the batch brings this page up: then it pins the block as well.
+    fn comes_up(&self, copies: &[PageCopy], pool: usize, block: Link) -> bool {
+        let same = |copy: &PageCopy| copy.up && copy.pool as usize == pool && copy.block == block;
+        !copies.is_empty() && self.tree.pins(block.index()) > 1 && copies.iter().any(same)
+    }
+
     /// Ranks a claimed node as used now, without starting the clock of its retention.
     fn rank_use(&self, index: usize, stamp: Stamp) {
         self.tree.nodes[index].used.raise(stamp.count);
         self.rank_time(index, stamp);
     }
-}
-
-/// Whether an earlier request of the batch brings this page up.
-fn comes_up(copies: &[PageCopy], pool: usize, block: Link) -> bool {
-    copies
-        .iter()
-        .any(|copy| copy.up && copy.pool as usize == pool && copy.block == block)
 }
