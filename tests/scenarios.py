@@ -270,6 +270,7 @@ class World:
         return all(returning >= max(lacks) for _, returning in self.scheduler.memory.pressure())
 
     def one_pass(self) -> Step:
+        before = {request: request.state for request in self.alive.values()}
         if not self.scenario.as_list:
             step = self.scheduler.schedule()
         else:
@@ -282,7 +283,18 @@ class World:
         self.passes += 1
         self.set_limits()
         self.look_at(step)
+        self.look_at_who_gave_way(step, before)
         return step
+
+    def look_at_who_gave_way(self, step: Step, before: dict[Request, str]) -> None:
+        """Whoever was suspended or freed in this call, in whichever of its passes, is in the step's lists."""
+        for request, was in before.items():
+            if was == "RUNNING" and request.state == "SUSPENDED":
+                expect(request in step.suspended, f"{request} was suspended and is not told")
+            if was in ("RUNNING", "SUSPENDED") and request.state == "WAITING":
+                expect(request in step.recompute, f"{request} was freed and is not told")
+        for state, told in (("SUSPENDED", step.suspended), ("WAITING", step.recompute)):
+            expect(all(request.state == state for request in told), f"told to be {state}, and is not")
 
     def look_at(self, step: Step) -> None:
         """Limits, order, and what a step consists of."""

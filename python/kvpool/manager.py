@@ -355,10 +355,13 @@ class KVCacheManager(Batches, Closing):
 
         Returns when every move that touches their slots is over. A cache whose pages did not arrive is LOST then. On a
         GPU with a stream it returns at once, and the stream waits; what is LOST is known by `commit`, or `update`.
-        KVPoolError: the GPU is at its end, whatever is launched there fails.
+        KVPoolError: the GPU is at its end, whatever is launched there fails. ValueError: the stream is none of CUDA's,
+        or a fifth one. Where it raises nothing has begun.
         """
         caches = _listed(caches)
         handles = self._handles(caches)
+        if self._moves is not None:
+            self._moves.check_stream(stream)
         self._ready(caches, stream, launch=True)
         if self._moves is not None and (fault := self._moves.fault()) is not None:
             raise KVPoolError(f"step_begin: the GPU is at its end ({fault}); end the process, and start anew")

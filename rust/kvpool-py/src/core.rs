@@ -242,6 +242,13 @@ impl Core {
         Ok((provided, plan(&copies)))
     }
 
+    /// Which of the caches a batch has claimed and not provided; none that another thread does not leave.
+    fn in_work(&self, py: Python<'_>, caches: Vec<Py<Cache>>) -> PyResult<Vec<bool>> {
+        let core = self.core(py)?;
+        let claimed = |cache: &Py<Cache>| cache.get().look(py).is_ok_and(|cache| core.is_in_work(&cache));
+        Ok(caches.iter().map(claimed).collect())
+    }
+
     /// The copies of the last `resume` or `provide` are made.
     fn copies_done(&self, py: Python<'_>, caches: Vec<Py<Cache>>) -> PyResult<()> {
         let core = self.core(py)?;
