@@ -28,6 +28,14 @@ def check_writable(name: str, path: str | None, trace: Path | None) -> None:
         raise click.UsageError(f"{name}: cannot write {path}: {error.strerror}") from None
 
 
+def check_different(json_path: str | None, html_path: str | None) -> None:
+    """One file cannot hold both."""
+    if json_path in (None, "-") or html_path is None:
+        return
+    if os.path.realpath(str(json_path)) == os.path.realpath(html_path):
+        raise click.UsageError(f"--html would overwrite --json: both are {html_path}; give two paths")
+
+
 def write(name: str, path: str, text: str) -> None:
     try:
         Path(path).write_text(text, encoding="utf-8")
