@@ -27,7 +27,7 @@ from kvpool.arguments import (
 from kvpool.batches import Batches
 from kvpool.buffers import check_apart, given_buffers
 from kvpool.cache import CacheState, Closing, KVCache
-from kvpool.config import CacheConfig, Retention, Scope
+from kvpool.config import CacheConfig, Retention, Scope, _int, _seconds
 from kvpool.errors import ConfigError, InvariantError, KVPoolError, LogicError
 from kvpool.mover import Mover
 from kvpool.mover.cpu_memory import CpuMemory
@@ -128,7 +128,8 @@ class KVCacheManager(Batches, Closing):
     zeroed, never freed. policy: "lru", or "slru" (request-level segmented LRU with ghosts). move_timeout_s: a move that
     takes longer has failed. numa_node: of a GPU's host pages (None: the system's choice). mover: makes it from
     {pool: (device pages, host pages or None)}; None: the device's own.
-    Raises ConfigError for what cannot be provided. A context manager that closes.
+    Raises ConfigError for what cannot be provided, MemoryError for pages that cannot be allocated. A context manager
+    that closes.
     """
 
     def __init__(
@@ -148,6 +149,10 @@ class KVCacheManager(Batches, Closing):
         self._memory = _memory_of(device, numa_node)
         if policy not in ("lru", "slru"):
             raise ConfigError(f"policy: {policy!r} is none of 'lru', 'slru'")
+        if move_timeout_s is not None:
+            _seconds("move_timeout_s", move_timeout_s)
+        if mover is not None and not callable(mover):
+            raise ConfigError(f"mover: {mover!r} is not callable; give a function of {{pool: (device, host pages)}}")
         self.config = config
         self.plan = plan_pools(config) if plan is None else self._checked(plan, config)
         self._pool_index = {pool.name: i for i, pool in enumerate(config.pools)}
@@ -186,18 +191,16 @@ class KVCacheManager(Batches, Closing):
 
     @staticmethod
     def _checked(plan: PoolPlan, config: CacheConfig) -> PoolPlan:
+        if not isinstance(plan, PoolPlan):
+            raise ConfigError(f"plan: {plan!r} is not a PoolPlan; `plan_pools` makes one")
         names = [pool.name for pool in config.pools]
         if sorted(plan.num_slots) != sorted(names):
             raise ConfigError(f"plan.num_slots: pools {sorted(plan.num_slots)} are not the config's {sorted(names)}")
         for name in names:
-            if not 1 <= plan.num_slots[name] < 2**27:
-                raise ConfigError(f"plan.num_slots[{name!r}]: {plan.num_slots[name]} is not in 1..2**27-1")
-        host = {name: plan.host_slots.get(name, 0) for name in names}
-        for name, slots in host.items():
-            if not 0 <= slots < 2**27 or (slots == 0 and any(host.values())):
-                raise ConfigError(
-                    f"plan.host_slots[{name!r}]: {slots} is not in 1..2**27-1; give every pool some, or none any"
-                )
+            _int(f"plan.num_slots[{name!r}]", plan.num_slots[name], 1, 2**27 - 1)
+        host = {name: _int(f"plan.host_slots[{name!r}]", plan.host_slots.get(name, 0), 0, 2**27 - 1) for name in names}
+        if any(host.values()) and not all(host.values()):
+            raise ConfigError(f"plan.host_slots: {host} has 0 for some pools only; give every pool some, or none any")
         return plan
 
     def _make_pages(self, memory: CpuMemory | CudaMemory, given: Mapping[str, Any]) -> None:
