@@ -1,0 +1,63 @@
+"""Rules of the scheduler at their edges: what fits alone, who must not start, what is learnt from those that ended."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvpool import AdapterBudget, RequestTooLargeError, Scheduler, SchedulerConfig
+from kvpool.scheduler.admission import Outlook
+from test_scheduler import manager_of, one_step, request_of
+
+
+def test_an_adapter_may_take_the_whole_budget_and_no_page_more() -> None:
+    scheduler = Scheduler(manager_of(), SchedulerConfig(4, 64, adapters=AdapterBudget({"all": 5, "more": 6}, 5)))
+    scheduler.add(request_of(0, 4, 1, lora_id="all"))
+    with pytest.raises(RequestTooLargeError, match="6 pages for adapter 'more', the adapter budget has 5"):
+        scheduler.add(request_of(1, 4, 1, lora_id="more"))
+    step, _ = one_step(scheduler)
+    assert len(step.context) == 1
+
+
+def test_nobody_starts_in_a_pass_in_which_a_started_context_lacked_tokens() -> None:
+    """The chunk of 4 finds 2 tokens left; a waiting prompt of 2 would fit, and would go past it for ever."""
+    scheduler = Scheduler(manager_of(40, draft_tokens=1), SchedulerConfig(8, 10, 4))
+    for number in range(4):
+        scheduler.add(request_of(number, 1, 9, draft_tokens=1))
+    scheduler.add(request_of(4, 30, 1))
+    step, _ = one_step(scheduler)
+    assert [chunk.num_tokens for chunk in step.context] == [4, 1, 1, 1, 1]
+    scheduler.add(request_of(5, 2, 1))
+    step, _ = one_step(scheduler)
+    assert (len(step.generation), step.context, step.num_tokens) == (4, [], 8)
+    assert "2 tokens left for its chunk of 4" in scheduler.explain(4)
+
+
+def test_the_expected_output_is_the_mean_of_those_that_ended_raised_after_a_recompute() -> None:
+    outlook = Outlook()
+    assert outlook.share == 1.0
+    for produced, mean in ((2, 0.25), (6, 0.5), (4, 0.5)):
+        request = request_of(0, 4, 8)
+        request.output_tokens = [7] * produced
+        outlook.ended(request)
+        assert outlook.share == pytest.approx(mean)
+    outlook.recomputed()
+    raised = outlook.share
+    assert raised == pytest.approx(0.75)  # half of the way to 1
+    outlook.recomputed()
+    assert outlook.share == pytest.approx(0.875)
+    outlook.ended(request)
+    assert raised < outlook.share < 0.875
+
+
+def test_a_scheduler_learns_from_those_that_ended_by_themselves() -> None:
+    """Requests that end at the first of 20 tokens: two may start together that would need 7 slots of 8 each."""
+    scheduler = Scheduler(manager_of(8), SchedulerConfig(4, 64))
+    together = []
+    for number in range(0, 12, 2):
+        for one in (number, number + 1):
+            scheduler.add(request_of(one, 8, 20, stop_token_ids=[7]))
+        step, _ = one_step(scheduler)
+        together.append(len(step.context))
+        while scheduler.has_work:
+            one_step(scheduler)
+    assert (together[0], together[-1]) == (1, 2)
