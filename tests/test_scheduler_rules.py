@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvpool import AdapterBudget, RequestTooLargeError, Scheduler, SchedulerConfig
+from kvpool import AdapterBudget, RequestTooLargeError, Scheduler, SchedulerConfig, StalledError
 from kvpool.scheduler.admission import Outlook
 from test_scheduler import manager_of, one_step, request_of
 
@@ -30,6 +30,41 @@ def test_nobody_starts_in_a_pass_in_which_a_started_context_lacked_tokens() -> N
     step, _ = one_step(scheduler)
     assert (len(step.generation), step.context, step.num_tokens) == (4, [], 8)
     assert "2 tokens left for its chunk of 4" in scheduler.explain(4)
+
+
+def test_behind_one_that_suspends_itself_no_later_generation_is_looked_at() -> None:
+    """Of 11 slots the oldest takes the last; the next one gives up its five, and the newest would fit into them."""
+    scheduler = Scheduler(manager_of(11, host=20, t=1), SchedulerConfig(8, 64))
+    oldest, middle, newest = (request_of(number, prompt, 7) for number, prompt in enumerate((4, 4, 2)))
+    for request in (oldest, middle, newest):
+        scheduler.add(request)
+    one_step(scheduler)
+    step, _ = one_step(scheduler)
+    assert (step.generation, step.suspended) == ([oldest, middle], [newest])
+    step, _ = one_step(scheduler)
+    assert (step.generation, step.suspended) == ([oldest], [middle])
+    assert "itself" in scheduler.explain(1)
+    while scheduler.has_work:
+        one_step(scheduler)
+    assert {request.finish_reason for request in (oldest, middle, newest)} == {"length"}
+
+
+def test_the_only_started_request_never_suspends_itself() -> None:
+    """What it lacks is claimed outside the scheduler; its pages would be of no use to anybody."""
+    manager = manager_of(6, host=6, t=1)
+    scheduler, request = Scheduler(manager, SchedulerConfig(8, 64)), request_of(0, 3, 4)
+    scheduler.add(request)
+    one_step(scheduler)
+    outside = manager.create("outside", [])
+    assert outside.resume()
+    assert outside.resize(3)
+    with pytest.raises(StalledError, match=r"request 0: there is no room.*'outside'"):
+        scheduler.schedule()
+    assert (request.state, manager.cache(0).state) == ("RUNNING", "ACTIVE")
+    outside.close()
+    while scheduler.has_work:
+        one_step(scheduler)
+    assert request.finish_reason == "length"
 
 
 def test_the_expected_output_is_the_mean_of_those_that_ended_raised_after_a_recompute() -> None:
