@@ -96,3 +96,32 @@ def test_a_scheduler_learns_from_those_that_ended_by_themselves() -> None:
         while scheduler.has_work:
             one_step(scheduler)
     assert (together[0], together[-1]) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        (SchedulerConfig(2, 64, max_started=3), "the last step was full with max_batch_size = 2 requests"),
+        (SchedulerConfig(4, 8, max_started=3), "the last step used up max_num_tokens = 8"),
+        (SchedulerConfig(4, 64, max_started=2), "max_started = 2 requests are started"),
+    ],
+)
+def test_explain_says_what_kept_the_pass_from_looking_at_a_request(config: SchedulerConfig, why: str) -> None:
+    scheduler = Scheduler(manager_of(40), config)
+    for number in range(4):
+        scheduler.add(request_of(number, 4, 3))
+    assert scheduler.explain(3).endswith("it has not been looked at yet: there was no pass since it came")
+    scheduler.schedule()
+    assert scheduler.explain(1) == "request 1 is in the last step"
+    assert scheduler.explain(3) == f"request 3 is WAITING: it has not been looked at yet: {why}"
+
+
+def test_explain_says_that_older_ones_were_refused() -> None:
+    scheduler = Scheduler(manager_of(8), SchedulerConfig(4, 64, max_bypass=0))
+    for number, prompt in ((0, 16), (1, 20)):
+        scheduler.add(request_of(number, prompt, 3))
+    one_step(scheduler)
+    scheduler.add(request_of(2, 4, 1))
+    one_step(scheduler)
+    assert "not enough room" in scheduler.explain(1)
+    assert scheduler.explain(2).endswith("older requests were refused, and go first")
