@@ -7,6 +7,7 @@ import pytest
 from kvpool import AdapterBudget, RequestTooLargeError, Scheduler, SchedulerConfig, StalledError
 from kvpool.scheduler.admission import Outlook
 from test_scheduler import manager_of, one_step, request_of
+from test_starts import crowded
 
 
 def test_an_adapter_may_take_the_whole_budget_and_no_page_more() -> None:
@@ -117,11 +118,8 @@ def test_explain_says_what_kept_the_pass_from_looking_at_a_request(config: Sched
 
 
 def test_explain_says_that_older_ones_were_refused() -> None:
-    scheduler = Scheduler(manager_of(8), SchedulerConfig(4, 64, max_bypass=0))
-    for number, prompt in ((0, 16), (1, 20)):
-        scheduler.add(request_of(number, prompt, 3))
+    """A pass gives up looking after 16 refusals: the 17th was not looked at."""
+    scheduler = crowded(17)
     one_step(scheduler)
-    scheduler.add(request_of(2, 4, 1))
-    one_step(scheduler)
-    assert "not enough room" in scheduler.explain(1)
-    assert scheduler.explain(2).endswith("older requests were refused, and go first")
+    assert "pool 'kv'" in scheduler.explain(16)
+    assert scheduler.explain(17).endswith("not been looked at yet: older requests were refused, and go first")
