@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvpool import AdapterBudget, RequestTooLargeError, Scheduler, SchedulerConfig, StalledError
+from kvpool import AdapterBudget, KVCache, Request, RequestTooLargeError, Scheduler, SchedulerConfig, StalledError
 from kvpool.scheduler.admission import Outlook
 from test_scheduler import manager_of, one_step, request_of
 from test_starts import crowded
@@ -48,6 +48,45 @@ def test_behind_one_that_suspends_itself_no_later_generation_is_looked_at() -> N
     while scheduler.has_work:
         one_step(scheduler)
     assert {request.finish_reason for request in (oldest, middle, newest)} == {"length"}
+
+
+def fenced_younger(prompt: int) -> tuple[Scheduler, list[KVCache], list[Request]]:
+    """An older request needs a slot; a launched step may still touch the pages of the younger one that has the others.
+
+    So it is in a loop that takes the results before it ends the step on its stream.
+    """
+    manager = manager_of(4, host=8, t=8)
+    scheduler = Scheduler(manager, SchedulerConfig(8, 64))
+    requests = [request_of(0, 15, 6), request_of(1, prompt, 6)]
+    for request in requests:
+        scheduler.add(request)
+    one_step(scheduler)
+    one_step(scheduler)
+    fenced = [manager.cache(1)]
+    manager.step_begin(fenced)
+    return scheduler, fenced, requests
+
+
+def test_a_request_whose_pages_a_launched_step_may_still_touch_is_no_victim_and_the_older_one_waits() -> None:
+    scheduler, fenced, (older, younger) = fenced_younger(9)
+    step, _ = one_step(scheduler)
+    assert (step.generation, step.suspended, step.recompute) == ([younger], [], [])
+    assert scheduler.explain(0).endswith("it waits for a younger one in flight")
+    scheduler.manager.step_end(fenced)
+    step, _ = one_step(scheduler)
+    assert (step.generation, step.suspended) == ([older], [younger])
+
+
+def test_nobody_is_stalled_while_a_launched_step_may_still_touch_pages() -> None:
+    """The younger one lacks a slot too, so nothing can run before the step ends."""
+    scheduler, fenced, (older, younger) = fenced_younger(15)
+    step, _ = one_step(scheduler)
+    assert not step
+    assert older not in step.suspended
+    scheduler.manager.step_end(fenced)
+    step, _ = one_step(scheduler)
+    assert step.generation == [older]
+    assert younger.state == "SUSPENDED"
 
 
 def test_the_only_started_request_never_suspends_itself() -> None:

@@ -175,7 +175,7 @@ def why_not(scheduler: Scheduler, entry: Entry) -> str:
                 return f"{name} is in a step in flight"
         finally:
             scheduler._lock.release()
-    if entry.started and entry.generates and request.state is RequestState.RUNNING:
+    if entry.started and entry.generates and request.state is RequestState.RUNNING and entry not in scheduler.held_up:
         return f"{name} is RUNNING: older requests used up the tokens or places of the step"
     if not entry.started and scheduler.bulk and scheduler.bulk.keeps_out:
         return f"{name} is WAITING: memory ran short, and nobody starts before a request has ended"
