@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from kvpool import AdapterBudget, KVCache, Request, RequestTooLargeError, Scheduler, SchedulerConfig, StalledError
+from kvpool import (
+    AdapterBudget,
+    KVCache,
+    PoolConfig,
+    Request,
+    RequestTooLargeError,
+    Scheduler,
+    SchedulerConfig,
+    StalledError,
+)
 from kvpool.scheduler.admission import Outlook
 from test_scheduler import manager_of, one_step, request_of
 from test_starts import crowded
@@ -122,6 +131,29 @@ def test_the_expected_output_is_the_mean_of_those_that_ended_raised_after_a_reco
     assert outlook.share == pytest.approx(0.875)
     outlook.ended(request)
     assert raised < outlook.share < 0.875
+
+
+def test_a_recompute_raises_what_the_scheduler_expects() -> None:
+    scheduler = Scheduler(manager_of(6), SchedulerConfig(4, 64))
+    scheduler.outlook.expect(0.0)
+    for number in range(3):
+        scheduler.add(request_of(number, 5, 12))
+    while not (step := one_step(scheduler)[0]).recompute:
+        assert scheduler.outlook.share == 0.0
+    assert len(step.recompute) == 1
+    assert scheduler.outlook.share == 0.5
+
+
+def test_a_context_leaves_the_decode_slots_of_others_and_has_room_for_its_own() -> None:
+    """Of 3 windowed slots the started request has 2; a first chunk would take the last, and then lack its own second."""
+    pools = [PoolConfig("full", 8), PoolConfig("window", 8, window=4)]
+    scheduler = Scheduler(manager_of([40, 3], pools, host=40), SchedulerConfig(4, 64, 4))
+    scheduler.add(request_of(0, 4, 20))
+    one_step(scheduler)
+    scheduler.add(request_of(1, 4, 2))
+    step, _ = one_step(scheduler)
+    assert step.context == []
+    assert "'window' keeps 1 decode slots for the started requests, 0 can be had" in scheduler.explain(1)
 
 
 def test_a_scheduler_learns_from_those_that_ended_by_themselves() -> None:
