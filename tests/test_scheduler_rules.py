@@ -98,6 +98,24 @@ def test_nobody_is_stalled_while_a_launched_step_may_still_touch_pages() -> None
     assert younger.state == "SUSPENDED"
 
 
+def test_an_id_that_is_used_again_waits_for_its_former_pages() -> None:
+    manager = manager_of(8)
+    scheduler = Scheduler(manager, SchedulerConfig(8, 64))
+    scheduler.add(request_of(1, 8, 3))
+    one_step(scheduler)
+    fenced = [manager.cache(1)]
+    manager.step_begin(fenced)
+    assert scheduler.cancel(1)
+    again = request_of(1, 4, 1)
+    scheduler.add(again)
+    step, _ = one_step(scheduler)
+    assert not step
+    assert scheduler.explain(1) == "request 1 is WAITING: its former pages are still in flight"
+    manager.step_end(fenced)
+    _, ended = one_step(scheduler)
+    assert ended == [again]
+
+
 def test_the_only_started_request_never_suspends_itself() -> None:
     """What it lacks is claimed outside the scheduler; its pages would be of no use to anybody."""
     manager = manager_of(6, host=6, t=1)
@@ -145,7 +163,7 @@ def test_a_recompute_raises_what_the_scheduler_expects() -> None:
 
 
 def test_a_context_leaves_the_decode_slots_of_others_and_has_room_for_its_own() -> None:
-    """Of 3 windowed slots the started request has 2; a first chunk would take the last, and then lack its own second."""
+    """Of 3 windowed slots the started request has 2; a first chunk would take the last, and lack its own second one."""
     pools = [PoolConfig("full", 8), PoolConfig("window", 8, window=4)]
     scheduler = Scheduler(manager_of([40, 3], pools, host=40), SchedulerConfig(4, 64, 4))
     scheduler.add(request_of(0, 4, 20))
