@@ -186,6 +186,8 @@ class KVCacheManager(Batches, Closing):
             pages = {name: (device, self._host_pages.get(name)) for name, device in self._pages.items()}
             made = self._memory.mover() if mover is None else mover(pages)
             self._moves = Moves(self._core, made, list(pages), move_timeout_s)
+        # A GPU's would have to be waited for.
+        self._verifies = isinstance(self._memory, CpuMemory) and os.environ.get("KVPOOL_CHECK") == "1"
         self._caches: dict[int | str, KVCache] = {}
         self._closed = False
 
@@ -364,7 +366,10 @@ class KVCacheManager(Batches, Closing):
             cache._uses.append(used)
 
     def step_end(self, caches: Sequence[KVCache], stream: object = None) -> None:
-        """After the step: what was freed or closed meanwhile is given back. LogicError without `step_begin`."""
+        """After the step: what was freed or closed meanwhile is given back. LogicError without `step_begin`.
+
+        With KVPOOL_CHECK=1, in CPU memory: InvariantError, afterwards, if a null page was written.
+        """
         caches = _listed(caches)
         handles = self._handles(caches)
         try:
@@ -379,6 +384,8 @@ class KVCacheManager(Batches, Closing):
                 self._forget(cache)
             self._bury(gone)
         self._after()
+        if self._verifies:
+            self._check_null_pages()
 
     def drain_events(self, most: int = 2**31) -> list[Event]:
         """What happened to the tree since the last call, oldest first, at most `most` events.
@@ -419,6 +426,9 @@ class KVCacheManager(Batches, Closing):
     def check(self) -> None:
         """Recompute all books; `InvariantError` names the equation that broke, or the written null page."""
         self._core.check([cache._handle for cache in list(self._caches.values())])
+        self._check_null_pages()
+
+    def _check_null_pages(self) -> None:
         for name in self._pages:
             if self._memory is not None and self._memory.null_page(name).any():
                 raise InvariantError(f"pool {name!r}: the null page (slot 0) was written")
