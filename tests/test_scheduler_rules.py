@@ -151,6 +151,23 @@ def test_the_expected_output_is_the_mean_of_those_that_ended_raised_after_a_reco
     assert raised < outlook.share < 0.875
 
 
+def test_with_nothing_started_the_oldest_need_not_fit_to_its_end() -> None:
+    """Another cache, not the scheduler's, has 2 of 6 slots; the request needs 5 in the end, and 2 to start."""
+    manager = manager_of(6)
+    outside = manager.create("outside", [])
+    assert outside.resume()
+    assert outside.resize(8)
+    scheduler = Scheduler(manager, SchedulerConfig(4, 64))
+    for number in range(2):
+        scheduler.add(request_of(number, 8, 12))
+    step, _ = one_step(scheduler)
+    assert [chunk.request.request_id for chunk in step.context] == [0]
+    outside.close()
+    while scheduler.has_work:
+        one_step(scheduler)
+    assert scheduler.stats.recomputed == 0
+
+
 def test_a_recompute_raises_what_the_scheduler_expects() -> None:
     scheduler = Scheduler(manager_of(6), SchedulerConfig(4, 64))
     scheduler.outlook.expect(0.0)
