@@ -151,6 +151,18 @@ def test_the_expected_output_is_the_mean_of_those_that_ended_raised_after_a_reco
     assert raised < outlook.share < 0.875
 
 
+def test_nobody_is_stalled_while_a_step_elsewhere_is_in_flight() -> None:
+    manager = manager_of(2)
+    outside = manager.create("outside", [])
+    assert outside.resume()
+    assert outside.resize(8)
+    scheduler = Scheduler(manager, SchedulerConfig(4, 64))
+    scheduler.add(request_of(0, 8, 1))
+    assert not scheduler.schedule(in_flight=["elsewhere"])
+    with pytest.raises(StalledError):
+        scheduler.schedule()
+
+
 def test_with_nothing_started_the_oldest_need_not_fit_to_its_end() -> None:
     """Another cache, not the scheduler's, has 2 of 6 slots; the request needs 5 in the end, and 2 to start."""
     manager = manager_of(6)
