@@ -76,6 +76,20 @@ def fenced_younger(prompt: int) -> tuple[Scheduler, list[KVCache], list[Request]
     return scheduler, fenced, requests
 
 
+def test_tokens_for_a_chunk_that_is_not_the_last_fail_that_request_alone() -> None:
+    scheduler = Scheduler(manager_of(20), SchedulerConfig(8, 12, 4))
+    long, short = request_of(0, 20, 2), request_of(1, 4, 2)
+    scheduler.add(short)
+    scheduler.add(long)
+    step = scheduler.schedule()
+    assert [(chunk.request, chunk.is_last) for chunk in step.context] == [(long, False), (short, True)]
+    assert scheduler.update(step, {0: [7], 1: [7]}) == [long]
+    assert (long.finish_reason, long.output_tokens) == ("error", [])
+    assert "for a chunk that is not its last" in str(long.error)
+    assert short.output_tokens == [7]
+    scheduler.manager.check()
+
+
 def test_a_request_whose_pages_a_launched_step_may_still_touch_is_no_victim_and_the_older_one_waits() -> None:
     scheduler, fenced, (older, younger) = fenced_younger(9)
     step, _ = one_step(scheduler)
