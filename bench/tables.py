@@ -116,6 +116,14 @@ def pools(results: Results) -> str:
     return table(["full-attention pools", "windowed pools", "W1", "W2"], rows)
 
 
+def beginnings(results: Results) -> str:
+    rows = [
+        [f"{row['shared']}", f"{row['cached']:,}", pair(row["open"]), pair(row["serve"])]
+        for row in results["rust"]["scale"]["beginnings"]
+    ]
+    return table(["tokens in common", "cached prompts", "create, close", "create to close, evicting 2 blocks"], rows)
+
+
 def waiting(results: Results) -> str:
     rows = [[f"{row['waiting']:,}", pair(row["A"]), pair(row["B asked"])] for row in results["waiting"]]
     return table(["waiting requests", "A", "B, asked in each step"], rows)
@@ -298,7 +306,7 @@ def machine(results: Results) -> str:
 
 TABLES: dict[str, Callable[[Results], str]] = {
     "rust": rust, "threads": threads, "sizes": sizes, "chains": chains, "leaves": leaves, "pools": pools,
-    "waiting": waiting, "latency": latency, "memory": memory, "allocations": allocations, "floors": floors,
+    "beginnings": beginnings, "waiting": waiting, "latency": latency, "memory": memory, "allocations": allocations, "floors": floors,
     "rust-trace": rust_trace, "python-blocks": python_blocks, "w4": w4, "short": short, "python-trace": python_trace,
     "alone-blocks": alone_blocks, "alone-w4": alone_w4, "readme": readme,
     "machine": machine,

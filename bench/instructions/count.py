@@ -24,7 +24,7 @@ RECORD = HERE / "record.json"
 TARGET = HERE.parents[1] / "target"
 GROWTH = 5  # percent that pass
 CALLS = 16  # of main.rs
-PATHS = ["probe", "create", "resume", "block_table", "decode", "release", "churn", "evict", "resize", "commit"]
+PATHS = ["probe", "create", "resume", "block_table", "decode", "release", "churn", "evict", "resize", "commit", "crowd"]
 PER_PATH = {"evict": 2 * CALLS, "decode": 16 * CALLS}
 
 

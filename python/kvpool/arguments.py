@@ -15,12 +15,13 @@ ByteArray = np.ndarray[tuple[Any, ...], np.dtype[np.uint8]]
 Tokens = Sequence[int] | Int32Array
 
 _TOKEN_END = 2**31
+INT32 = np.dtype(np.int32)  # an array's dtype is compared with it in half the time that the class takes
 
 
 def token_array(tokens: Tokens, name: str = "tokens") -> Int32Array:
-    """Token ids as a C-contiguous int32 array; ValueError names what is wrong."""
+    """Token ids as a one-dimensional int32 array, of any stride; ValueError names what is wrong."""
     if isinstance(tokens, np.ndarray):
-        if tokens.dtype != np.int32:
+        if tokens.dtype != INT32:
             raise ValueError(f"{name}: dtype {tokens.dtype} is not int32: use {name}.astype(numpy.int32)")
         array = tokens
     else:
@@ -44,7 +45,7 @@ def token_array(tokens: Tokens, name: str = "tokens") -> Int32Array:
         array = wide.astype(np.int32)
     if array.ndim != 1:
         raise ValueError(f"{name}: shape {array.shape} is not one-dimensional")
-    return np.ascontiguousarray(array)
+    return array
 
 
 def count(value: SupportsIndex, name: str) -> int:
@@ -57,10 +58,13 @@ def count(value: SupportsIndex, name: str) -> int:
     return number
 
 
+NO_SCOPE: tuple[bytes, int | None] = (b"(None, None)", None)
+
+
 def scope_key(scope: Scope | None) -> tuple[bytes, int | None]:
     """The core's key of a scope: equal only for equal ids of equal type."""
     if scope is None:
-        return b"(None, None)", None
+        return NO_SCOPE
     if not isinstance(scope, Scope):
         raise ValueError(f"scope: {scope!r} is not a kvpool.Scope")
     return ascii((scope.lora_id, scope.salt)).encode("ascii"), scope.epoch

@@ -60,14 +60,11 @@ class Batches:
 
     # -- the books of requests ------------------------------------------------------------------
 
-    def _check_new(self, request_id: int | str) -> None:
-        """It is an id and has no cache."""
-        if checked_id(request_id) in self._caches:
-            raise taken(request_id)
-
     def _check_all_new(self, request_ids: Sequence[int | str]) -> None:
+        """They are ids, all different, and have no caches."""
         for request_id in request_ids:
-            self._check_new(request_id)
+            if checked_id(request_id) in self._caches:
+                raise taken(request_id)
         _check_different(request_ids)
 
     def _enter(self, request_ids: Sequence[int | str], handles: Sequence[Cache | None]) -> list[KVCache | None]:
@@ -418,7 +415,7 @@ def _id_of(request: Any) -> int | str:
 
 def checked_id(request_id: Any) -> int | str:
     """A request's id: int or str."""
-    if isinstance(request_id, bool) or not isinstance(request_id, int | str):
+    if isinstance(request_id, bool) or not isinstance(request_id, (int, str)):
         raise ValueError(f"request_id: {request_id!r} is neither int nor str")
     return request_id
 

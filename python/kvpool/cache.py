@@ -163,7 +163,7 @@ class KVCache(Closing):
         if self._state is CacheState.CLOSED:
             return
         manager = self._manager
-        ((free, last),) = manager._core.close([self._handle])  # not `_close`: its lists cost a tenth of a hot request
+        free, last = manager._core.close_one(self._handle)  # not `_close`: its lists cost a tenth of a hot request
         self._note_closed(last)
         if free:
             manager._forget(self)

@@ -16,6 +16,8 @@ import numpy as np
 
 from kvpool import _core
 from kvpool.arguments import (
+    INT32,
+    NO_SCOPE,
     ByteArray,
     Int32Array,
     Tokens,
@@ -24,7 +26,7 @@ from kvpool.arguments import (
     scope_key,
     token_array,
 )
-from kvpool.batches import Batches
+from kvpool.batches import Batches, checked_id, taken
 from kvpool.buffers import check_apart, given_buffers
 from kvpool.cache import CacheState, Closing, KVCache
 from kvpool.config import CacheConfig, Retention, Scope, _int, _seconds
@@ -101,7 +103,7 @@ class Event:
 def _listed(caches: Iterable[KVCache]) -> list[KVCache]:
     if type(caches) is not list and not isinstance(caches, Iterable):
         raise ValueError(f"caches: {caches!r} is not a list of caches")
-    return list(caches)
+    return list(caches)  # a copy: another thread may change the caller's
 
 
 def _memory_of(device: str | None, numa_node: int | None) -> CpuMemory | CudaMemory | None:
@@ -234,13 +236,15 @@ class KVCacheManager(Batches, Closing):
         LogicError: the id has a cache. ValueError: more than max_seq_len tokens, tokens out of range.
         """
         self._open()
-        self._check_new(request_id)
-        key, epoch = scope_key(scope)
-        handle = self._core.create(token_array(tokens), key, epoch, retention_spec(retention))
-        cache = KVCache(self, request_id, handle)
+        if checked_id(request_id) in self._caches:
+            raise taken(request_id)
+        key, epoch = NO_SCOPE if scope is None else scope_key(scope)
+        spec = None if retention is None else retention_spec(retention)
+        cache = KVCache(self, request_id, self._core.create(token_array(tokens), key, epoch, spec))
         if self._caches.setdefault(request_id, cache) is not cache or self._closed:
             self._register([cache])  # raises: another thread was faster, or has closed the manager
-        self._check_lost([cache])
+        if self._moves is not None:
+            self._check_lost([cache])
         return cache
 
     def cache(self, request_id: int | str) -> KVCache:
@@ -301,12 +305,11 @@ class KVCacheManager(Batches, Closing):
             raise LogicError("pages: there is no host tier; set host_bytes")
         return self._host_pages[pool]
 
-    def _handles(self, caches: Iterable[KVCache]) -> list[_core.Cache]:
-        handles = []
-        for cache in _listed(caches):
-            if not isinstance(cache, KVCache) or cache._manager is not self:
-                raise ValueError(f"caches: {cache!r} is not a cache of this manager")
-            handles.append(cache._handle)
+    def _handles(self, caches: list[KVCache]) -> list[_core.Cache]:
+        handles = [cache._handle for cache in caches if isinstance(cache, KVCache) and cache._manager is self]
+        if len(handles) < len(caches):
+            other = next(one for one in caches if not isinstance(one, KVCache) or one._manager is not self)
+            raise ValueError(f"caches: {other!r} is not a cache of this manager")
         return handles
 
     def block_tables(
@@ -325,11 +328,12 @@ class KVCacheManager(Batches, Closing):
             fill = int(fill)
         if not -(2**31) <= fill < 2**31:
             raise ValueError(f"fill: {fill!r} is not an int32")
-        self._ready_in_steps(caches, handles)
-        self._check_arrived(caches, "block_tables")
+        if self._moves is not None:
+            self._ready_in_steps(caches, handles)
+            self._check_arrived(caches, "block_tables")
         if out is None:
             out = np.empty((len(handles), self._core.widest(handles, index)), np.int32)
-        elif not isinstance(out, np.ndarray) or out.dtype != np.int32:  # of the other byte order too
+        elif not isinstance(out, np.ndarray) or out.dtype != INT32:  # of the other byte order too
             raise ValueError("out: must be a two-dimensional int32 array")
         self._core.block_tables(handles, index, out, fill)
         return out

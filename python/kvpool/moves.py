@@ -58,16 +58,15 @@ class Moves:
         """Submit the offloads that the core has decided on."""
         with self._lock:
             taken = self.recorder.take()
-            pools: dict[int, tuple[list[int], list[int]]] = {}
+            pools: dict[int, dict[int, int]] = {}
             for pool, source, target in taken:
-                sources, targets = pools.setdefault(pool, ([], []))
-                if target in targets:  # the page that went there is gone again: another batch behind the first
-                    self._submit(pool, "offload", sources, targets)
-                    sources, targets = pools[pool] = ([], [])
-                sources.append(source)
-                targets.append(target)
-            for pool, (sources, targets) in pools.items():
-                self._submit(pool, "offload", sources, targets)
+                sources = pools.setdefault(pool, {})
+                if target in sources:  # the page that went there is gone again: another batch behind the first
+                    self._submit(pool, "offload", [*sources.values()], [*sources])
+                    sources.clear()
+                sources[target] = source
+            for pool, sources in pools.items():
+                self._submit(pool, "offload", [*sources.values()], [*sources])
 
     def make(self, copies: Iterable[tuple[int, bool, int, int]]) -> None:
         """Offloads first, then (pool, source on the host, source, destination): onboards, then copies."""

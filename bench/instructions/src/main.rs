@@ -78,6 +78,14 @@ mod hot {
         }
     }
 
+    /// Prompts that begin like thousands of cached ones, and match none of their blocks.
+    #[inline(never)]
+    pub fn crowd(core: &Core, prompts: &[Vec<i32>]) {
+        for prompt in prompts {
+            black_box(core.probe(prompt, b"", None).expect("a length"));
+        }
+    }
+
     #[inline(never)]
     pub fn evict(core: &Core, calls: usize) {
         (0..calls).for_each(|_| _ = black_box(core.evict(BLOCKS as u64)));
@@ -90,6 +98,38 @@ mod hot {
             super::serve(core, prompt);
         }
     }
+}
+
+/// Prompts of one block and a token, the first five tokens the same in all.
+fn alike(from: usize, count: usize) -> Vec<Vec<i32>> {
+    let token = |i: usize| ((i + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 40) as i32;
+    let prompt = |i: usize| {
+        (0..=T)
+            .map(|at| if at < 5 { 7 } else { token(i * T + at) })
+            .collect()
+    };
+    (from..from + count).map(prompt).collect()
+}
+
+fn core() -> Core {
+    Core::new(CoreConfig {
+        tokens_per_block: T as u32,
+        pools: vec![PoolSpec {
+            name: "kv".into(),
+            num_slots: SLOTS as u32,
+            host_slots: 0,
+            window: None,
+            sink_tokens: 0,
+        }],
+        max_blocks: SLOTS as u32,
+        max_seq_len: None,
+        partial_reuse: true,
+        hash_seed: 1,
+        policy: PolicyKind::Lru,
+        offload_min_priority: 30,
+        collide: false,
+    })
+    .expect("memory")
 }
 
 fn ready(core: &Core, cache: &mut Cache) {
@@ -120,24 +160,7 @@ fn prompts(seed: usize) -> Vec<Vec<i32>> {
 }
 
 fn main() {
-    let core = Core::new(CoreConfig {
-        tokens_per_block: T as u32,
-        pools: vec![PoolSpec {
-            name: "kv".into(),
-            num_slots: SLOTS as u32,
-            host_slots: 0,
-            window: None,
-            sink_tokens: 0,
-        }],
-        max_blocks: SLOTS as u32,
-        max_seq_len: None,
-        partial_reuse: true,
-        hash_seed: 1,
-        policy: PolicyKind::Lru,
-        offload_min_priority: 30,
-        collide: false,
-    })
-    .expect("memory");
+    let core = core();
     for seed in 0..=SLOTS / BLOCKS / CALLS {
         prompts(seed).iter().for_each(|prompt| serve(&core, prompt)); // more than fit: what is kept per thread is warm
     }
@@ -166,4 +189,18 @@ fn main() {
         core.close(&mut cache).expect("open");
     }
     core.check(&[]).expect("books");
+    crowd();
+}
+
+fn crowd() {
+    let core = core();
+    for prompt in alike(0, SLOTS) {
+        let mut cache = core.create(&prompt, b"", None, None).expect("a cache");
+        ready(&core, &mut cache);
+        assert!(core.resize(&mut cache, T as u64, None).expect("active"));
+        let from = core.info(&cache).expect("open").committed as usize;
+        core.commit(&mut cache, &prompt[from..T]).expect("active");
+        core.close(&mut cache).expect("open");
+    }
+    hot::crowd(&core, &alike(SLOTS, CALLS));
 }

@@ -156,11 +156,49 @@ fn pools(effort: Effort, rng: &mut Rng) -> Value {
     json!(rows)
 }
 
+/// A prompt of two blocks whose first `shared` tokens all prompts have.
+fn alike(rng: &mut Rng, shared: usize) -> Prompt {
+    let mut prompt = Prompt::bare(rng, 2, T);
+    prompt.tokens[..shared].fill(7);
+    prompt
+}
+
+/// A new prompt that begins like all that are cached, ns per call: looked up and let go; and in a full pool looked up,
+/// stored (two blocks, evicting as many) and let go. By what they have in common and by their number.
+fn beginnings(effort: Effort, rng: &mut Rng) -> Value {
+    let mut rows = Vec::new();
+    for shared in [0, 1, 5, 12] {
+        for cached in [1_000, 4_000, 16_000, 64_000] {
+            let core = Kvpool::new(Shape {
+                slots: 2 * cached,
+                ..Shape::PEERS
+            });
+            (0..cached).for_each(|_| core.serve(&alike(rng, shared), 2));
+            let (mut open, mut serve) = (Turns::new(), Turns::new());
+            for _ in 0..effort.rounds {
+                let fresh: Vec<Prompt> = (0..effort.calls.min(500)).map(|_| alike(rng, shared)).collect();
+                open.note(
+                    Kvpool::NAME,
+                    alone(fresh.len(), |i| drop(core.open(&fresh[i], 2))),
+                );
+                serve.note(Kvpool::NAME, alone(fresh.len(), |i| core.serve(&fresh[i], 2)));
+            }
+            core.check();
+            rows.push(json!({
+                "shared": shared, "cached": cached,
+                "open": open.json()["figures"][Kvpool::NAME], "serve": serve.json()["figures"][Kvpool::NAME],
+            }));
+        }
+    }
+    json!(rows)
+}
+
 pub fn run(effort: Effort, most: usize, rng: &mut Rng) -> Value {
     json!({
         "sizes": sizes(effort, most),
         "chains": chains(effort, rng),
         "leaves": leaves(effort, rng),
         "pools": pools(effort, rng),
+        "beginnings": beginnings(effort, rng),
     })
 }

@@ -37,11 +37,17 @@ pub enum Visit {
 pub struct Recycled;
 
 impl Chains {
-    /// Empty chains for `nodes` indices.
+    /// Empty chains for `nodes` indices in twice as many buckets.
     pub fn new(nodes: u32) -> Self {
-        let buckets = (2 * nodes as usize).next_power_of_two();
+        Self::with_buckets(nodes, 2 * nodes as usize)
+    }
+
+    /// As `new`, in at least so many buckets.
+    pub fn with_buckets(nodes: u32, buckets: usize) -> Self {
         Self {
-            heads: (0..buckets).map(|_| AtomicU64::new(Link::NIL.0)).collect(),
+            heads: (0..buckets.next_power_of_two())
+                .map(|_| AtomicU64::new(Link::NIL.0))
+                .collect(),
             next: (0..nodes).map(|_| AtomicU64::new(Link::NIL.0)).collect(),
         }
     }
@@ -49,6 +55,11 @@ impl Chains {
     /// The bucket of a hash.
     pub fn bucket(&self, hash: u64) -> usize {
         hash as usize & (self.heads.len() - 1)
+    }
+
+    /// The word that holds the first link of a bucket.
+    pub fn cell(&self, bucket: usize) -> &AtomicU64 {
+        &self.heads[bucket]
     }
 
     /// Brings the head of a bucket closer.
@@ -63,7 +74,12 @@ impl Chains {
 
     /// The first link of a bucket; needed before a search whose miss is to be published.
     pub fn head(&self, bucket: usize) -> Link {
-        Link(self.heads[bucket].load(Ordering::Acquire)) // Acquire: partner the CAS in `publish`
+        Self::first(self.cell(bucket))
+    }
+
+    /// As `head`, of a chain whose first link is kept elsewhere.
+    pub fn first(cell: &AtomicU64) -> Link {
+        Link(cell.load(Ordering::Acquire)) // Acquire: partner the CAS in `publish`
     }
 
     /// The next link of a chain at rest.
@@ -97,10 +113,10 @@ impl Chains {
     }
 
     /// Links a node that the caller owns in front of `head`. `false`: the chain changed since.
-    pub fn publish(&self, bucket: usize, head: Link, node: Link) -> bool {
+    pub fn publish(&self, cell: &AtomicU64, head: Link, node: Link) -> bool {
         self.next[node.index()].store(head.0, Ordering::Release); // Release: partner the load in `walk`, for links that outlive the head
         let head = if weak(Weak::PublishHead) {
-            let now = self.head(bucket);
+            let now = Self::first(cell);
             self.next[node.index()].store(now.0, Ordering::Release); // Release: the planted weakness
             now
         } else {
@@ -111,19 +127,18 @@ impl Chains {
         } else {
             Ordering::Release // Release: partner the load in `head`; the node's fields are visible to who sees the link
         };
-        self.heads[bucket]
-            .compare_exchange(head.0, node.0, success, Ordering::Relaxed)
+        cell.compare_exchange(head.0, node.0, success, Ordering::Relaxed)
             .is_ok() // Relaxed on failure: nothing is read
     }
 
     /// Takes a dead node that the caller owns out of its chain; afterwards no walk that starts meets it.
-    pub fn unlink(&self, bucket: usize, node: Link, is: impl Fn(Link) -> bool) {
+    pub fn unlink(&self, cell: &AtomicU64, node: Link, is: impl Fn(Link) -> bool) {
         // Alone in its bucket: nothing comes behind it any more, and what comes before it changes the head.
         let next = self.next[node.index()].load(Ordering::Acquire); // Acquire: partner the CAS in `sweep`
         let nil = Link::NIL.0;
         // AcqRel: partner the loads in `head` and `sweep`. Relaxed on failure: the long way reads again.
         if next == nil
-            && self.heads[bucket]
+            && cell
                 .compare_exchange(node.0, nil, Ordering::AcqRel, Ordering::Relaxed)
                 .is_ok()
         {
@@ -132,12 +147,12 @@ impl Chains {
         if !weak(Weak::UnlinkMark) {
             self.next[node.index()].fetch_or(MARK, Ordering::AcqRel); // AcqRel: partner the CAS in `sweep`: the frozen word is the last one written
         }
-        while !self.sweep(bucket, node, &is) {}
+        while !self.sweep(cell, node, &is) {}
     }
 
     /// One walk that unlinks every marked node it meets. `false`: something changed, walk again.
-    fn sweep(&self, bucket: usize, node: Link, is: &impl Fn(Link) -> bool) -> bool {
-        let mut cell = &self.heads[bucket];
+    fn sweep(&self, head: &AtomicU64, node: Link, is: &impl Fn(Link) -> bool) -> bool {
+        let mut cell = head;
         let mut at = Link(cell.load(Ordering::Acquire)); // Acquire: partner the CAS in `publish`
         while !at.is_nil() {
             let next = Link(self.next[at.index()].load(Ordering::Acquire)); // Acquire: partner the store in `publish` and the CAS below

@@ -56,21 +56,25 @@ fn check_tree(core: &Core) -> Result<()> {
                 "node {i}: its parent {} is gone",
                 parent.index()
             );
-            depth = tree.nodes[parent.index()].depth.get() + 1;
+            depth = tree.depth(parent.index()) + 1;
             children[parent.index()] += 1;
             let before = tree.nodes[parent.index()].key.get();
             let is_hash = || tree.extend_key(before, &tree.tokens(i).collect::<Vec<i32>>()) == node.key.get();
             ensure!(!block || is_hash(), "node {i}: key != hash of its prefix");
         }
         ensure!(
-            depth == node.depth.get() || !block,
+            depth == tree.depth(i) || !block,
             "node {i}: depth {} != {depth}",
-            node.depth.get()
+            tree.depth(i)
         );
         if block && !tree.is_lost(i) {
             let tokens: Vec<i32> = tree.tokens(i).collect();
             let found = tree.child(&tree.root_of(i), parent, node.key.get(), &tokens);
             ensure!(found == Some(tree.at(i)), "node {i}: look-up finds {found:?}");
+            ensure!(
+                tree.is_in_start(i),
+                "node {i}: the chain of its beginning lacks it, or is too long"
+            );
         }
         for pool in (0..core.pools.len()).filter(|&pool| !tree.windowed[pool]) {
             ensure!(

@@ -57,6 +57,15 @@ impl Core {
     }
 }
 
+/// -> whether its id is free again; its last lengths, `None` if it was closed before
+fn close(
+    core: &kvpool_core::Core,
+    cache: &mut kvpool_core::Cache,
+) -> kvpool_core::Result<(bool, Option<Lengths>)> {
+    let last = core.info(cache).ok().map(|info| lengths(&info));
+    Ok((core.close(cache)?, last))
+}
+
 /// Per cache of a list: whether it is in a set.
 fn listed(caches: &[Py<Cache>], set: &HashSet<*const Cache>) -> Vec<bool> {
     let cache = |cache: &Py<Cache>| set.contains(&std::ptr::from_ref(cache.get()));
@@ -281,24 +290,23 @@ impl Core {
         with(py, cache, |cache| core.commit(cache, &tokens))
     }
 
-    /// -> per cache: whether its id is free again (not so while a step is in flight, nor if it was closed before); its
-    /// last (reused, capacity, history_length, committed), None if it was closed before
+    /// -> whether its id is free again (not so while a step is in flight, nor if it was closed before); its last
+    /// (reused, capacity, history_length, committed), None if it was closed before
+    fn close_one(&self, py: Python<'_>, cache: &Bound<'_, Cache>) -> PyResult<(bool, Option<Lengths>)> {
+        let core = self.core(py)?;
+        with(py, cache, |cache| close(core, cache))
+    }
+
+    /// As `close_one`, per cache: all are closed, or none.
     fn close(&self, py: Python<'_>, caches: Vec<Py<Cache>>) -> PyResult<Vec<(bool, Option<Lengths>)>> {
         let core = self.core(py)?;
-        let close = |cache: &mut kvpool_core::Cache| {
-            let last = core.info(cache).ok().map(|info| lengths(&info));
-            Ok((core.close(cache)?, last))
-        };
-        if let [cache] = &caches[..] {
-            return Ok(vec![with(py, cache.bind(py), close)?]);
-        }
         let mut entered = enter_all(py, &caches)?;
         for (cache, _) in &entered {
             outcome(py, core.can_close(cache))?; // all are closed, or none
         }
         let mut closed = HashMap::with_capacity(caches.len());
         for ((cache, _), (this, _)) in entered.iter_mut().zip(distinct(&caches)) {
-            closed.insert(std::ptr::from_ref(this), outcome(py, close(cache))?);
+            closed.insert(std::ptr::from_ref(this), outcome(py, close(core, cache))?);
         }
         let of = |cache: &Py<Cache>| closed[&std::ptr::from_ref(cache.get())];
         Ok(caches.iter().map(of).collect())

@@ -116,12 +116,7 @@ impl Core {
             scratch.ahead.push(key);
         }
         self.stock(scratch, left);
-        let births = run
-            .chunks_exact(t)
-            .zip(&scratch.ahead)
-            .zip(scratch.nodes.iter().rev());
-        let births = births.map(|((block, &key), node)| (key, block[0], node.index() as u32));
-        self.tree.warm_births(&cache.root, cache.deepest(), births);
+        self.tree.warm_births(&scratch.ahead);
         scratch.ahead.reverse();
     }
 

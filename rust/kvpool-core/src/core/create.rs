@@ -74,6 +74,9 @@ impl Core {
         self.count_runs(scratch);
         for blocks in (0..=scratch.path.len()).rev() {
             let at = blocks * t;
+            if !self.serves(scratch, blocks, most.min(at + t - 1) as u64) {
+                continue; // windows end further on the longer the match
+            }
             let parent = if blocks == 0 {
                 Link::NIL
             } else {

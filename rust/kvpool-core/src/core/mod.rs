@@ -203,6 +203,7 @@ impl Core {
                 windowed,
                 config.hash_seed,
                 config.collide,
+                config.partial_reuse,
             ),
             counters: Tallies::default(),
             tiered,

@@ -185,7 +185,12 @@ impl Core {
             return;
         }
         self.read(cache);
-        if cache.undo.take().is_some() {
+        // What an ACTIVE cache had was on the device, and stayed there.
+        if cache
+            .undo
+            .take()
+            .is_some_and(|undo| undo.state != CacheState::Active)
+        {
             self.land(cache);
         }
         if cache.in_work && cache.state == CacheState::Active {

@@ -279,9 +279,12 @@ impl Core {
 
     /// Changes the state and with it how all that the cache holds is counted.
     pub(super) fn set_holder(&self, cache: &mut Cache, state: CacheState) {
-        let from = cache.holder();
+        let (before, from) = (cache.state, cache.holder());
         cache.state = state;
         let to = cache.holder();
+        if (before, from) == (state, to) {
+            return;
+        }
         let private = cache.private_owner();
         let change = |holders: &Counter| {
             holders.add(to as u64);

@@ -183,7 +183,7 @@ impl Core {
         for pool in 0..self.pools.len() {
             for (&node, &slot) in cache.nodes.iter().zip(&cache.tables[pool]) {
                 let far = slot != 0 && self.tree.page(pool, node.index()).tier() == Tier::Host;
-                if far && !comes_up(copies, pool, node) {
+                if far && !self.comes_up(copies, pool, node) {
                     cache.far[pool] += 1;
                 }
             }
@@ -286,11 +286,12 @@ impl Core {
         if !self.tiered || cache.state == CacheState::Active {
             return true;
         }
+        let before = copies.len();
         for pool in 0..self.pools.len() {
             for i in 0..cache.nodes.len() {
                 let block = cache.nodes[i];
                 let page = self.tree.page(pool, block.index());
-                let up = page.tier() == Tier::Device || comes_up(copies, pool, block);
+                let up = page.tier() == Tier::Device || self.comes_up(&copies[..before], pool, block);
                 if cache.tables[pool][i] == 0 || up {
                     continue;
                 }
@@ -323,11 +324,12 @@ impl Core {
         if !self.tiered {
             return;
         }
-        for (i, &node) in cache.nodes.iter().enumerate() {
-            let mine = || { cache.onboards.iter() }.filter(move |&&(_, block, _)| block as usize == i);
-            if mine().next().is_some() {
-                self.land_block(node, mine().map(|&(pool, _, dst)| (pool as usize, dst)));
-            }
+        cache
+            .onboards
+            .sort_unstable_by_key(|&(pool, block, _)| (block, pool));
+        for pages in cache.onboards.chunk_by(|(_, a, _), (_, b, _)| a == b) {
+            let node = cache.nodes[pages[0].1 as usize];
+            self.land_block(node, pages.iter().map(|&(pool, _, dst)| (pool as usize, dst)));
         }
         cache.onboards.clear();
         self.unpark(cache);
@@ -398,16 +400,15 @@ impl Core {
         }
     }
 
+    /// Whether an earlier request of the batch brings this page up: then it pins the block as well.
+    fn comes_up(&self, copies: &[PageCopy], pool: usize, block: Link) -> bool {
+        let same = |copy: &PageCopy| copy.up && copy.pool as usize == pool && copy.block == block;
+        !copies.is_empty() && self.tree.pins(block.index()) > 1 && copies.iter().any(same)
+    }
+
     /// Ranks a claimed node as used now, without starting the clock of its retention.
     fn rank_use(&self, index: usize, stamp: Stamp) {
         self.tree.nodes[index].used.raise(stamp.count);
         self.rank_time(index, stamp);
     }
-}
-
-/// Whether an earlier request of the batch brings this page up.
-fn comes_up(copies: &[PageCopy], pool: usize, block: Link) -> bool {
-    copies
-        .iter()
-        .any(|copy| copy.up && copy.pool as usize == pool && copy.block == block)
 }

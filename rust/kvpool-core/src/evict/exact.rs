@@ -27,7 +27,7 @@ impl Core {
             in_window: true,
             segment: n.segment.get() as u8,
             used: self.used(index),
-            depth: Reverse(n.depth.get() as u32),
+            depth: Reverse(self.tree.depth(index) as u32),
             slot: self.tree.page(self.first_full.unwrap_or(0), index).slot(),
         }
     }
@@ -49,7 +49,7 @@ impl Core {
             } else {
                 used.max(self.used(index))
             },
-            depth: Reverse(n.depth.get() as u32),
+            depth: Reverse(self.tree.depth(index) as u32),
             slot: page.slot(),
         }
     }

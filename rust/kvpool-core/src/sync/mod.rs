@@ -188,10 +188,10 @@ pub enum Weak {
     PublishHead,
     /// A published node's fields are not ordered before its link.
     PublishOrder,
+    /// A chain's room is looked up at another head than the one in front of which a node is put.
+    CrowdHead,
     /// An unlinked node is not marked first.
     UnlinkMark,
-    /// The way down to a child is not ordered behind its fields.
-    BelowOrder,
     /// A child is believed without a look at its parent link.
     ParentLink,
     /// A claim takes its unit after the reference.

@@ -88,13 +88,20 @@ impl Tree {
         }
         n.key.set(key);
         n.parent.set(parent.0);
-        n.below.store(Link::NIL.0, Ordering::Relaxed); // Relaxed: nobody follows it before the node is published
+        // Children of the former node that are not out of its chain yet are in none from here on. Relaxed: nobody follows it
+        // before the node is published; a child's CAS that comes later fails, one that came before left what this reads.
+        if n.below.load(Ordering::Relaxed) != Link::NIL.0 {
+            n.below.swap(Link::NIL.0, Ordering::Relaxed); // Relaxed: as above
+        }
+        if let Some(families) = &self.families {
+            families.start(index);
+        }
         let depth = if parent.is_nil() {
             0
         } else {
-            self.nodes[parent.index()].depth.get() + 1
+            self.depth(parent.index()) + 1
         };
-        n.depth.set(depth);
+        self.set_depth(index, depth);
         n.used.set(0);
         n.priority.set(u64::from(priority));
         n.segment.set(0);
@@ -160,23 +167,12 @@ impl Tree {
                     self.note_claimed(Tier::Device, false);
                     return Err((dead, other));
                 }
-                Ok(None) if self.by_key.publish(bucket, head, link) => break,
+                Ok(None) if self.by_key.publish(self.by_key.cell(bucket), head, link) => break,
                 _ => {}
             }
         }
-        let first = self
-            .by_first
-            .bucket(Self::first_hash(&root.digest, parent, tokens[0]));
-        while !self.by_first.publish(first, self.by_first.head(first), link) {}
+        self.enter_start(root, parent, tokens, link);
         self.adopt(parent, link);
-        if !parent.is_nil() {
-            let order = if weak(Weak::BelowOrder) {
-                Ordering::Relaxed // Relaxed: the planted weakness
-            } else {
-                Ordering::Release // Release: partner the load in `Tree::follow`: who goes down here finds the fields of this incarnation, or later ones
-            };
-            self.nodes[parent.index()].below.store(link.0, order);
-        }
         Ok(())
     }
 
@@ -320,9 +316,10 @@ impl Tree {
             return parent;
         }
         self.by_key
-            .unlink(self.by_key.bucket(n.key.get()), link, |link| self.is(link));
-        self.by_first
-            .unlink(self.first_bucket(index), link, |link| self.is(link));
+            .unlink(self.by_key.cell(self.by_key.bucket(n.key.get())), link, |link| {
+                self.is(link)
+            });
+        self.leave_start(link);
         self.disown(parent, link);
         parent
     }
@@ -406,7 +403,7 @@ impl Tree {
     /// Takes the page of a dead node, if it has one. The slot of one that is busy stays its mover's.
     pub fn strip(&self, pool: usize, dead: &Dead) -> Option<Page> {
         let word = &self.pages[pool].word[dead.index()];
-        if !self.windowed[pool] && self.by_parent.is_none() {
+        if !self.windowed[pool] && self.families.is_none() {
             let page = self.page(pool, dead.index());
             word.store(Page::NONE.0, Ordering::Relaxed); // Relaxed: pages of such pools change with their nodes only, and this one is ours
             return (page.slot() != 0).then_some(page);
@@ -423,7 +420,7 @@ impl Tree {
         let changed = word
             .compare_exchange(from.0, to.0, Ordering::AcqRel, Ordering::Relaxed)
             .is_ok();
-        if changed && self.by_parent.is_some() && from.is_held() != to.is_held() {
+        if changed && self.families.is_some() && from.is_held() != to.is_held() {
             let held = &self.pages[pool].held;
             if to.is_held() {
                 held.add(1);

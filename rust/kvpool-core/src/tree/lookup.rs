@@ -32,11 +32,11 @@ impl Tree {
         })
     }
 
-    /// As `child`, of the one that was published last below `parent`, which is not nil: without a hash and a bucket.
-    /// `None` says nothing. Wait-free; linearized at the read of the state.
+    /// As `child`, of the first in the parent's own chain, mostly the one that was published last below `parent`, which is
+    /// not nil: without a hash and a bucket. `None` says nothing. Wait-free; linearized at the read of the state.
     #[inline]
     pub fn follow(&self, parent: Link, tokens: &[i32]) -> Option<Link> {
-        let link = Link(self.nodes[parent.index()].below.load(Ordering::Acquire)); // Acquire: partner the store in `Tree::publish`
+        let link = Link(self.nodes[parent.index()].below.load(Ordering::Acquire)); // Acquire: partner the CAS in `Chains::publish`
         if link.is_nil() {
             return None;
         }
@@ -59,7 +59,9 @@ impl Tree {
         let visit = |link: Link| {
             let index = link.index();
             let n = &self.nodes[index];
-            if n.key.get() != key || !self.is_child_of(index, root, parent) || !self.has_tokens(index, tokens)
+            if n.key.get() != key
+                || !self.is_child_of(index, &root.digest, parent)
+                || !self.has_tokens(index, tokens)
             {
                 return Visit::Next;
             }
@@ -76,13 +78,13 @@ impl Tree {
         self.by_key.walk(head, |link| self.is(link), visit)
     }
 
-    fn is_child_of(&self, index: usize, root: &Root, parent: Link) -> bool {
+    pub(super) fn is_child_of(&self, index: usize, root: &[u64; 2], parent: Link) -> bool {
         if weak(Weak::ParentLink) {
             return true;
         }
         let n = &self.nodes[index];
         n.parent.get() == parent.0
-            && (!parent.is_nil() || n.scope.iter().zip(root.digest).all(|(a, b)| a.get() == b))
+            && (!parent.is_nil() || n.scope.iter().zip(root).all(|(a, b)| a.get() == *b))
     }
 
     #[inline]
@@ -107,38 +109,6 @@ impl Tree {
             None => {
                 let mut pairs = tokens.chunks(2).zip(stored);
                 pairs.all(|(pair, word)| word.get() == pack(pair))
-            }
-        }
-    }
-
-    /// The child of `parent` that shares most leading tokens with `tokens` and has a page in every
-    /// pool; of several the one inserted first. Cost: the children that share the first token.
-    pub fn closest_child(&self, root: &Root, parent: Link, tokens: &[i32]) -> Option<(Link, usize)> {
-        let first = *tokens.first()?;
-        let bucket = self
-            .by_first
-            .bucket(Self::first_hash(&root.digest, parent, first));
-        loop {
-            let mut best: Option<(Link, usize, u64)> = None;
-            let visit = |link: Link| {
-                let index = link.index();
-                if !self.is_child_of(index, root, parent) {
-                    return Visit::Next;
-                }
-                let pairs = self.tokens(index).zip(tokens);
-                let common = pairs.take_while(|(a, b)| a == *b).count();
-                let seq = self.nodes[index].seq.get();
-                let better = best.map_or(common > 0, |(_, most, before)| {
-                    common > most || (common == most && seq < before)
-                });
-                if better && self.state(index).is_live() && self.has_all_pages(index) {
-                    best = Some((link, common, seq)); // believed only if `walk` finds the node unchanged behind us
-                }
-                Visit::Next
-            };
-            let head = self.by_first.head(bucket);
-            if self.by_first.walk(head, |link| self.is(link), visit).is_ok() {
-                return best.map(|(link, common, _)| (link, common));
             }
         }
     }

@@ -1,4 +1,5 @@
-//! The radix tree of cached blocks: a slab of nodes, two tables that find them, and their pages.
+//! The radix tree of cached blocks: a slab of nodes, the chains that find them (by key, by beginning, by parent), and
+//! their pages.
 //!
 //! A node is one token block. Its key is the hash of the whole prefix; its parent, at its incarnation, and
 //! its tokens are compared on every look-up, so a collision costs time and nothing else.
@@ -10,6 +11,7 @@
 //!
 //! Who may call: any thread. Orderings and hazards: docs/CONCURRENCY.md.
 
+mod families;
 mod life;
 mod lookup;
 #[cfg(all(test, kvpool_loom))]
@@ -17,6 +19,11 @@ mod models;
 #[cfg(all(test, kvpool_loom))]
 mod move_models;
 mod moves;
+#[cfg(all(test, kvpool_loom))]
+mod start_models;
+mod starts;
+#[cfg(all(test, not(kvpool_loom)))]
+mod starts_tests;
 
 pub use life::{Claimed, Dead};
 
@@ -24,7 +31,9 @@ use crate::chains::Chains;
 use crate::stack::Stack;
 use crate::sync::{fence, warm, weak, AtomicU32, AtomicU64, Counter, Field, Ordering, Weak};
 use crate::words::{Link, Page, State};
+use families::Families;
 use siphasher::sip128::{Hasher128, SipHasher24};
+use starts::Starts;
 use std::hash::Hasher;
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
@@ -41,7 +50,7 @@ pub struct Node {
     /// [`Link`] to the parent, nil for the first block of a root. Marked: a page of the block is bad, and no look-up
     /// finds it any more.
     parent: Field,
-    /// [`Link`] to the child that was published last; it may be gone since.
+    /// [`Link`] to the first of the children that are in the chain of this node: see `starts.rs`.
     below: AtomicU64,
     /// Stamp of the last release.
     pub used: Field,
@@ -53,8 +62,8 @@ pub struct Node {
     near: AtomicU32,
     /// ACTIVE caches, and batches in work, whose path contains this node, and the mark [`moves::NEAR`]; with a host tier only.
     pins: AtomicU64,
-    /// Blocks before this one.
-    pub depth: Field,
+    /// Blocks before this one, and where its beginning is found: see `starts.rs`.
+    place: Field,
     /// Retention priority.
     pub priority: Field,
     /// Segment of the policy.
@@ -157,9 +166,9 @@ pub struct Tree {
     /// Pools that have a window.
     pub windowed: Vec<bool>,
     by_key: Chains,
-    by_first: Chains,
-    /// Children by parent; with a host tier only.
-    by_parent: Option<Chains>,
+    starts: Starts,
+    /// With a host tier only.
+    families: Option<Families>,
     free: Stack,
     /// Nodes beyond `max_blocks`, for private blocks of SUSPENDED caches.
     spare: Stack,
@@ -173,7 +182,7 @@ pub struct Tree {
 
 impl Tree {
     /// An empty tree of at most `max_blocks` nodes of `t` tokens. `spare`: private blocks that SUSPENDED caches can have
-    /// beside, if there is a host tier.
+    /// beside, if there is a host tier. `partial`: whether [`Tree::closest_child`] is going to be asked.
     pub fn new(
         t: usize,
         max_blocks: u32,
@@ -181,6 +190,7 @@ impl Tree {
         windowed: Vec<bool>,
         seed: u64,
         collide: bool,
+        partial: bool,
     ) -> Self {
         let n = max_blocks as usize + spare.unwrap_or(0) as usize;
         let node = || Node {
@@ -192,7 +202,7 @@ impl Tree {
             children: AtomicU32::new(0),
             near: AtomicU32::new(0),
             pins: AtomicU64::new(0),
-            depth: Field::new(0),
+            place: Field::new(0),
             used: Field::new(0),
             priority: Field::new(0),
             segment: Field::new(0),
@@ -222,8 +232,8 @@ impl Tree {
             pages: windowed.iter().map(pages).collect(),
             windowed,
             by_key: Chains::new(max_blocks),
-            by_first: Chains::new(max_blocks),
-            by_parent: spare.map(|_| Chains::new(max_blocks)),
+            starts: Starts::new(t, max_blocks, partial),
+            families: spare.map(|_| Families::new(max_blocks)),
             free: Stack::full(max_blocks),
             spare: Stack::full(spare.unwrap_or(0)),
             max_blocks,
@@ -265,13 +275,6 @@ impl Tree {
         key ^ (key >> 29)
     }
 
-    fn first_hash(root: &[u64; 2], parent: Link, first: i32) -> u64 {
-        let above = if parent.is_nil() { root[1] } else { parent.0 };
-        let x = above ^ u64::from(first as u32).wrapping_mul(0x9E37_79B9_7F4A_7C15);
-        let x = (x ^ (x >> 31)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        x ^ (x >> 29)
-    }
-
     // -- memory on its way ------------------------------------------------------------------
 
     /// Brings all lines of a node closer.
@@ -280,7 +283,7 @@ impl Tree {
         warm(&self.nodes[index].pins);
         if self.is_block(index) {
             self.by_key.warm_next(index);
-            self.by_first.warm_next(index);
+            self.warm_start_next(index);
         }
     }
 
@@ -301,30 +304,15 @@ impl Tree {
         if self.is_block(index) {
             let n = &self.nodes[index];
             self.by_key.warm_bucket(self.by_key.bucket(n.key.get()));
-            self.by_first.warm_bucket(self.first_bucket(index));
+            self.warm_own_start(index);
         }
     }
 
-    /// Brings the buckets closer into which blocks with these keys will be put, below each other, as these nodes.
-    pub fn warm_births(&self, root: &Root, above: Link, births: impl Iterator<Item = (u64, i32, u32)>) {
-        let mut parent = above;
-        for (key, first, index) in births {
+    /// Brings the buckets closer into which blocks with these keys will be put.
+    pub fn warm_births(&self, keys: &[u64]) {
+        for &key in keys {
             self.by_key.warm_bucket(self.by_key.bucket(key));
-            let bucket = self
-                .by_first
-                .bucket(Self::first_hash(&root.digest, parent, first));
-            self.by_first.warm_bucket(bucket);
-            parent = Link::new(self.state(index as usize).version(), index);
         }
-    }
-
-    /// The bucket by first token of a node that was written.
-    fn first_bucket(&self, index: usize) -> usize {
-        let n = &self.nodes[index];
-        let root = [n.scope[0].get(), n.scope[1].get()];
-        let first = self.tokens[index * self.t.div_ceil(2)].get() as i32;
-        self.by_first
-            .bucket(Self::first_hash(&root, self.parent(index), first))
     }
 
     // -- reading a node ---------------------------------------------------------------------

@@ -9,7 +9,7 @@ use loom::thread;
 
 /// One token per block, all in one bucket, or spread over two.
 fn tree(nodes: u32, windowed: bool, collide: bool) -> (Arc<Tree>, Root) {
-    let tree = Tree::new(1, nodes, None, vec![windowed], 1, collide);
+    let tree = Tree::new(1, nodes, None, vec![windowed], 1, collide, true);
     let root = Root {
         digest: [0, 0],
         epoch: 0,
@@ -305,7 +305,7 @@ fn follow_and_reuse() {
 
 #[test]
 fn follow_without_order() {
-    fails(Weak::BelowOrder, "followed to another block", 2, || {
+    fails(Weak::PublishOrder, "followed to another block", 2, || {
         follow_against_reuse(1)
     });
 }

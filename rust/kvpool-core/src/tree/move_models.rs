@@ -15,7 +15,7 @@ const ROOT: Root = Root {
 /// One token per block; full-attention pools, then windowed ones; two private blocks.
 fn tree(nodes: u32, full: usize, windowed: usize) -> Arc<Tree> {
     let windows = (0..full + windowed).map(|pool| pool >= full).collect();
-    Arc::new(Tree::new(1, nodes, Some(2), windows, 1, false))
+    Arc::new(Tree::new(1, nodes, Some(2), windows, 1, false, true))
 }
 
 /// A node with one claim and, in each pool, page 1 of the device: claimed in windowed pools by a SUSPENDED cache.

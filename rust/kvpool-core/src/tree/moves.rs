@@ -4,7 +4,6 @@
 //! - `near(n) == children of n that are on the device`
 
 use super::{Claimed, Dead, Root, Tree};
-use crate::chains::Visit;
 use crate::sync::{weak, Ordering, Weak};
 use crate::words::{Link, Page, State, Tier};
 
@@ -21,7 +20,7 @@ impl Tree {
 
     /// A node on this tier is claimed from here on, or no longer.
     pub(super) fn note_claimed(&self, tier: Tier, claimed: bool) {
-        if self.by_parent.is_some() && tier == Tier::Device {
+        if self.families.is_some() && tier == Tier::Device {
             if claimed {
                 self.claimed_near.add(1);
             } else {
@@ -40,14 +39,9 @@ impl Tree {
 
     // -- children ---------------------------------------------------------------------------
 
-    fn family(parent: Link) -> u64 {
-        let x = parent.0.wrapping_mul(0x9E37_79B9_7F4A_7C15);
-        x ^ (x >> 29)
-    }
-
     /// A child of `parent` is on the device.
     pub(super) fn come_near(&self, parent: Link) {
-        if self.by_parent.is_some() && !parent.is_nil() {
+        if self.families.is_some() && !parent.is_nil() {
             let near = &self.nodes[parent.index()].near;
             near.fetch_add(1, Ordering::Relaxed); // Relaxed: ordered by the release of the pin, see `Tree::seize`
         }
@@ -55,64 +49,9 @@ impl Tree {
 
     /// A child of `parent` is no longer on the device.
     pub(super) fn go_far(&self, parent: Link) {
-        if self.by_parent.is_some() && !parent.is_nil() {
+        if self.families.is_some() && !parent.is_nil() {
             let near = &self.nodes[parent.index()].near;
             near.fetch_sub(1, Ordering::AcqRel); // AcqRel: partner the RMW in `near_now`
-        }
-    }
-
-    pub(super) fn adopt(&self, parent: Link, link: Link) {
-        if let Some(chains) = &self.by_parent {
-            let bucket = chains.bucket(Self::family(parent));
-            while !chains.publish(bucket, chains.head(bucket), link) {}
-        }
-    }
-
-    pub(super) fn disown(&self, parent: Link, link: Link) {
-        if let Some(chains) = &self.by_parent {
-            let bucket = chains.bucket(Self::family(parent));
-            chains.unlink(bucket, link, |link| self.is(link));
-        }
-    }
-
-    /// Appends the live children of a node.
-    pub fn children_of(&self, parent: Link, into: &mut Vec<Link>) {
-        let Some(chains) = &self.by_parent else {
-            return;
-        };
-        let before = into.len();
-        loop {
-            let head = chains.head(chains.bucket(Self::family(parent)));
-            let visit = |link: Link| {
-                if self.parent(link.index()) == parent && self.is_live(link) {
-                    into.push(link); // believed only if `walk` finds the node unchanged behind us
-                }
-                Visit::Next
-            };
-            if chains.walk(head, |link| self.is(link), visit).is_ok() {
-                return;
-            }
-            into.truncate(before);
-        }
-    }
-
-    /// A live child of a node, if any.
-    pub fn any_child(&self, parent: Link) -> Option<Link> {
-        let chains = self.by_parent.as_ref()?;
-        loop {
-            let head = chains.head(chains.bucket(Self::family(parent)));
-            let visit = |link: Link| {
-                if self.parent(link.index()) != parent || !self.is_live(link) {
-                    Visit::Next
-                } else if self.is(link) {
-                    Visit::Found
-                } else {
-                    Visit::Recycled
-                }
-            };
-            if let Ok(found) = chains.walk(head, |link| self.is(link), visit) {
-                return found;
-            }
         }
     }
 
@@ -389,7 +328,7 @@ impl Tree {
         let born = self.state(index).version();
         n.born.store(born, Ordering::Release); // Release: partner the load in `Tree::born`
         n.parent.set(parent.0);
-        n.depth.set(depth);
+        self.set_depth(index, depth);
         n.used.set(0);
         n.priority.set(u64::from(priority));
         n.segment.set(0);
