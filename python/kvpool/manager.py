@@ -233,6 +233,8 @@ class KVCacheManager(Batches, Closing):
     ) -> KVCache:
         """Claim the longest cached prefix of `tokens`; SUSPENDED, takes no slot.
 
+        In whole blocks it is the longest; where it ends inside one of very many that begin alike it may be shorter
+        (README, limits).
         LogicError: the id has a cache. ValueError: more than max_seq_len tokens, tokens out of range.
         """
         self._open()
