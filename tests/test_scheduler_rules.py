@@ -194,6 +194,20 @@ def test_with_nothing_started_the_oldest_need_not_fit_to_its_end() -> None:
     assert scheduler.stats.recomputed == 0
 
 
+def test_a_tier_below_the_target_alone_is_none_below_both() -> None:
+    """Each request comes to need 5 of the draft model's 8 slots, which has nowhere to suspend it to."""
+    target, draft = manager_of(40, host=40), manager_of(8)
+    scheduler = Scheduler(target, SchedulerConfig(4, 64), draft)
+    for number in range(2):
+        scheduler.add(request_of(number, 8, 12))
+    step, _ = one_step(scheduler)
+    assert [chunk.request.request_id for chunk in step.context] == [0]
+    assert "'kv' of the draft model" in scheduler.explain(1)
+    while scheduler.has_work:
+        one_step(scheduler)
+    assert scheduler.stats.suspended == scheduler.stats.recomputed == 0
+
+
 def test_a_recompute_raises_what_the_scheduler_expects() -> None:
     scheduler = Scheduler(manager_of(6), SchedulerConfig(4, 64))
     scheduler.outlook.expect(0.0)
