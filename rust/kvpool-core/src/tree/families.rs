@@ -114,14 +114,17 @@ impl Tree {
         self.parent(link.index()) == parent && self.is_live(link) && self.families.as_ref().is_some_and(of)
     }
 
+    /// Where to look for children of a node, if it can have any that are blocks: those of a private one are not.
+    fn families_with(&self, parent: Link) -> Option<&Families> {
+        let index = parent.index();
+        { self.families.as_ref() }.filter(|_| self.is_block(index) && self.children(index) > 0)
+    }
+
     /// Appends the live children of a node.
     pub fn children_of(&self, parent: Link, into: &mut Vec<Link>) {
-        let Some(families) = &self.families else {
+        let Some(families) = self.families_with(parent) else {
             return;
         };
-        if self.children(parent.index()) == 0 {
-            return;
-        }
         for (nest, bucket) in families.nests(parent) {
             let before = into.len();
             loop {
@@ -142,10 +145,7 @@ impl Tree {
 
     /// A live child of a node, if any.
     pub fn any_child(&self, parent: Link) -> Option<Link> {
-        let families = self.families.as_ref()?;
-        if self.children(parent.index()) == 0 {
-            return None;
-        }
+        let families = self.families_with(parent)?;
         families.nests(parent).find_map(|(nest, bucket)| loop {
             let visit = |link: Link| match self.is_in_nest(link, parent, nest) {
                 false => Visit::Next,
