@@ -306,7 +306,8 @@ def machine(results: Results) -> str:
 
 TABLES: dict[str, Callable[[Results], str]] = {
     "rust": rust, "threads": threads, "sizes": sizes, "chains": chains, "leaves": leaves, "pools": pools,
-    "beginnings": beginnings, "waiting": waiting, "latency": latency, "memory": memory, "allocations": allocations, "floors": floors,
+    "beginnings": beginnings, "waiting": waiting, "latency": latency, "memory": memory, "allocations": allocations,
+    "floors": floors,
     "rust-trace": rust_trace, "python-blocks": python_blocks, "w4": w4, "short": short, "python-trace": python_trace,
     "alone-blocks": alone_blocks, "alone-w4": alone_w4, "readme": readme,
     "machine": machine,
