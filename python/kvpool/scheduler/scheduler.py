@@ -189,6 +189,7 @@ class Scheduler:
         while True:
             self._passes += 1
             run = Pass(self.config, self._passes, busy, world, patient)
+            run.gone += [request._entry.age for request in self._lost if request._entry is not None]
             try:
                 run_pass(self, run)
             except BaseException as error:
