@@ -326,8 +326,8 @@ def test_nobody_waits_again_for_a_move_that_was_given_up(
     monkeypatch.setattr(mover, "step_begin", recorded)
     other = manager.create(4, [*range(40, 46), 70])
     assert other.resume()  # its copy is on its way
-    manager.step_begin([gone])
-    manager.step_end([gone])
+    manager.step_begin([gone, other])
+    manager.step_end([gone, other])
     assert calls
     assert not any(stuck & set(slots) for slots in calls)
     assert words(manager, other) == [t + 1000 for t in range(40, 46)]

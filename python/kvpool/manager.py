@@ -35,6 +35,7 @@ from kvpool.mover import Mover
 from kvpool.mover.cpu_memory import CpuMemory
 from kvpool.moves import Moves
 from kvpool.sizing import PoolPlan, plan_pools
+from kvpool.uses import StepUses
 
 if TYPE_CHECKING:
     from kvpool.mover.cuda_memory import CudaMemory
@@ -331,7 +332,7 @@ class KVCacheManager(Batches, Closing):
         if not -(2**31) <= fill < 2**31:
             raise ValueError(f"fill: {fill!r} is not an int32")
         if self._moves is not None:
-            self._ready_in_steps(caches, handles)
+            self._ready_in_steps(caches)
             self._check_arrived(caches, "block_tables")
         if out is None:
             out = np.empty((len(handles), self._core.widest(handles, index)), np.int32)
@@ -347,7 +348,7 @@ class KVCacheManager(Batches, Closing):
         """
         caches = _listed(caches)
         handles, index = self._handles(caches), self._pool(pool)
-        self._ready_in_steps(caches, handles)
+        self._ready_in_steps(caches)
         self._check_arrived(caches, "block_tables_csr")
         raw = self._core.block_tables_csr(handles, index, self.config.tokens_per_block)
         indptr, indices, last_page_len = (np.frombuffer(part, np.int32) for part in raw)
@@ -362,14 +363,15 @@ class KVCacheManager(Batches, Closing):
         """
         caches = _listed(caches)
         handles = self._handles(caches)
-        self._ready(handles, stream, launch=True)
+        self._ready(caches, stream, launch=True)
         if self._moves is not None and (fault := self._moves.fault()) is not None:
             raise KVPoolError(f"step_begin: the GPU is at its end ({fault}); end the process, and start anew")
         noted = self._moves is not None and self._moves.notes(stream)
-        uses = [(stream, self._used_by(cache)) for cache in caches] if noted else []  # before: it may raise
+        uses = StepUses(self._core, handles, stream) if noted else None  # before: it may raise
         self._core.step_begin(handles)
-        for cache, used in zip(caches, uses, strict=noted):
-            cache._uses.append(used)
+        if uses is not None:
+            for position, cache in enumerate(caches):
+                cache._uses.append((uses, position))
 
     def step_end(self, caches: Sequence[KVCache], stream: object = None) -> None:
         """After the step: what was freed or closed meanwhile is given back. LogicError without `step_begin`.
@@ -379,10 +381,13 @@ class KVCacheManager(Batches, Closing):
         caches = _listed(caches)
         handles = self._handles(caches)
         try:
-            if self._moves is not None and (
-                uses := [use for cache in caches if cache._uses for use in cache._take_uses()]
-            ):
-                self._moves.used(uses, stream)
+            if self._moves is not None:
+                steps: dict[StepUses, list[int]] = {}
+                for cache in caches:
+                    if cache._uses and (use := cache._take_use()) is not None:
+                        steps.setdefault(use[0], []).append(use[1])
+                if steps:
+                    self._moves.used(steps, stream)
         finally:
             released = self._core.step_end(handles)
             gone = [cache for cache, is_gone in zip(caches, released, strict=True) if is_gone]

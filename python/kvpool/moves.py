@@ -7,12 +7,14 @@ changed its books by then, so a move that fails is reported later (`report`), by
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from kvpool._core import Core, Recorder
+from kvpool.arguments import Int32Array
 from kvpool.mover import CpuStream, MoveBatch, Mover, SlotUse, Ticket
+from kvpool.uses import StepUses
 
 # (pool, on the host, slot as the core counts it: from 1)
 BadPage = tuple[int, bool, int]
@@ -150,7 +152,7 @@ class Moves:
                 lose(self, self._bad)
                 self._bad = []
 
-    def wait(self, slots: Sequence[tuple[int, list[int]]], stream: object = None) -> None:
+    def wait(self, slots: Sequence[tuple[int, Int32Array]], stream: object = None) -> None:
         """Everything that touches these device slots, by pool, is over; what is not in time has failed.
 
         If no move is on its way the stream alone waits for the steps that were launched before. On a GPU a stream that
@@ -168,14 +170,18 @@ class Moves:
         if self.stuck:
             with self._lock:
                 # Whoever has one is LOST; they are counted already.
-                self._bad += [page for pool, of in slots for slot in of if (page := (pool, False, slot)) in self.stuck]
+                self._bad += [
+                    page for pool, of in slots for slot in of.tolist() if (page := (pool, False, slot)) in self.stuck
+                ]
 
-    def _good(self, slots: Sequence[tuple[int, list[int]]]) -> list[SlotUse]:
+    def _good(self, slots: Sequence[tuple[int, Int32Array]]) -> list[SlotUse]:
         """Uses of these slots but the stuck ones: to wait for those would be in vain."""
         if not self.stuck:
             return [SlotUse(self._names[pool], "device", of) for pool, of in slots]
         return [
-            SlotUse(self._names[pool], "device", [slot for slot in of if (pool, False, slot) not in self.stuck])
+            SlotUse(
+                self._names[pool], "device", [slot for slot in of.tolist() if (pool, False, slot) not in self.stuck]
+            )
             for pool, of in slots
         ]
 
@@ -201,8 +207,9 @@ class Moves:
         """Whether the stream is one of the mover's kind; else the caller waits in its place."""
         return isinstance(stream, CpuStream) or (stream is not None and self.on_gpu)
 
-    def used(self, uses: Sequence[SlotUse], stream: object) -> None:
-        """A step, launched on this stream or over, used these slots."""
+    def used(self, steps: Mapping[StepUses, Sequence[int]], stream: object) -> None:
+        """Steps, launched on this stream or over, used the slots of their caches at these positions."""
+        uses = [use for step, positions in steps.items() for use in step.of(positions, self._names, self.stuck)]
         if self._knows(stream):  # never set back: another thread may have set it meanwhile
             self.launched = True
         self.mover.step_end(uses, stream if self._knows(stream) else None)

@@ -188,7 +188,7 @@ class Memory:
             moves = side.manager._moves
             if moves is not None and (moves.flying or moves.failed):
                 caches = [side.manager._caches.get(request.request_id) for request in requests]
-                side.manager._ready([cache._handle for cache in caches if cache is not None and cache._state is None])
+                side.manager._ready([cache for cache in caches if cache is not None and cache._state is None])
 
     def is_returning(self) -> bool:
         """Whether slots are in flight, or a move is."""

@@ -341,6 +341,21 @@ impl Core {
         tables::rows(py, &self.core, &caches, pool, out, fill)
     }
 
+    /// Of (cache, entries, alterations) as it was seen last -> what is seen now; per pool the slots that are new since, as
+    /// int32 in native byte order.
+    fn fresh_slots<'py>(&self, py: Python<'py>, seen: Vec<tables::Seen>) -> PyResult<tables::Fresh<'py>> {
+        tables::fresh(py, &self.core, &seen)
+    }
+
+    /// -> per pool what a step over these caches uses, as int32 in native byte order: (all slots, where each cache's end, the
+    /// slots from each one's history on, their ends)
+    fn step_slots<'py>(&self, py: Python<'py>, caches: Vec<Py<Cache>>) -> PyResult<Vec<tables::Used<'py>>> {
+        let pools = 0..self.core.num_pools();
+        pools
+            .map(|pool| tables::used(py, &self.core, &caches, pool))
+            .collect()
+    }
+
     /// -> (indptr, indices, last_page_len) as int32 in native byte order
     fn block_tables_csr<'py>(
         &self,

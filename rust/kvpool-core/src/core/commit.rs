@@ -312,6 +312,7 @@ impl Core {
             }
             if theirs != own {
                 cache.tables[pool][i] = theirs;
+                cache.alterations += 1;
                 self.give_private(cache, pool, own);
                 changed = true;
                 if owes {

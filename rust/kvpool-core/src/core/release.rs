@@ -285,6 +285,7 @@ impl Core {
         if (before, from) == (state, to) {
             return;
         }
+        cache.alterations += 1; // who was SUSPENDED may find its pages elsewhere
         let private = cache.private_owner();
         let change = |holders: &Counter| {
             holders.add(to as u64);

@@ -312,7 +312,7 @@ impl Core {
                     src: page.slot(),
                     dst,
                 });
-                cache.onboards.push((pool as u32, i as u32, dst));
+                cache.onboards.push((i as u32, pool as u32, dst));
             }
             self.pools[pool].note_peak();
         }
@@ -324,12 +324,10 @@ impl Core {
         if !self.tiered {
             return;
         }
-        cache
-            .onboards
-            .sort_unstable_by_key(|&(pool, block, _)| (block, pool));
-        for pages in cache.onboards.chunk_by(|(_, a, _), (_, b, _)| a == b) {
-            let node = cache.nodes[pages[0].1 as usize];
-            self.land_block(node, pages.iter().map(|&(pool, _, dst)| (pool as usize, dst)));
+        cache.onboards.sort_unstable();
+        for pages in cache.onboards.chunk_by(|(a, ..), (b, ..)| a == b) {
+            let node = cache.nodes[pages[0].0 as usize];
+            self.land_block(node, pages.iter().map(|&(_, pool, dst)| (pool as usize, dst)));
         }
         cache.onboards.clear();
         self.unpark(cache);
@@ -370,7 +368,7 @@ impl Core {
 
     /// The copies to the device are not made: their slots are given back.
     pub(super) fn stay_down(&self, cache: &mut Cache) {
-        for (pool, _, dst) in cache.onboards.drain(..) {
+        for (_, pool, dst) in cache.onboards.drain(..) {
             self.pools[pool as usize].give(dst);
             cache.purse[pool as usize] += 1;
         }
