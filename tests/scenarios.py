@@ -270,7 +270,7 @@ class World:
         return all(returning >= max(lacks) for _, returning in self.scheduler.memory.pressure())
 
     def one_pass(self) -> Step:
-        before = {request: request.state for request in self.alive.values()}
+        before = {number: request.state for number, request in self.alive.items()}
         if not self.scenario.as_list:
             step = self.scheduler.schedule()
         else:
@@ -286,15 +286,18 @@ class World:
         self.look_at_who_gave_way(step, before)
         return step
 
-    def look_at_who_gave_way(self, step: Step, before: dict[Request, str]) -> None:
-        """Whoever was suspended or freed in this call, in whichever of its passes, is in the step's lists."""
-        for request, was in before.items():
-            if was == "RUNNING" and request.state == "SUSPENDED":
-                expect(request in step.suspended, f"{request} was suspended and is not told")
-            if was in ("RUNNING", "SUSPENDED") and request.state == "WAITING":
-                expect(request in step.recompute, f"{request} was freed and is not told")
-        for state, told in (("SUSPENDED", step.suspended), ("WAITING", step.recompute)):
-            expect(all(request.state == state for request in told), f"told to be {state}, and is not")
+    def look_at_who_gave_way(self, step: Step, before: dict[int, str]) -> None:
+        """Whoever lost its place in this call is in just one of the step's lists, and nobody else is."""
+        suspended, recomputed = ({r.request_id for r in listed} for listed in (step.suspended, step.recompute))
+        expect(len(step.suspended) + len(step.recompute) == len(suspended | recomputed), "somebody gave way twice")
+        now = {number: request.state for number, request in self.alive.items()}
+        for number, state in before.items():
+            if state in ("RUNNING", "SUSPENDED") and now.get(number) == "WAITING":
+                expect(number in recomputed, f"{number} is computed again, and is not in the list")
+            if state == "RUNNING" and now.get(number) == "SUSPENDED":
+                expect(number in suspended, f"{number} is suspended, and is not in the list")
+        expect(all(now.get(number) == "WAITING" for number in recomputed), "who is computed again waits")
+        expect(all(now.get(number) == "SUSPENDED" for number in suspended), "who is in the list is suspended")
 
     def look_at(self, step: Step) -> None:
         """Limits, order, and what a step consists of."""

@@ -126,6 +126,10 @@ def test_generated_workload_needs_no_trace(capsys: pytest.CaptureFixture[str]) -
         (["TRACE", "--format", "azure"], "expected the columns"),
         (["TRACE", "--html", "TRACE"], "overwrite"),
         (["TRACE", "--html", "/nowhere/at/all.html"], "cannot write"),
+        (
+            ["TRACE", "--json", "/nowhere/at/all", "--html", "/nowhere/at/../at/all"],
+            "--json and --html name the same file",
+        ),
         (["TRACE", "--sequential", "--format", "generated"], "takes no TRACE"),
         (["TRACE", "--sequential", "--html", "x.html"], "no time to plot"),
         (["TRACE", "--sequential", "--window", "8"], "--window: --sequential"),

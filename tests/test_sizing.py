@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from fractions import Fraction
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -143,6 +145,14 @@ def test_host_split_has_floors_of_one() -> None:
     assert plan.host_slots == {"p0": 1, "p1": 1}
     with pytest.raises(ConfigError, match="host_bytes: 399"):
         plan_pools(CacheConfig(16, given, 10000, host_bytes=399))
+
+
+@pytest.mark.parametrize(
+    "call", [plan_pools, lambda none: slots_for(none, BatchDesc([])), lambda none: peak_slots(none, None, 1)]
+)
+def test_sizing_of_no_config_is_refused(call: Callable[[Any], object]) -> None:
+    with pytest.raises(ConfigError, match="config: None is not a CacheConfig"):
+        call(None)
 
 
 def test_peak_slots() -> None:

@@ -62,8 +62,14 @@ def _batch_slots(pool: PoolConfig, t: int, batch: BatchDesc) -> int:
     return total + len(shared)
 
 
+def _check_config(config: object) -> None:
+    if not isinstance(config, CacheConfig):
+        raise ConfigError(f"config: {config!r} is not a CacheConfig")
+
+
 def slots_for(config: CacheConfig, batch: BatchDesc) -> dict[str, int]:
     """Device slots that `batch` needs in each pool."""
+    _check_config(config)
     if not isinstance(batch, BatchDesc):
         raise ConfigError(f"batch: {batch!r} is not a BatchDesc")
     return {pool.name: _batch_slots(pool, config.tokens_per_block, batch) for pool in config.pools}
@@ -186,8 +192,7 @@ def plan_pools(config: CacheConfig) -> PoolPlan:
     UserWarning: by the default `typical_step` less than two windows of a pool find room on the host, though another
     pool has it.
     """
-    if not isinstance(config, CacheConfig):
-        raise ConfigError(f"config: {config!r} is not a CacheConfig")
+    _check_config(config)
     t = config.tokens_per_block
     pools = config.pools
     page_bytes = [pool.page_bytes for pool in pools]
@@ -235,6 +240,7 @@ def peak_slots(config: CacheConfig, request: Any, chunk_tokens: int | None) -> d
 
     Reads len(tokens), max_new_tokens and draft_tokens (0 if missing). chunk_tokens None: not chunked.
     """
+    _check_config(config)
     chunk = None if chunk_tokens is None else _int("chunk_tokens", chunk_tokens, 1)
     prompt = len(request.tokens)
     new = _int("max_new_tokens", request.max_new_tokens, 1)

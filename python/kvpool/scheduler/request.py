@@ -20,6 +20,7 @@ from kvpool.config import Retention, Scope
 
 # Passes after which a refused start is tried again although nothing seems to have changed: its match may have grown.
 RETRY = 32
+NOT_LOOKED_AT = "it has not been looked at yet"
 
 
 class RequestState(StrEnum):
@@ -163,7 +164,7 @@ class Entry:
         self.bypassed = 0  # first chunks of younger ones that overtook it
         self.refusal: Refusal | None = None  # of its start, when it was last looked at
         self.lost = 0  # tokens that were computed when it was freed
-        self.why = "it has not been looked at yet"
+        self.why = NOT_LOOKED_AT
 
     @property
     def length(self) -> int:

@@ -73,6 +73,7 @@ class Scheduler:
         self._passes = 0
         self.changes = 0  # requests that started, ended or gave way
         self._last: Step | None = None
+        self.held_up: set[Entry] = set()  # started ones that waited in the last pass for what is in flight
         self._thread = threading.get_ident()
         self._lock = threading.Lock()  # held by what changes the lists; `cancel` never waits for it
 
@@ -189,6 +190,7 @@ class Scheduler:
         while True:
             self._passes += 1
             run = Pass(self.config, self._passes, busy, world, patient)
+            run.gone += [request._entry.age for request in self._lost if request._entry is not None]
             try:
                 run_pass(self, run)
             except BaseException as error:
@@ -216,13 +218,13 @@ class Scheduler:
     def _hand_out(self, run: Pass, refused: list[tuple[Request, Exception]], in_flight: bool) -> Step:
         step = run.step
         step.refused = refused
-        self._last = step
+        self._last, self.held_up = step, run.waiting
         if step.num_tokens:
             self.stats.steps += 1
             self._steps[step.number] = step
             return step
         moves_on = self._steps or in_flight or refused or step.recompute or not (self.started or run.waits)
-        if not moves_on and not self.memory.is_returning():
+        if not (moves_on or self.memory.is_returning() or any(map(self.memory.is_fenced, self.started))):
             raise StalledError(why_stalled(self))
         return step
 
