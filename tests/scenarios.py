@@ -236,7 +236,11 @@ class World:
     def set_limits(self) -> None:
         """For those that the scheduler saw in this pass."""
         for number, request in self.alive.items():
-            if number not in self.limits and request._entry is not None:
+            if number in self.limits:
+                continue
+            if request.state == "FINISHED":  # cancelled before a pass saw it: the next update returns it
+                self.limits[number] = self.bound(0)
+            elif request._entry is not None:
                 age = request._entry.age
                 older = sum(other._entry is not None and other._entry.age < age for other in self.alive.values())
                 self.limits[number] = self.bound(older)
@@ -266,6 +270,7 @@ class World:
         return all(returning >= max(lacks) for _, returning in self.scheduler.memory.pressure())
 
     def one_pass(self) -> Step:
+        before = {number: request.state for number, request in self.alive.items()}
         if not self.scenario.as_list:
             step = self.scheduler.schedule()
         else:
@@ -278,7 +283,21 @@ class World:
         self.passes += 1
         self.set_limits()
         self.look_at(step)
+        self.look_at_who_gave_way(step, before)
         return step
+
+    def look_at_who_gave_way(self, step: Step, before: dict[int, str]) -> None:
+        """Whoever lost its place in this call is in just one of the step's lists, and nobody else is."""
+        suspended, recomputed = ({r.request_id for r in listed} for listed in (step.suspended, step.recompute))
+        expect(len(step.suspended) + len(step.recompute) == len(suspended | recomputed), "somebody gave way twice")
+        now = {number: request.state for number, request in self.alive.items()}
+        for number, state in before.items():
+            if state in ("RUNNING", "SUSPENDED") and now.get(number) == "WAITING":
+                expect(number in recomputed, f"{number} is computed again, and is not in the list")
+            if state == "RUNNING" and now.get(number) == "SUSPENDED":
+                expect(number in suspended, f"{number} is suspended, and is not in the list")
+        expect(all(now.get(number) == "WAITING" for number in recomputed), "who is computed again waits")
+        expect(all(now.get(number) == "SUSPENDED" for number in suspended), "who is in the list is suspended")
 
     def look_at(self, step: Step) -> None:
         """Limits, order, and what a step consists of."""
@@ -331,7 +350,7 @@ class World:
 
     def launch(self, step: Step) -> None:
         self.steps += 1
-        for manager, caches in self.scheduler.memory.caches(list(step.requests)):
+        for manager, caches in self.scheduler.memory.caches(step):
             manager.step_begin(caches)
             step_caches.setdefault(id(step), []).append((manager, caches))
         self.flying.append(step)

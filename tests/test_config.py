@@ -81,6 +81,7 @@ def test_cache_config_refusal_names_field(field: str, value: object) -> None:
         ("tokens_per_block", lambda: attention(tokens_per_block=0)),
         ("dtype", lambda: attention(dtype="float12")),
         ("dtype", lambda: attention(dtype="int4")),
+        ("dtype", lambda: attention(dtype=None)),
         ("capacity", lambda: KVCacheDesc(-1, 0)),
         ("history_length", lambda: KVCacheDesc(4, -1)),
         ("history_length", lambda: KVCacheDesc(4, 5)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -46,3 +47,18 @@ def test_readme_and_embedding_have_blocks() -> None:
     assert any(path == "README.md" for path, _, _ in ALONE)
     assert len(blocks(ROOT / "docs" / "embedding.md")) == 6
     assert len(blocks(ROOT / "docs" / "transformers.md")) == 3
+
+
+def test_names_in_the_table_of_rules_exist() -> None:
+    """docs/LIVENESS.md says where each rule stands in the code: module.name, or Class.name of some module."""
+    source = ROOT / "python" / "kvpool" / "scheduler"
+    modules = {path.stem: path.read_text() for path in source.glob("*.py")}
+    table = (ROOT / "docs" / "LIVENESS.md").read_text().partition("| rule |")[2].partition("## Argument")[0]
+    named = re.findall(r"`(\w+(?:\.\w+)+)`", table)
+    assert len(named) >= 14
+    for name in named:
+        first, *others = name.split(".")
+        places = (
+            [modules[first]] if first in modules else [text for text in modules.values() if f"class {first}" in text]
+        )
+        assert any(all(re.search(rf"\b{part}\b", text) for part in others) for text in places), f"{name} is not there"

@@ -39,6 +39,18 @@ def test_import_brings_nothing_but_numpy_and_what_kvpool_is_made_of() -> None:
     assert done.stdout == "[]\n[]\n", done.stdout + done.stderr
 
 
+def test_everything_public_imports_from_kvpool() -> None:
+    """CUDA's mover too, which is loaded when it is asked for; no other name is made up."""
+    done = _python(
+        "from kvpool import *\n"
+        "from kvpool import Context, CpuMover, CudaMover, MoveBatch, MoveError, SlotUse, Ticket\n"
+        "import kvpool, kvpool.mover.cuda\n"
+        "assert kvpool.CudaMover is kvpool.mover.cuda.CudaMover\n"
+        "print(hasattr(kvpool, 'CudaMoves'))"
+    )
+    assert done.stdout == "False\n", done.stderr
+
+
 @pytest.mark.parametrize(
     ("module", "package"),
     [("torch", "torch"), ("transformers", "torch"), ("transformers", "transformers")],

@@ -161,3 +161,22 @@ def test_an_emptied_step_of_another_scheduler_takes_nothing_back(make: World) ->
         assert not scheduler._steps
         last = scheduler.schedule()
         assert len(scheduler.update(last, outputs_of(last))) == 1
+
+
+def test_who_is_found_lost_by_a_pass_is_under_recompute_and_waits_for_the_next_one(make: World) -> None:
+    engine, _, (manager,) = make()
+    scheduler = engine.scheduler
+    lost, fine = Request("lost", [*A[:6], 90], 1), Request("fine", [70, 71, 72], 1)
+    scheduler.add(lost)
+    scheduler.add(fine)
+    step = scheduler.schedule()
+    scheduler.abandon(step)  # it was not launched; the copy of it fails meanwhile
+    manager.pages("kv")
+    step = scheduler.schedule()
+    assert step.recompute == [lost]
+    assert lost.state == "WAITING"
+    assert [chunk.request for chunk in step.context] == [fine]
+    scheduler.update(step, outputs_of(step))
+    step = scheduler.schedule()
+    assert (step.recompute, [chunk.request for chunk in step.context]) == ([], [lost])
+    assert scheduler.update(step, outputs_of(step)) == [lost]

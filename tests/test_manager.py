@@ -21,6 +21,7 @@ from kvpool import (
     KVCacheManager,
     LogicError,
     PoolConfig,
+    PoolPlan,
     Retention,
     Scope,
     TokenRange,
@@ -542,6 +543,25 @@ def test_longer_than_max_seq_len() -> None:
 def test_what_is_not_available_is_refused(field: str, options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=field):
         KVCacheManager(CacheConfig(T, [PoolConfig("kv", 8)], 100), **options)
+
+
+@pytest.mark.parametrize(
+    ("field", "options"),
+    [
+        ("move_timeout_s", {"move_timeout_s": 0}),
+        ("move_timeout_s", {"move_timeout_s": "a minute"}),
+        ("mover", {"mover": 3}),
+        ("buffers", {"buffers": [b"x"]}),
+        ("buffers\\['kv'\\]", {"buffers": {"kv": None}}),
+        ("plan", {"plan": {"kv": 3}}),
+        ("plan.num_slots\\['kv'\\]", {"plan": PoolPlan({"kv": 1}, {"kv": 2.5}, {}, 0)}),
+        ("plan.num_slots\\['kv'\\]", {"plan": PoolPlan({"kv": 1}, {"kv": 0}, {}, 0)}),
+        ("plan.host_slots\\['kv'\\]", {"plan": PoolPlan({"kv": 1}, {"kv": 2}, {"kv": -1}, 0)}),
+    ],
+)
+def test_options_of_another_kind_name_the_field(field: str, options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"^{field}: "):
+        KVCacheManager(CacheConfig(T, [PoolConfig("kv", 8)], 100), backend.device(), **options)
 
 
 def test_tables_too_large_for_memory_are_a_memory_error() -> None:

@@ -354,8 +354,10 @@ def test_several_threads_may_submit_at_once() -> None:
 def test_the_memory_stays_while_the_mover_lives_and_may_be_any_writable_array() -> None:
     device = np.zeros((3, 8), np.uint8)
     mover = CpuMover({"kv": (device, None)})
-    with pytest.raises(ValueError, match="host"):
+    with pytest.raises(ValueError, match=r"slot 0 of pool .* is not on the host: it has no slots"):
         mover.submit(MoveBatch("kv", "offload", [1], [0]))
+    with pytest.raises(ValueError, match=r"slot 3 of pool .* is not on the device: it has slots 0 to 2$"):
+        mover.submit(MoveBatch("kv", "copy", [1], [3]))
     device[1] = 5
     del device
     assert submitted(mover, "copy", [1], [2]).result() is None

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 
-from kvpool import InvariantError
+from kvpool import CacheConfig, InvariantError, KVCacheManager, PoolConfig
 from kvpool.mover import CpuMover, MoveBatch, SlotUse
 from movers import ORDERS, World
 
@@ -166,3 +167,21 @@ def test_unknown_plants_and_orders_are_refused() -> None:
         with pytest.raises(ValueError, match="unknown"):
             World(1, options=options)
     assert CpuMover({}).findings() == []
+
+
+@pytest.mark.parametrize("checked", [True, False])
+def test_a_step_that_writes_the_null_page_is_noticed_when_it_ends(
+    checked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KVPOOL_CHECK", str(int(checked)))
+    with KVCacheManager(CacheConfig(4, [PoolConfig("kv", 8)], 72)) as manager:
+        cache = manager.create(1, [1, 2, 3])
+        assert cache.resume()
+        assert cache.resize(3)
+        manager.step_begin([cache])
+        manager.pages("kv")[0, 5] = 1
+        with pytest.raises(InvariantError, match="null page") if checked else nullcontext():
+            manager.step_end([cache])
+        assert cache.commit([1, 2, 3]) is False  # the step has ended all the same
+        manager.pages("kv")[0] = 0
+        manager.check()

@@ -24,7 +24,7 @@ from kvpool import (
     SchedulerConfig,
     TokenRange,
 )
-from kvpool.mover import SlotUse
+from kvpool.uses import StepUses
 
 A, B, C = [1] * 8, [2] * 12, [3] * 12
 
@@ -130,10 +130,10 @@ def test_a_step_that_cannot_be_written_down_has_not_begun(monkeypatch: pytest.Mo
     with manager.create("x", A) as cache:
         assert cache.resume()
 
-        def busy(cache: KVCache) -> list[SlotUse]:
+        def busy(*_: object) -> StepUses:
             raise LogicError("another thread is in it")
 
-        monkeypatch.setattr(manager, "_used_by", busy)
+        monkeypatch.setattr("kvpool.manager.StepUses", busy)
         with pytest.raises(LogicError):
             manager.step_begin([cache])
         with pytest.raises(LogicError, match="without step_begin"):

@@ -115,6 +115,8 @@ def test_azure_lines(tmp_path: Path) -> None:
         (HEAD + "0,1\n", "line 2: expected 3 values"),
         (HEAD + "0,1,2\n0,-1,2\n", "line 3: field 'ContextTokens'"),
         (HEAD + "0,1,2.5\n", "line 2: field 'GeneratedTokens'"),
+        (HEAD + "0,2147483648,2\n", "line 2: field 'ContextTokens': expected at most 2147483647"),
+        (HEAD + f"0,1,{10**20}\n", "line 2: field 'GeneratedTokens': expected at most 2147483647"),
         (HEAD + "noon,1,2\n", "line 2: field 'TIMESTAMP'"),
         (HEAD + "inf,1,2\n", "line 2: field 'TIMESTAMP'"),
         (HEAD + "5,1,2\n4,1,2\n", "line 3: field 'TIMESTAMP'"),
@@ -265,6 +267,13 @@ def test_request_longer_than_the_device_is_refused_with_the_numbers_and_counted(
         "device_bytes (line 1)"
     )
     assert report.to_dict()["refused"] == report.refused
+
+
+def test_request_of_any_length_is_refused_before_its_tokens_are_made() -> None:
+    longest = 2**31 - 1  # its tokens would take 32 GB
+    report = run(20, [TraceRequest(1, 0.0, longest, longest, ()), *WORKLOAD[:3]])
+    assert report.refused >= 1
+    assert report.refusal.startswith(f"request 1 needs {-(-(2 * longest - 1) // 16)} slots of pool 'kv' at its peak")
 
 
 def test_run_in_which_all_are_refused_says_so(capsys: pytest.CaptureFixture[str]) -> None:

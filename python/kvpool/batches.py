@@ -19,7 +19,6 @@ from kvpool.arguments import ByteArray, Int32Array, Tokens, count, retention_spe
 from kvpool.cache import CacheState, KVCache
 from kvpool.config import CacheConfig, Retention, Scope
 from kvpool.errors import ConfigError, LogicError
-from kvpool.mover import SlotUse
 from kvpool.moves import BadPage, Moves
 
 if TYPE_CHECKING:
@@ -152,10 +151,11 @@ class Batches:
         if self._moves is not None and self._host_pages:
             self._moves.flush()
 
-    def _ready(self, handles: Sequence[Cache], stream: object = None, *, launch: bool = False) -> None:
+    def _ready(self, caches: Sequence[KVCache], stream: object = None, *, launch: bool = False) -> None:
         """No move touches the slots of these ACTIVE caches any more.
 
-        launch: they are about to be computed on; steps that were launched before, on whatever stream, come first.
+        launch: they are about to be computed on; steps that were launched before, on whatever stream, come first. Slots
+        for which the stream, or the caller, has waited are not looked at again: nothing but steps touches them since.
         """
         moves = self._moves
         behind = launch and moves is not None and moves.launched
@@ -163,40 +163,24 @@ class Batches:
             return
         self._after()
         if moves.flying or moves.stuck or behind:
-            moves.wait([(pool, self._slots(handles, pool)) for pool in range(len(self.config.pools))], stream)
+            now, fresh = self._core.fresh_slots([cache._seen_by(stream) for cache in caches])
+            if any(fresh):
+                moves.wait([(pool, np.frombuffer(slots, np.int32)) for pool, slots in enumerate(fresh)], stream)
+            for cache, seen in zip(caches, now, strict=True):
+                cache._waited = (stream, *seen)
         self._note_losses()
 
-    def _ready_in_steps(self, caches: Sequence[KVCache], handles: Sequence[Cache]) -> None:
+    def _ready_in_steps(self, caches: Sequence[KVCache]) -> None:
         """As `_ready`; on a GPU the stream of the step that a cache is begun for waits in the caller's place."""
         if self._moves is None or not self._moves.on_gpu:
-            self._ready(handles)
+            self._ready(caches)
             return
-        streams: dict[int, tuple[object, list[Cache]]] = {}
-        for cache, handle in zip(caches, handles, strict=True):
-            stream = cache._uses[-1][0] if cache._uses else None
-            streams.setdefault(id(stream), (stream, []))[1].append(handle)
+        streams: dict[int, tuple[object, list[KVCache]]] = {}
+        for cache in caches:
+            stream = cache._uses[-1][0].stream if cache._uses else None
+            streams.setdefault(id(stream), (stream, []))[1].append(cache)
         for stream, group in streams.values():
             self._ready(group, stream)
-
-    def _slots(self, handles: Sequence[Cache], pool: int) -> list[int]:
-        _, indices, _ = self._core.block_tables_csr(handles, pool, self.config.tokens_per_block)
-        slots: list[int] = np.unique(np.frombuffer(indices, np.int32)).tolist()
-        return [slot for slot in slots if slot]
-
-    def _used_by(self, cache: KVCache) -> list[SlotUse]:
-        """What a step over an ACTIVE cache reads, and writes: the pages from its history on."""
-        uses = []
-        first = cache.history_length // self.config.tokens_per_block
-        for pool, config in enumerate(self.config.pools):
-            _, indices, _ = self._core.block_tables_csr([cache._handle], pool, self.config.tokens_per_block)
-            table = np.frombuffer(indices, np.int32)
-            if self._moves is not None and self._moves.stuck:  # of a LOST cache: nobody else ever uses them
-                stuck = [slot for at, host, slot in self._moves.stuck if at == pool and not host]
-                table = np.where(np.isin(table, stuck), 0, table)
-            written = table[first:]
-            uses.append(SlotUse(config.name, "device", table[table > 0]))
-            uses.append(SlotUse(config.name, "device", written[written > 0], True))
-        return uses
 
     def _note_losses(self) -> None:
         """Caches that claim or own a page that did not arrive are LOST; blocks that nobody claims are dropped."""
@@ -218,7 +202,7 @@ class Batches:
         """
         if self._moves is not None and self._moves.failed:
             for cache in caches:
-                if not (self._moves.on_gpu and cache._uses and cache._uses[-1][0] is not None):
+                if not (self._moves.on_gpu and cache._uses and cache._uses[-1][0].stream is not None):
                     cache._usable(what)
 
     def _check_lost(self, caches: Iterable[KVCache]) -> None:
@@ -249,12 +233,21 @@ class Batches:
         return [done is True for done in provided]
 
     def _provide_others(self, caches: Sequence[tuple[KVCache, int, int]], stop: bool) -> list[bool]:
-        """As `_provide`; False for those that are LOST, which stay as they are."""
+        """As `_provide`; False for those that are LOST: what was only claimed is closed, others stay as they are."""
         lost = [cache._lost for cache, _, _ in caches]
         if stop:
-            return self._provide(caches[: lost.index(True)], stop)
-        provided = iter(self._provide([entry for entry, gone in zip(caches, lost, strict=True) if not gone]))
-        return [not gone and next(provided) for gone in lost]
+            first = lost.index(True)
+            provided = self._provide(caches[:first], stop)
+            self._close_claims([cache for cache, _, _ in caches[first : first + all(provided)]])
+            return provided
+        self._close_claims([cache for (cache, _, _), gone in zip(caches, lost, strict=True) if gone])
+        done = iter(self._provide([entry for entry, gone in zip(caches, lost, strict=True) if not gone]))
+        return [not gone and next(done) for gone in lost]
+
+    def _close_claims(self, caches: Sequence[KVCache]) -> None:
+        """Those that a batch has claimed and not provided are closed."""
+        in_work = self._core.in_work([cache._handle for cache in caches])
+        self._close([cache for cache, claimed in zip(caches, in_work, strict=True) if claimed])
 
     # -- caches ---------------------------------------------------------------------------------
 
@@ -280,9 +273,7 @@ class Batches:
         except BaseException:
             self._close([cache for cache, _, _ in entries if cache._state is None])
             raise
-        made = [(cache, done) for (cache, _, _), done in zip(entries, provided, strict=True)]
-        self._close([cache for cache, done in made if not done and cache._state is None])  # those that are LOST already
-        return [cache if done else None for cache, done in made]
+        return [cache if done else None for (cache, _, _), done in zip(entries, provided, strict=True)]
 
     # -- scheduling -----------------------------------------------------------------------------
 

@@ -29,11 +29,17 @@ class GpuBytes:
 
 
 def given_buffers(buffers: Mapping[str, Any] | None, pools: Collection[str]) -> dict[str, Any]:
-    """As a dict; ConfigError for a pool that there is not."""
-    given = dict(buffers or {})
+    """As a dict; ConfigError for a pool that there is not, or that is given nothing."""
+    if buffers is None:
+        return {}
+    if not isinstance(buffers, Mapping):
+        raise ConfigError(f"buffers: a {type(buffers).__name__} is not a mapping; give {{pool: array}}")
+    given = dict(buffers)
     unknown = sorted(set(given) - set(pools), key=str)
     if unknown:
         raise ConfigError(f"buffers: unknown pool {unknown[0]!r}; there are {sorted(pools)}")
+    if nothing := [name for name, buffer in given.items() if buffer is None]:
+        raise ConfigError(f"buffers[{nothing[0]!r}]: None is no memory; leave the pool out, and the manager allocates")
     return given
 
 

@@ -17,7 +17,7 @@ from kvpool.errors import LogicError
 
 if TYPE_CHECKING:
     from kvpool.manager import KVCacheManager
-    from kvpool.mover import SlotUse
+    from kvpool.uses import StepUses
 
 
 class Closing:
@@ -54,7 +54,7 @@ class KVCache(Closing):
     forbids a call, ValueError for arguments out of range; both leave everything as it was.
     """
 
-    __slots__ = ("__weakref__", "_handle", "_last", "_lost", "_manager", "_state", "_uses", "request_id")
+    __slots__ = ("__weakref__", "_handle", "_last", "_lost", "_manager", "_state", "_uses", "_waited", "request_id")
 
     request_id: int | str
 
@@ -64,8 +64,15 @@ class KVCache(Closing):
         self._state: CacheState | None = None
         self._last = (0, 0, 0, 0)
         self._lost = False
-        self._uses: list[tuple[object, list[SlotUse]]] = []  # of steps that were begun, and their streams
+        self._uses: list[tuple[StepUses, int]] = []  # steps that were begun, and its place in each
+        # Who has waited for everything that touches its slots (a stream, or None: the caller), and for which: as
+        # `Core.fresh_slots` has it.
+        self._waited: tuple[object, int, int] = (None, 0, 0)
         self.request_id = request_id
+
+    def _seen_by(self, stream: object) -> tuple[_core.Cache, int, int]:
+        by, entries, alterations = self._waited
+        return self._handle, entries if by is None or by is stream else 0, alterations
 
     def _info(self) -> tuple[int, int, int, int]:
         if self._state is CacheState.CLOSED:
@@ -147,7 +154,7 @@ class KVCache(Closing):
         final = token_array(tokens)
         manager = self._manager
         if manager._moves is not None and (manager._moves.flying or manager._moves.failed):
-            manager._ready([self._handle])  # nothing is final before the pages it depends on have arrived
+            manager._ready([self])  # nothing is final before the pages it depends on have arrived
         self._usable("commit")
         changed = manager._core.commit(self._handle, final)
         manager._after()
@@ -176,12 +183,12 @@ class KVCache(Closing):
             self._last = last
         self._state = CacheState.CLOSED
 
-    def _take_uses(self) -> list[SlotUse]:
-        """What the step that was begun first uses."""
+    def _take_use(self) -> tuple[StepUses, int] | None:
+        """The step that was begun first, and its place in it."""
         try:
-            return self._uses.pop(0)[1]
+            return self._uses.pop(0)
         except IndexError:  # nothing was written down
-            return []
+            return None
 
     def __repr__(self) -> str:
         return f"<kvpool cache of request {self.request_id!r}: {self.state.value}>"

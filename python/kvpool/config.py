@@ -68,7 +68,7 @@ def _itemsize(dtype: object) -> int:
         if isinstance(size, int) and not isinstance(size, bool) and size > 0:
             return size
     try:
-        size = np.dtype(dtype).itemsize  # type: ignore[call-overload]
+        size = 0 if dtype is None else np.dtype(dtype).itemsize  # type: ignore[call-overload]  # None is float64 to NumPy
     except TypeError:
         size = 0
     if not isinstance(size, int) or size <= 0:
@@ -222,11 +222,14 @@ class Scope:
         _opt_int("epoch", self.epoch, 0)
 
 
-def _duration(name: str, value: object) -> None:
-    if value is None:
-        return
+def _seconds(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise ConfigError(f"{name}: {value!r} is not a positive number of seconds; use None for ever")
+
+
+def _duration(name: str, value: object) -> None:
+    if value is not None:
+        _seconds(name, value)
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,12 +29,13 @@ from kvpool.arguments import (
 from kvpool.batches import Batches, checked_id, taken
 from kvpool.buffers import check_apart, given_buffers
 from kvpool.cache import CacheState, Closing, KVCache
-from kvpool.config import CacheConfig, Retention, Scope
+from kvpool.config import CacheConfig, Retention, Scope, _int, _seconds
 from kvpool.errors import ConfigError, InvariantError, KVPoolError, LogicError
 from kvpool.mover import Mover
 from kvpool.mover.cpu_memory import CpuMemory
 from kvpool.moves import Moves
 from kvpool.sizing import PoolPlan, plan_pools
+from kvpool.uses import StepUses
 
 if TYPE_CHECKING:
     from kvpool.mover.cuda_memory import CudaMemory
@@ -130,7 +131,8 @@ class KVCacheManager(Batches, Closing):
     zeroed, never freed. policy: "lru", or "slru" (request-level segmented LRU with ghosts). move_timeout_s: a move that
     takes longer has failed. numa_node: of a GPU's host pages (None: the system's choice). mover: makes it from
     {pool: (device pages, host pages or None)}; None: the device's own.
-    Raises ConfigError for what cannot be provided. A context manager that closes.
+    Raises ConfigError for what cannot be provided, MemoryError for pages that cannot be allocated. A context manager
+    that closes.
     """
 
     def __init__(
@@ -150,6 +152,10 @@ class KVCacheManager(Batches, Closing):
         self._memory = _memory_of(device, numa_node)
         if policy not in ("lru", "slru"):
             raise ConfigError(f"policy: {policy!r} is none of 'lru', 'slru'")
+        if move_timeout_s is not None:
+            _seconds("move_timeout_s", move_timeout_s)
+        if mover is not None and not callable(mover):
+            raise ConfigError(f"mover: {mover!r} is not callable; give a function of {{pool: (device, host pages)}}")
         self.config = config
         self.plan = plan_pools(config) if plan is None else self._checked(plan, config)
         self._pool_index = {pool.name: i for i, pool in enumerate(config.pools)}
@@ -183,23 +189,23 @@ class KVCacheManager(Batches, Closing):
             pages = {name: (device, self._host_pages.get(name)) for name, device in self._pages.items()}
             made = self._memory.mover() if mover is None else mover(pages)
             self._moves = Moves(self._core, made, list(pages), move_timeout_s)
+        # A GPU's would have to be waited for.
+        self._verifies = isinstance(self._memory, CpuMemory) and os.environ.get("KVPOOL_CHECK") == "1"
         self._caches: dict[int | str, KVCache] = {}
         self._closed = False
 
     @staticmethod
     def _checked(plan: PoolPlan, config: CacheConfig) -> PoolPlan:
+        if not isinstance(plan, PoolPlan):
+            raise ConfigError(f"plan: {plan!r} is not a PoolPlan; `plan_pools` makes one")
         names = [pool.name for pool in config.pools]
         if sorted(plan.num_slots) != sorted(names):
             raise ConfigError(f"plan.num_slots: pools {sorted(plan.num_slots)} are not the config's {sorted(names)}")
         for name in names:
-            if not 1 <= plan.num_slots[name] < 2**27:
-                raise ConfigError(f"plan.num_slots[{name!r}]: {plan.num_slots[name]} is not in 1..2**27-1")
-        host = {name: plan.host_slots.get(name, 0) for name in names}
-        for name, slots in host.items():
-            if not 0 <= slots < 2**27 or (slots == 0 and any(host.values())):
-                raise ConfigError(
-                    f"plan.host_slots[{name!r}]: {slots} is not in 1..2**27-1; give every pool some, or none any"
-                )
+            _int(f"plan.num_slots[{name!r}]", plan.num_slots[name], 1, 2**27 - 1)
+        host = {name: _int(f"plan.host_slots[{name!r}]", plan.host_slots.get(name, 0), 0, 2**27 - 1) for name in names}
+        if any(host.values()) and not all(host.values()):
+            raise ConfigError(f"plan.host_slots: {host} has 0 for some pools only; give every pool some, or none any")
         return plan
 
     def _make_pages(self, memory: CpuMemory | CudaMemory, given: Mapping[str, Any]) -> None:
@@ -228,6 +234,8 @@ class KVCacheManager(Batches, Closing):
     ) -> KVCache:
         """Claim the longest cached prefix of `tokens`; SUSPENDED, takes no slot.
 
+        In whole blocks it is the longest; where it ends inside one of very many that begin alike it may be shorter
+        (README, limits).
         LogicError: the id has a cache. ValueError: more than max_seq_len tokens, tokens out of range.
         """
         self._open()
@@ -301,7 +309,10 @@ class KVCacheManager(Batches, Closing):
         return self._host_pages[pool]
 
     def _handles(self, caches: list[KVCache]) -> list[_core.Cache]:
-        handles = [cache._handle for cache in caches if isinstance(cache, KVCache) and cache._manager is self]
+        try:
+            handles = [cache._handle for cache in caches if cache._manager is self]
+        except AttributeError:
+            handles = []
         if len(handles) < len(caches):
             other = next(one for one in caches if not isinstance(one, KVCache) or one._manager is not self)
             raise ValueError(f"caches: {other!r} is not a cache of this manager")
@@ -324,7 +335,7 @@ class KVCacheManager(Batches, Closing):
         if not -(2**31) <= fill < 2**31:
             raise ValueError(f"fill: {fill!r} is not an int32")
         if self._moves is not None:
-            self._ready_in_steps(caches, handles)
+            self._ready_in_steps(caches)
             self._check_arrived(caches, "block_tables")
         if out is None:
             out = np.empty((len(handles), self._core.widest(handles, index)), np.int32)
@@ -340,7 +351,7 @@ class KVCacheManager(Batches, Closing):
         """
         caches = _listed(caches)
         handles, index = self._handles(caches), self._pool(pool)
-        self._ready_in_steps(caches, handles)
+        self._ready_in_steps(caches)
         self._check_arrived(caches, "block_tables_csr")
         raw = self._core.block_tables_csr(handles, index, self.config.tokens_per_block)
         indptr, indices, last_page_len = (np.frombuffer(part, np.int32) for part in raw)
@@ -351,35 +362,47 @@ class KVCacheManager(Batches, Closing):
 
         Returns when every move that touches their slots is over. A cache whose pages did not arrive is LOST then. On a
         GPU with a stream it returns at once, and the stream waits; what is LOST is known by `commit`, or `update`.
-        KVPoolError: the GPU is at its end, whatever is launched there fails.
+        KVPoolError: the GPU is at its end, whatever is launched there fails. ValueError: the stream is none of CUDA's,
+        or a fifth one. Where it raises nothing has begun.
         """
         caches = _listed(caches)
         handles = self._handles(caches)
-        self._ready(handles, stream, launch=True)
+        if self._moves is not None:
+            self._moves.check_stream(stream)
+        self._ready(caches, stream, launch=True)
         if self._moves is not None and (fault := self._moves.fault()) is not None:
             raise KVPoolError(f"step_begin: the GPU is at its end ({fault}); end the process, and start anew")
         noted = self._moves is not None and self._moves.notes(stream)
-        uses = [(stream, self._used_by(cache)) for cache in caches] if noted else []  # before: it may raise
+        uses = StepUses(self._core, handles, stream) if noted else None  # before: it may raise
         self._core.step_begin(handles)
-        for cache, used in zip(caches, uses, strict=noted):
-            cache._uses.append(used)
+        if uses is not None:
+            for position, cache in enumerate(caches):
+                cache._uses.append((uses, position))
 
     def step_end(self, caches: Sequence[KVCache], stream: object = None) -> None:
-        """After the step: what was freed or closed meanwhile is given back. LogicError without `step_begin`."""
+        """After the step: what was freed or closed meanwhile is given back. LogicError without `step_begin`.
+
+        With KVPOOL_CHECK=1, in CPU memory: InvariantError, afterwards, if a null page was written.
+        """
         caches = _listed(caches)
         handles = self._handles(caches)
         try:
-            if self._moves is not None and (
-                uses := [use for cache in caches if cache._uses for use in cache._take_uses()]
-            ):
-                self._moves.used(uses, stream)
+            if self._moves is not None and self._moves.noted:
+                steps: dict[StepUses, list[int]] = {}
+                for cache in caches:
+                    if cache._uses and (use := cache._take_use()) is not None:
+                        steps.setdefault(use[0], []).append(use[1])
+                if steps:
+                    self._moves.used(steps, stream)
         finally:
-            released = self._core.step_end(handles)
-            gone = [cache for cache, is_gone in zip(caches, released, strict=True) if is_gone]
+            gone = [caches[at] for at in self._core.step_end(handles)]
             for cache in gone:
                 self._forget(cache)
-            self._bury(gone)
+            if gone:
+                self._bury(gone)
         self._after()
+        if self._verifies:
+            self._check_null_pages()
 
     def drain_events(self, most: int = 2**31) -> list[Event]:
         """What happened to the tree since the last call, oldest first, at most `most` events.
@@ -420,6 +443,9 @@ class KVCacheManager(Batches, Closing):
     def check(self) -> None:
         """Recompute all books; `InvariantError` names the equation that broke, or the written null page."""
         self._core.check([cache._handle for cache in list(self._caches.values())])
+        self._check_null_pages()
+
+    def _check_null_pages(self) -> None:
         for name in self._pages:
             if self._memory is not None and self._memory.null_page(name).any():
                 raise InvariantError(f"pool {name!r}: the null page (slot 0) was written")

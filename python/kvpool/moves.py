@@ -7,12 +7,18 @@ changed its books by then, so a move that fails is reported later (`report`), by
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
 
 from kvpool._core import Core, Recorder
+from kvpool.arguments import Int32Array
 from kvpool.mover import CpuStream, MoveBatch, Mover, SlotUse, Ticket
+from kvpool.uses import StepUses
+
+if TYPE_CHECKING:
+    from kvpool.mover.cuda import CudaMover
 
 # (pool, on the host, slot as the core counts it: from 1)
 BadPage = tuple[int, bool, int]
@@ -36,6 +42,7 @@ class Moves:
         self.flying: list[_Flight] = []
         self.failed = 0
         self.launched = False  # whether steps may be computed behind their `step_end`
+        self.noted = False  # whether what a step uses was ever written down
         self.stuck: set[BadPage] = set()  # a move that was given up may still write them
         self.loose: list[BadPage] = []  # those of them that are not out of use yet
         self._names = list(pools)
@@ -150,7 +157,7 @@ class Moves:
                 lose(self, self._bad)
                 self._bad = []
 
-    def wait(self, slots: Sequence[tuple[int, list[int]]], stream: object = None) -> None:
+    def wait(self, slots: Sequence[tuple[int, Int32Array]], stream: object = None) -> None:
         """Everything that touches these device slots, by pool, is over; what is not in time has failed.
 
         If no move is on its way the stream alone waits for the steps that were launched before. On a GPU a stream that
@@ -168,14 +175,18 @@ class Moves:
         if self.stuck:
             with self._lock:
                 # Whoever has one is LOST; they are counted already.
-                self._bad += [page for pool, of in slots for slot in of if (page := (pool, False, slot)) in self.stuck]
+                self._bad += [
+                    page for pool, of in slots for slot in of.tolist() if (page := (pool, False, slot)) in self.stuck
+                ]
 
-    def _good(self, slots: Sequence[tuple[int, list[int]]]) -> list[SlotUse]:
+    def _good(self, slots: Sequence[tuple[int, Int32Array]]) -> list[SlotUse]:
         """Uses of these slots but the stuck ones: to wait for those would be in vain."""
         if not self.stuck:
             return [SlotUse(self._names[pool], "device", of) for pool, of in slots]
         return [
-            SlotUse(self._names[pool], "device", [slot for slot in of if (pool, False, slot) not in self.stuck])
+            SlotUse(
+                self._names[pool], "device", [slot for slot in of.tolist() if (pool, False, slot) not in self.stuck]
+            )
             for pool, of in slots
         ]
 
@@ -195,14 +206,23 @@ class Moves:
 
     def notes(self, stream: object) -> bool:
         """Whether what a step uses must be written down: not if it is over at `step_end` and no page ever failed."""
-        return self._checked or self.failed > 0 or self._knows(stream)
+        if self._checked or self.failed > 0 or self._knows(stream):
+            self.noted = True  # never set back: another thread may have set it meanwhile
+            return True
+        return False
 
     def _knows(self, stream: object) -> bool:
         """Whether the stream is one of the mover's kind; else the caller waits in its place."""
         return isinstance(stream, CpuStream) or (stream is not None and self.on_gpu)
 
-    def used(self, uses: Sequence[SlotUse], stream: object) -> None:
-        """A step, launched on this stream or over, used these slots."""
+    def check_stream(self, stream: object) -> None:
+        """ValueError if what a step on this stream uses could not be written down at its end."""
+        if self.on_gpu and stream is not None:
+            cast("CudaMover", self.mover).check_stream(stream)
+
+    def used(self, steps: Mapping[StepUses, Sequence[int]], stream: object) -> None:
+        """Steps, launched on this stream or over, used the slots of their caches at these positions."""
+        uses = [use for step, positions in steps.items() for use in step.of(positions, self._names, self.stuck)]
         if self._knows(stream):  # never set back: another thread may have set it meanwhile
             self.launched = True
         self.mover.step_end(uses, stream if self._knows(stream) else None)

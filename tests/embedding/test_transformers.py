@@ -88,6 +88,19 @@ def test_generated_tokens_are_reused_by_the_next_turn(name: str) -> None:
             assert generate(name, longer, paged) == generate(name, longer)
 
 
+def test_commit_of_another_sequence_than_before_is_refused() -> None:
+    ids = torch.arange(1, 22)[None]
+    with memory("Llama") as manager, PagedCache(manager, model("Llama"), "one", ids) as paged:
+        output = generate("Llama", ids, paged)
+        paged.commit(output[:25])
+        other = [*output[:23], (output[23] + 1) % 97, *output[24:]]
+        with pytest.raises(LogicError, match="25 tokens that were committed before"):
+            paged.commit(other)
+        paged.commit(output[:24])  # less than before: nothing new
+        paged.commit(output)
+        assert manager.probe([*output, 0]) == (len(output) - 1) // T * T
+
+
 @pytest.mark.parametrize("name", CLASSES)
 def test_sequences_that_take_turns_and_prompts_in_pieces(name: str) -> None:
     """Forward passes of two caches alternate; each prompt is computed in pieces of 5."""

@@ -144,6 +144,7 @@ class PagedCache(cache_utils.Cache):  # type: ignore[misc]
         self._pages = {w: page_tensor(manager, _pool_name(w), model.dtype) for w in dict.fromkeys(windows)}
         self._tables: dict[int | None, torch.Tensor] = {}
         self._prompt = _one_sequence(tokens)
+        self._final = self._prompt  # begins with all that is committed
         self._running = False  # between step_begin and step_end
         self._cache = manager.create(request_id, self._prompt, scope=scope, retention=retention)
         try:
@@ -169,7 +170,10 @@ class PagedCache(cache_utils.Cache):  # type: ignore[misc]
         known = self._cache.num_committed_tokens
         if sequence[: len(self._prompt)] != self._prompt[: len(sequence)]:
             raise LogicError("commit: the sequence does not begin with the prompt of this cache")
+        if sequence[:known] != self._final[:known][: len(sequence)]:
+            raise LogicError(f"commit: the sequence does not begin with the {known} tokens that were committed before")
         self._cache.commit(sequence[known : self.layers[-1].length])
+        self._final = max(self._final, sequence, key=len)
 
     def close(self) -> None:
         """Give everything back; full committed blocks stay cached. Twice is a no-op."""

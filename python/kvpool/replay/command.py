@@ -19,7 +19,7 @@ from kvpool.doctor import doctor
 from kvpool.replay import plots
 from kvpool.replay.content import Contents
 from kvpool.replay.generated import Workload, generate
-from kvpool.replay.guards import check_memory, check_writable, interrupts, too_big, write
+from kvpool.replay.guards import check_different, check_memory, check_writable, interrupts, too_big, write
 from kvpool.replay.options import Options
 from kvpool.replay.report import Report, tables
 from kvpool.replay.sequential import PAGE_BYTES, run_sequential
@@ -193,7 +193,9 @@ def replay(
     requests = _requests(trace, trace_format, limit, options)
     if html_path is not None:
         _check_plotly()
-    for name, path in (("--json", json_path), ("--html", html_path)):
+    files = {"--json": json_path, "--html": html_path}
+    check_different(files)
+    for name, path in files.items():
         check_writable(name, path, trace)
     report = _run(requests, options, sequential, corrupt_after=context.obj)
     source = "generated workload" if trace is None else trace.name

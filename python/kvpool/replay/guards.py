@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -26,6 +27,18 @@ def check_writable(name: str, path: str | None, trace: Path | None) -> None:
             pass
     except OSError as error:
         raise click.UsageError(f"{name}: cannot write {path}: {error.strerror}") from None
+
+
+def check_different(paths: dict[str, str | None]) -> None:
+    """Before the run: no two options name one file, by whatever path. Devices take what comes."""
+    files = {name: path for name, path in paths.items() if path not in (None, "-")}
+    for (name, path), (other, its) in itertools.combinations(files.items(), 2):
+        if os.path.exists(path) and os.path.exists(its):
+            same = os.path.isfile(path) and os.path.samefile(path, its)
+        else:
+            same = os.path.realpath(path) == os.path.realpath(its)
+        if same:
+            raise click.UsageError(f"{name} and {other} name the same file, {its}; give each its own")
 
 
 def write(name: str, path: str, text: str) -> None:

@@ -6,6 +6,8 @@ time pass that the step takes by the model. A request that could never run is re
 What is measured is the scheduler: the processor time that everything in a step of the engine besides `execute` takes on
 this thread, that is `schedule` and `update` with all calls of the manager. What the thread waits for is not in it: the
 machine, or a page on its way.
+
+A prompt or an answer of no tokens counts as one token: nothing else could be run.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ from __future__ import annotations
 import time
 from array import array
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +32,7 @@ from kvpool.replay.prefixes import PrefixIndex
 from kvpool.replay.report import Report, Sample, Times
 from kvpool.replay.traces import TraceRequest
 from kvpool.scheduler import Engine, Request, RequestState, Scheduler, SchedulerConfig
+from kvpool.scheduler.admission import check_pools
 
 SAMPLES = 500  # over the arrivals; twice as many at most
 
@@ -68,6 +72,14 @@ def run_timed(
         replay.finish()
     report.seconds = time.perf_counter() - started
     return report
+
+
+class _Outline(NamedTuple):
+    """What can be said of a request before its tokens are made."""
+
+    request_id: int
+    tokens: Sequence[int]
+    max_new_tokens: int
 
 
 class _Timed:
@@ -122,16 +134,17 @@ class _Timed:
         self._number += 1
         prompt, new = max(1, given.input_length), max(1, given.output_length)
         blocks = self._prefixes.add(given.hash_ids)
-        tokens = self._tokens(block_tokens(blocks.ids, per_id)[: len(blocks.ids) * per_id], prompt, prompt + new)
-        request = Request(self._number, tokens[:prompt], new, arrival=self._at(given))
-        try:
-            self._engine.submit(request)
+        try:  # before its tokens are made: those of a request that could never run may not fit this machine
+            check_pools(_Outline(self._number, range(prompt), new), self._scheduler.config, self._scheduler.memory)
         except RequestTooLargeError as error:
             report.requests += 1
             report.refused += 1
             if not report.refusal:
                 report.refusal = f"{error} (line {given.line})"
             return
+        tokens = self._tokens(block_tokens(blocks.ids, per_id)[: len(blocks.ids) * per_id], prompt, prompt + new)
+        request = Request(self._number, tokens[:prompt], new, arrival=self._at(given))
+        self._engine.submit(request)
         seen = min(blocks.seen * per_id, prompt - 1) // block
         self._executor.jobs[self._number] = Job(request, given.line, tokens, seen)
 

@@ -10,11 +10,14 @@ import csv
 import json
 import math
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import islice
 from typing import Any, NoReturn
+
+MOST_TOKENS = 2**31 - 1  # of a prompt or an answer: lengths of caches are int32
 
 
 class TraceError(ValueError):
@@ -135,8 +138,8 @@ def _moment(path: str, line: int, value: str) -> float:
 def _whole(path: str, line: int, name: str, value: str) -> int:
     if not value.strip().isascii() or not value.strip().isdigit():
         raise TraceError(path, line, name, f"expected an integer >= 0, got {value!r}")
-    if len(value.strip()) > 18:
-        raise TraceError(path, line, name, f"expected an integer below 10**18, got one of {len(value.strip())} digits")
+    if len(value.strip()) > 18 or int(value) > MOST_TOKENS:
+        raise TraceError(path, line, name, f"expected at most {MOST_TOKENS}, got {value.strip()[:24]}")
     return int(value)
 
 
@@ -150,12 +153,15 @@ class _Fields:
         value = self._get(name)
         if type(value) is not int and type(value) is not float:
             self._fail(name, f"expected a number, got {_name(value)}")
-        if value < 0 or not math.isfinite(value):
-            self._fail(name, f"expected a finite number >= 0, got {value!r}")
+        if not 0 <= value <= sys.float_info.max:
+            self._fail(name, f"expected a finite number >= 0, got {str(value)[:24]}")
         return float(value)
 
     def count(self, name: str) -> int:
-        return self._natural(name, "", self._get(name))
+        number = self._natural(name, "", self._get(name))
+        if number > MOST_TOKENS:
+            self._fail(name, f"expected at most {MOST_TOKENS}, got {number}")
+        return number
 
     def ids(self, name: str) -> tuple[int, ...]:
         value = self._get(name)

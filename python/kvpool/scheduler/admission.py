@@ -8,6 +8,7 @@ assumed to grow to its expected output.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from kvpool._core import Roster
 from kvpool.batches import scope_of
@@ -36,7 +37,7 @@ def check_request(request: Request, config: SchedulerConfig, memory: Memory) -> 
         most = side.config.max_seq_len
         if most is not None and n + m > most:
             raise too_large(who, "max_seq_len", n + m, most, "tokens in all (prompt + max_new_tokens)")
-    _check_pools(request, config, memory)
+    check_pools(request, config, memory)
     if 1 + draft > config.max_num_tokens:
         raise too_large(who, "max_num_tokens", 1 + draft, config.max_num_tokens, "tokens in a step (1 + draft_tokens)")
     if config.chunk_tokens is None and n + m - 1 > config.max_num_tokens:
@@ -56,7 +57,11 @@ def check_request(request: Request, config: SchedulerConfig, memory: Memory) -> 
             raise too_large(who, "the adapter budget", pages, adapters.budget, f"pages for adapter {request.lora_id!r}")
 
 
-def _check_pools(request: Request, config: SchedulerConfig, memory: Memory) -> None:
+def check_pools(request: Any, config: SchedulerConfig, memory: Memory) -> None:
+    """RequestTooLargeError unless every pool has the slots that it can come to hold alone.
+
+    request: whatever has request_id and what `peak_slots` reads.
+    """
     names = memory.names()
     at = 0
     for side in memory.sides:

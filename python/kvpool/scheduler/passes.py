@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from kvpool._core import Allocation
 from kvpool.scheduler.config import SchedulerConfig
 from kvpool.scheduler.memory import first_chunk
-from kvpool.scheduler.request import Entry, RequestState
+from kvpool.scheduler.request import NOT_LOOKED_AT, Entry, RequestState
 from kvpool.scheduler.starts import start_waiting
 from kvpool.scheduler.step import Step
 from kvpool.scheduler.victims import older_wins
 
 if TYPE_CHECKING:
     from kvpool.scheduler.scheduler import Scheduler
+
+
+_IS_LAST = attrgetter("is_last")
 
 
 class Pass:
@@ -67,7 +71,8 @@ def run_pass(scheduler: Scheduler, run: Pass) -> None:
     step.generation = scheduler.memory.roster.requests(step.number)
     if scheduler.adapters:
         step.generation.sort(key=lambda request: adapter_order(request.lora_id))
-    step.context.sort(key=lambda chunk: (chunk.is_last, adapter_order(chunk.request.lora_id)))
+        step.context.sort(key=lambda chunk: adapter_order(chunk.request.lora_id))
+    step.context.sort(key=_IS_LAST)
 
 
 # -- generations ------------------------------------------------------------------------------------
@@ -175,11 +180,27 @@ def why_not(scheduler: Scheduler, entry: Entry) -> str:
                 return f"{name} is in a step in flight"
         finally:
             scheduler._lock.release()
-    if entry.started and entry.generates and request.state is RequestState.RUNNING:
+    if entry.started and entry.generates and request.state is RequestState.RUNNING and entry not in scheduler.held_up:
         return f"{name} is RUNNING: older requests used up the tokens or places of the step"
     if not entry.started and scheduler.bulk and scheduler.bulk.keeps_out:
         return f"{name} is WAITING: memory ran short, and nobody starts before a request has ended"
+    if entry.why == NOT_LOOKED_AT:
+        return f"{name} is {request.state.value}: {entry.why}: {_why_not_looked_at(scheduler, entry)}"
     return f"{name} is {request.state.value}: {entry.why}"
+
+
+def _why_not_looked_at(scheduler: Scheduler, entry: Entry) -> str:
+    """What kept the last pass from looking at a waiting request."""
+    config, last = scheduler.config, scheduler._last
+    if last is None or entry.age < 0:
+        return "there was no pass since it came"
+    if len(last.context) + len(last.generation) >= config.max_batch_size:
+        return f"the last step was full with max_batch_size = {config.max_batch_size} requests"
+    if last.num_tokens >= config.max_num_tokens:
+        return f"the last step used up max_num_tokens = {config.max_num_tokens}"
+    if len(scheduler.started) >= config.most_started:
+        return f"max_started = {config.most_started} requests are started"
+    return "older requests were refused, and go first"
 
 
 def why_stalled(scheduler: Scheduler) -> str:

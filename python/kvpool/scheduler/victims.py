@@ -38,7 +38,8 @@ def older_wins(
         if done := attempt():
             return done
     entry.why = "there is no room, and no younger request is left to give way" + _numbers(scheduler, short)
-    if any(scheduler.is_busy(run, other) for other in scheduler.younger(entry)):
+    in_use = (scheduler.is_busy(run, other) or scheduler.memory.is_fenced(other) for other in scheduler.younger(entry))
+    if any(in_use):
         run.waiting.add(entry)
         entry.why += "; it waits for a younger one in flight"
     elif len(scheduler.started) > 1 and entry.request.state is RequestState.RUNNING:

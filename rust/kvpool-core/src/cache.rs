@@ -51,6 +51,8 @@ pub struct Cache {
     pub(crate) copying: bool,
     /// Slots per pool and block.
     pub(crate) tables: Vec<Vec<u32>>,
+    /// How often entries that were there before were given another slot, or taken away.
+    pub(crate) alterations: u64,
     /// Per pool: blocks below this index are stale or sinks.
     pub(crate) stale_end: Vec<usize>,
     /// Per pool: units in the hands of the running operation.
@@ -69,7 +71,7 @@ pub struct Cache {
     pub(crate) parked: usize,
     /// Per pool: pages on the host that the running call must bring up.
     pub(crate) far: Vec<u32>,
-    /// Pages (pool, block, device slot) that the running call brings up.
+    /// Pages (block, pool, device slot) that the running call brings up.
     pub(crate) onboards: Vec<(u32, u32, u32)>,
     /// Host slots (pool, slot) that the copies which are out read, beside those of `onboards`.
     pub(crate) lent: Vec<(u32, u32)>,
@@ -207,6 +209,7 @@ impl Cache {
             source_pools: 0,
             copying: false,
             tables: shell.tables,
+            alterations: 0,
             stale_end: shell.stale_end,
             purse,
             promise,

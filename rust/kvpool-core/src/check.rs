@@ -274,7 +274,7 @@ fn check_slots(core: &Core, caches: &[&Cache], tier: Tier, pool: usize) -> Resul
     for cache in caches {
         match tier {
             Tier::Device => {
-                for &(_, _, slot) in cache.onboards.iter().filter(|(at, ..)| *at as usize == pool) {
+                for &(_, _, slot) in { cache.onboards.iter() }.filter(|(_, at, _)| *at as usize == pool) {
                     owners[slot as usize].push(cache.private_owner());
                 }
             }

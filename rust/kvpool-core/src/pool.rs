@@ -3,10 +3,10 @@
 //! `available == slots - private - claimed - promised`: what is free or evictable and promised to
 //! nobody. An operation takes its whole need off `available` first ([`SlotPool::reserve`]), then finds the slots:
 //! on the free stack or by evicting, which turns an evictable page into a free slot and leaves `available` as it is.
-//! [`SlotPool::owner`] says who has one; `check` adds it up.
+//! `owner[slot]` says who has it; `check` adds it up.
 
 use crate::stack::Stack;
-use crate::sync::{weak, AtomicU32, Counter, Field, Ordering, Weak};
+use crate::sync::{weak, AtomicU32, Counter, Field, Field32, Ordering, Weak};
 use crate::words::MAX_NODES;
 
 /// Who has a slot.
@@ -26,27 +26,30 @@ pub enum Owner {
     Node(u32),
 }
 
-/// Nodes come behind the four others that a note can tell.
-const FIRST_NODE: u32 = 4;
-const _: () = assert!(MAX_NODES <= i32::MAX as u32 - FIRST_NODE);
+/// What the slot holds turned out to be bad: a mark beside its owner, until it is given back or handed out anew.
+const BAD: u32 = 1 << 31;
+/// Nodes come behind the five others.
+const FIRST_NODE: u32 = 5;
+const _: () = assert!(MAX_NODES < BAD - FIRST_NODE);
 
 impl Owner {
-    fn to_note(self) -> u32 {
+    fn to_u32(self) -> u32 {
         match self {
-            Self::Free => unreachable!("a free slot is on the stack"),
-            Self::Active => 0,
-            Self::Held => 1,
-            Self::Fenced => 2,
-            Self::Retired => 3,
+            Self::Free => 0,
+            Self::Active => 1,
+            Self::Held => 2,
+            Self::Fenced => 3,
+            Self::Retired => 4,
             Self::Node(index) => index + FIRST_NODE,
         }
     }
-    fn from_note(note: u32) -> Self {
-        match note {
-            0 => Self::Active,
-            1 => Self::Held,
-            2 => Self::Fenced,
-            3 => Self::Retired,
+    fn from_u32(raw: u32) -> Self {
+        match raw {
+            0 => Self::Free,
+            1 => Self::Active,
+            2 => Self::Held,
+            3 => Self::Fenced,
+            4 => Self::Retired,
             index => Self::Node(index - FIRST_NODE),
         }
     }
@@ -58,9 +61,9 @@ const LEFT: u32 = 1 << 31;
 /// See the module.
 #[derive(Debug)]
 pub struct SlotPool {
-    /// Free slots; who has another one stands in its note.
     free: Stack,
     available: AtomicU32,
+    owner: Vec<Field32>,
     /// By slot: plans that read it and are not made yet, and [`LEFT`].
     lent: Vec<AtomicU32>,
     /// Key of the block whose page a slot holds, of pools whose pages leave their nodes alone: written before the page is in
@@ -89,6 +92,7 @@ impl SlotPool {
         Self {
             free: Stack::full(num_slots),
             available: AtomicU32::new(num_slots),
+            owner: (0..=num_slots).map(|_| Field32::new(0)).collect(),
             key: (0..if alone { num_slots + 1 } else { 0 })
                 .map(|_| Field::new(0))
                 .collect(),
@@ -104,7 +108,7 @@ impl SlotPool {
 
     /// Slots in all.
     pub fn num_slots(&self) -> u32 {
-        self.free.count()
+        (self.owner.len() - 1) as u32
     }
 
     /// Slots that are free or can be made free, and are promised to nobody.
@@ -166,6 +170,7 @@ impl SlotPool {
     /// Gives a slot back without changing `available`: its page was evictable, or the promise goes elsewhere.
     pub fn give(&self, slot: u32) {
         debug_assert!(slot >= 1 && slot <= self.num_slots());
+        self.set_owner(slot, Owner::Free);
         self.taken.sub(1);
         self.free.push(slot - 1);
     }
@@ -257,12 +262,31 @@ impl SlotPool {
 
     /// Who has a slot.
     pub fn owner(&self, slot: u32) -> Owner {
-        self.free.note(slot - 1).map_or(Owner::Free, Owner::from_note)
+        Owner::from_u32(self.owner[slot as usize].get() & !BAD)
     }
 
-    /// Writes down who has a slot, which is not free; only who has it does.
+    /// Writes down who has a slot from here on, whose content matters no more; only who has it does.
     pub fn set_owner(&self, slot: u32, owner: Owner) {
-        self.free.set_note(slot - 1, owner.to_note());
+        self.owner[slot as usize].reset(owner.to_u32());
+    }
+
+    /// As `set_owner`, of a slot whose content stays. Returns whether it is bad, which it remains: of who passes a slot on and
+    /// who calls `lose`, the second one sees what the first one did. Lock-free.
+    #[inline]
+    pub fn pass(&self, slot: u32, owner: Owner) -> bool {
+        let next = |now: u32| {
+            let mark = if weak(Weak::PassQuietly) { 0 } else { now & BAD };
+            let next = owner.to_u32() | mark;
+            (next != now).then_some(next)
+        };
+        self.owner[slot as usize].turn(next) & BAD != 0 && !weak(Weak::PassQuietly)
+    }
+
+    /// What the slot holds is bad. Returns who has it; nothing is changed if that is nobody. Lock-free.
+    pub fn lose(&self, slot: u32) -> Owner {
+        let of = |now: u32| Owner::from_u32(now & !BAD);
+        let bad = |now: u32| (!matches!(of(now), Owner::Free | Owner::Retired)).then_some(now | BAD);
+        of(self.owner[slot as usize].turn(bad))
     }
 
     /// Key of the block whose page the slot holds, which the caller has taken out of the tree; only who has the slot asks.

@@ -40,11 +40,6 @@ impl Stack {
         }
     }
 
-    /// Indices in all.
-    pub fn count(&self) -> u32 {
-        self.words.len() as u32
-    }
-
     /// The note of who owns an index; `None`: it is on the stack, or nothing was noted since it was.
     pub fn note(&self, index: u32) -> Option<u32> {
         let word = self.words[index as usize].load(Ordering::Relaxed); // Relaxed: a monitor's reading, or the owner's own

@@ -78,11 +78,16 @@ impl Books {
         let rows = tiers[slots.tier as usize].len();
         match slots.slots.iter().find(|&&slot| slot as u32 as usize >= rows) {
             None => Ok(()),
-            Some(slot) => Err(format!(
-                "slot {slot} of pool {:?} is not on the {}: it has 0..{rows}",
-                pools[slots.pool].name,
-                slots.tier.name()
-            )),
+            Some(slot) => {
+                let there = rows
+                    .checked_sub(1)
+                    .map_or("no slots".to_owned(), |last| format!("slots 0 to {last}"));
+                Err(format!(
+                    "slot {slot} of pool {:?} is not on the {}: it has {there}",
+                    pools[slots.pool].name,
+                    slots.tier.name()
+                ))
+            }
         }
     }
 

@@ -74,6 +74,63 @@ pub fn rows(
     out.copy_from_slice(py, &cells)
 }
 
+/// Slots that an ACTIVE cache has got since somebody looked at its table: at that many entries, after so many alterations.
+pub type Seen = (Py<Cache>, usize, u64);
+
+/// Per cache what is seen now (entries, alterations); per pool all slots that are new since, as int32.
+pub type Fresh<'py> = (Vec<(usize, u64)>, Vec<Bound<'py, PyByteArray>>);
+
+pub fn fresh<'py>(py: Python<'py>, core: &Core, seen: &[Seen]) -> PyResult<Fresh<'py>> {
+    let mut now = Vec::with_capacity(seen.len());
+    let mut slots: Vec<Vec<i32>> = vec![Vec::new(); core.num_pools()];
+    for (cache, entries, alterations) in seen {
+        look(py, cache, |cache| {
+            let altered = core.alterations(cache)?;
+            let from = if altered == *alterations { *entries } else { 0 };
+            for (pool, slots) in slots.iter_mut().enumerate() {
+                let table = core.table(cache, pool)?;
+                let new = table.iter().skip(from).filter(|&&slot| slot != 0);
+                slots.extend(new.map(|&slot| slot as i32));
+            }
+            now.push((core.table(cache, 0)?.len(), altered));
+            Ok(())
+        })?;
+    }
+    let arrays = slots.iter().map(|slots| PyByteArray::new(py, &bytes_of(slots)));
+    Ok((now, arrays.collect()))
+}
+
+/// Of a pool: all slots of ACTIVE caches, and where each cache's end; those from each one's history on, and their ends.
+pub type Used<'py> = (
+    Bound<'py, PyByteArray>,
+    Vec<usize>,
+    Bound<'py, PyByteArray>,
+    Vec<usize>,
+);
+
+pub fn used<'py>(py: Python<'py>, core: &Core, caches: &[Py<Cache>], pool: usize) -> PyResult<Used<'py>> {
+    let (mut read, mut read_ends) = (Vec::new(), Vec::with_capacity(caches.len()));
+    let (mut written, mut written_ends) = (Vec::new(), Vec::with_capacity(caches.len()));
+    for cache in caches {
+        look(py, cache, |cache| {
+            let first = (core.info(cache)?.history / core.tokens_per_block()) as usize;
+            for (i, &slot) in { core.table(cache, pool)?.iter() }.enumerate() {
+                if slot != 0 {
+                    read.push(slot as i32);
+                    if i >= first {
+                        written.push(slot as i32);
+                    }
+                }
+            }
+            Ok(())
+        })?;
+        read_ends.push(read.len());
+        written_ends.push(written.len());
+    }
+    let array = |values: &[i32]| PyByteArray::new(py, &bytes_of(values));
+    Ok((array(&read), read_ends, array(&written), written_ends))
+}
+
 /// -> (indptr, indices, last_page_len) as int32 in native byte order
 pub fn csr<'py>(
     py: Python<'py>,

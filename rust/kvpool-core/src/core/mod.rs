@@ -129,7 +129,7 @@ fn check_memory(config: &CoreConfig) -> Result<()> {
     let pools = config.pools.len();
     let per_node = Tree::bytes_per_node(config.tokens_per_block as usize, pools)
         + (1 + pools) * (Order::bytes_per_node() + 16);
-    let bytes = nodes.saturating_mul(per_node).saturating_add(16 * slots);
+    let bytes = nodes.saturating_mul(per_node).saturating_add(20 * slots);
     Vec::<u8>::new().try_reserve_exact(bytes).map_err(|_| {
         CoreError::Memory(format!(
             "the tables of max_blocks = {nodes} nodes and {slots} slots need {bytes} bytes, which cannot be \

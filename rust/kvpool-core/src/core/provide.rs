@@ -78,6 +78,13 @@ impl Core {
         Ok(&cache.tables[pool])
     }
 
+    /// A number that stays as it is as long as an ACTIVE cache's tables only grow at their end, entries that become stale
+    /// aside.
+    pub fn alterations(&self, cache: &Cache) -> Result<u64> {
+        self.active(cache, "a block table")?;
+        Ok(cache.alterations)
+    }
+
     // -- resume and suspend -------------------------------------------------------------------
 
     /// ACTIVE from here on. Returns the copies that the caller must make before anything else
@@ -214,6 +221,7 @@ impl Core {
         self.stay_down(cache);
         for pool in 0..self.pools.len() {
             while cache.tables[pool].len() > undo.blocks {
+                cache.alterations += 1;
                 let slot = cache.tables[pool].pop().unwrap_or(0);
                 if slot != 0 {
                     self.pools[pool].give(slot);

@@ -283,6 +283,7 @@ impl Core {
         if (before, from) == (state, to) {
             return;
         }
+        cache.alterations += 1; // who was SUSPENDED may find its pages elsewhere
         let private = cache.private_owner();
         let change = |holders: &Counter| {
             holders.add(to as u64);
@@ -294,7 +295,7 @@ impl Core {
         }
         for (pool, table) in cache.tables.iter().enumerate() {
             for &slot in table.iter().skip(cache.nodes.len()).filter(|&&slot| slot != 0) {
-                self.pools[pool].set_owner(slot, private);
+                self.pools[pool].pass(slot, private);
             }
             if !self.tree.windowed[pool] {
                 continue;

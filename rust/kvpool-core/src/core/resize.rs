@@ -26,6 +26,7 @@ impl Core {
         }
         for pool in 0..self.pools.len() {
             for _ in new..old {
+                cache.alterations += 1;
                 let slot = cache.tables[pool].pop().unwrap_or(0);
                 if slot != 0 {
                     self.give_private(cache, pool, slot);
@@ -38,6 +39,7 @@ impl Core {
         } else {
             for pool in 0..self.pools.len() {
                 while cache.tables[pool].len() > old {
+                    cache.alterations += 1;
                     let slot = cache.tables[pool].pop().unwrap_or(0);
                     if slot != 0 {
                         self.pools[pool].give(slot);
