@@ -109,6 +109,7 @@ bench-alone: setup
 	$(BIN)/python -m pytest bench/bench_w1_w2.py bench/bench_w4.py --benchmark-only --benchmark-columns=min,median --benchmark-json=target/alone.json
 	$(BIN)/python bench/condense.py target/alone.json bench/results/alone.json
 	$(BIN)/python bench/scale_waiting.py bench/results/waiting.json
+	$(BIN)/python bench/scale_context.py bench/results/context.json
 	$(BIN)/python -m pytest bench/bench_mover.py --benchmark-only --benchmark-columns=min,median
 	$(BIN)/python bench/memory_short.py
 

@@ -23,6 +23,7 @@ SOURCES = {
     "rust": HERE / "results" / "rust.json",
     "alone": HERE / "results" / "alone.json",
     "waiting": HERE / "results" / "waiting.json",
+    "context": HERE / "results" / "context.json",
     "python": HERE / "rivals_py" / "results.json",
 }
 PAGES = [HERE / "README.md", HERE.parent / "README.md"]

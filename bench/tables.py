@@ -129,6 +129,13 @@ def waiting(results: Results) -> str:
     return table(["waiting requests", "A", "B, asked in each step"], rows)
 
 
+def context(results: Results) -> str:
+    kinds = ("decode", "window", "host", "stream", "resume")
+    rows = [[f"{row['tokens']:,}", *(pair(row[kind]) for kind in kinds)] for row in results["context"]]
+    names = ["one pool", "a window besides", "a host tier", "step_begin + step_end over a stream", "one resume"]
+    return table(["tokens of a context", *names], rows)
+
+
 def latency(results: Results) -> str:
     rows = []
     latencies = results["rust"]["latency"]
@@ -306,8 +313,8 @@ def machine(results: Results) -> str:
 
 TABLES: dict[str, Callable[[Results], str]] = {
     "rust": rust, "threads": threads, "sizes": sizes, "chains": chains, "leaves": leaves, "pools": pools,
-    "beginnings": beginnings, "waiting": waiting, "latency": latency, "memory": memory, "allocations": allocations,
-    "floors": floors,
+    "beginnings": beginnings, "waiting": waiting, "context": context, "latency": latency, "memory": memory,
+    "allocations": allocations, "floors": floors,
     "rust-trace": rust_trace, "python-blocks": python_blocks, "w4": w4, "short": short, "python-trace": python_trace,
     "alone-blocks": alone_blocks, "alone-w4": alone_w4, "readme": readme,
     "machine": machine,

@@ -236,7 +236,11 @@ class World:
     def set_limits(self) -> None:
         """For those that the scheduler saw in this pass."""
         for number, request in self.alive.items():
-            if number not in self.limits and request._entry is not None:
+            if number in self.limits:
+                continue
+            if request.state == "FINISHED":  # cancelled before a pass saw it: the next update returns it
+                self.limits[number] = self.bound(0)
+            elif request._entry is not None:
                 age = request._entry.age
                 older = sum(other._entry is not None and other._entry.age < age for other in self.alive.values())
                 self.limits[number] = self.bound(older)
@@ -346,7 +350,7 @@ class World:
 
     def launch(self, step: Step) -> None:
         self.steps += 1
-        for manager, caches in self.scheduler.memory.caches(list(step.requests)):
+        for manager, caches in self.scheduler.memory.caches(step):
             manager.step_begin(caches)
             step_caches.setdefault(id(step), []).append((manager, caches))
         self.flying.append(step)

@@ -126,7 +126,10 @@ def test_generated_workload_needs_no_trace(capsys: pytest.CaptureFixture[str]) -
         (["TRACE", "--format", "azure"], "expected the columns"),
         (["TRACE", "--html", "TRACE"], "overwrite"),
         (["TRACE", "--html", "/nowhere/at/all.html"], "cannot write"),
-        (["TRACE", "--json", "/nowhere/at/all", "--html", "/nowhere/at/../at/all"], "--html would overwrite --json"),
+        (
+            ["TRACE", "--json", "/nowhere/at/all", "--html", "/nowhere/at/../at/all"],
+            "--json and --html name the same file",
+        ),
         (["TRACE", "--sequential", "--format", "generated"], "takes no TRACE"),
         (["TRACE", "--sequential", "--html", "x.html"], "no time to plot"),
         (["TRACE", "--sequential", "--window", "8"], "--window: --sequential"),
@@ -152,6 +155,22 @@ def test_bad_option_exits_2(trace: Path, argv: list[str], message: str, capsys: 
     assert message in err
     assert out == ""
     assert trace.read_bytes() == before
+
+
+def test_json_and_html_into_one_file_are_refused(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The second one written would replace the first; whatever the path, and whether the file is there or not."""
+    there, link = trace.with_name("there"), trace.with_name("link")
+    there.write_text("kept")
+    link.hardlink_to(there)
+    new, roundabout = trace.with_name("new"), trace.parent / "x" / ".." / "new"
+    trace.with_name("x").mkdir()
+    for json_path, html_path in ((new, new), (new, roundabout), (there, there), (there, link)):
+        assert main(["replay", str(trace), "--json", str(json_path), "--html", str(html_path)]) == 2
+        out, err = capsys.readouterr()
+        assert f"--json and --html name the same file, {html_path}" in err
+        assert out == ""
+    assert there.read_text() == "kept"
+    assert not new.exists()
 
 
 def test_unknown_suffix_needs_format(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:

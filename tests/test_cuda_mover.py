@@ -53,6 +53,44 @@ def test_every_path_alone_keeps_every_byte(path: str) -> None:
     world.mover.close()
 
 
+def test_what_the_checker_found_is_raised_by_one_thread_alone() -> None:
+    """Both have looked before one of them takes it."""
+    world, both = CudaWorld(1), threading.Barrier(2)
+    looked = threading.local()
+
+    class Watched(CudaMover):
+        kept = ("unordered: it",)
+
+        @property
+        def _findings(self) -> tuple[str, ...]:  # type: ignore[override]
+            found = self.kept
+            if not hasattr(looked, "once"):
+                looked.once = True
+                both.wait(10)
+            return found
+
+        @_findings.setter
+        def _findings(self, found: list[str]) -> None:
+            self.kept = (*found,)
+
+    world.mover.__class__ = Watched
+    raised = []
+
+    def check() -> None:
+        try:
+            world.mover._checked()  # type: ignore[attr-defined]
+        except InvariantError as error:
+            raised.append(str(error))
+
+    threads = [threading.Thread(target=check) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert raised == ["unordered: it"]
+    world.mover.close()
+
+
 def _can_show(plant: str, path: str) -> bool:
     """Only some paths have staging memory, or lists of slots."""
     if plant == "staging-reuse":

@@ -168,6 +168,31 @@ def test_a_fault_of_the_gpu_is_known_when_the_tokens_are_to_be_final(gpu: fake_c
         again.close()
 
 
+def test_a_fifth_stream_is_refused_before_anything_is_launched(gpu: fake_cupy.World) -> None:
+    """Also before the first step has ended: until then nothing is looked for on the others' streams."""
+    with KVCacheManager(config(), device="cuda", move_timeout_s=None) as manager:
+        cache = manager.create("x", np.arange(3, dtype=np.int32))
+        assert cache.resume()
+        assert cache.resize(3)
+        streams = [EngineStream(gpu, non_blocking=True) for _ in range(5)]
+        for stream in streams[:4]:
+            manager.step_begin([cache], stream)
+        for wrong, why in ((streams[4], "knows 4 streams"), ("x", "none of CuPy's")):
+            with pytest.raises(ValueError, match=why):
+                manager.step_begin([cache], wrong)
+        assert len(cache._uses) == 4
+        for stream in streams[:4]:
+            manager.step_end([cache], stream)
+        for wrong in (streams[4], "x"):
+            with pytest.raises(LogicError, match="without step_begin"):
+                manager.step_end([cache], wrong)
+        manager.step_begin([cache])  # on none, the caller waits
+        manager.step_end([cache])
+        cache.close()
+        assert not manager._caches  # it was in no other step
+        manager.check()
+
+
 def test_an_engine_on_a_stream_waits_for_moves_in_update_alone(
     gpu: fake_cupy.World, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 import backend
 from backend import mover_of
-from kvpool import CacheConfig, CacheState, KVCache, KVCacheManager, LogicError, PoolConfig, PoolPlan
+from kvpool import CacheConfig, CacheState, KVCache, KVCacheManager, LogicError, PoolConfig, PoolPlan, Request
 from kvpool.mover import AtOnceMover
 from movers import ORDERS
 
@@ -132,6 +132,37 @@ def test_a_failed_offload_of_a_suspended_cache_makes_it_lost(make: Callable[...,
     assert manager.probe([*A, 99]) <= 4  # the leaf went first; its parent is good only if it is another page
     again = compute(manager, 3, A)
     assert words(manager, again) == [t + 1000 for t in A]
+
+
+@pytest.mark.parametrize("call", ["provide_contexts", "allocate_generation"])
+def test_a_lost_first_chunk_is_closed_and_a_lost_later_one_is_left_as_it_was(
+    make: Callable[..., KVCacheManager], call: str
+) -> None:
+    manager = make(device=6)
+    compute(manager, 1, A).close()
+    compute(manager, 2, [*range(40, 64)]).close()
+    first, later = (Request(name, [*A, 9, at], 4) for at, name in enumerate(("first", "later")))
+    fine = Request("fine", [70, 71], 4)
+    manager.create("later", later.tokens)
+    assert manager.claim_contexts([(first, 0), (fine, 0)]) == [8, 0]
+    mover_of(manager).fail(1, "onboard")
+    other = manager.create("other", [*A, 99])
+    assert other.resume()
+    manager.step_begin([other])
+    manager.step_end([other])
+    other.close()
+    assert manager.lost() == ["later", "first"]
+    if call == "provide_contexts":
+        assert manager.provide_contexts([(later, 2), (first, 2), (fine, 2)]) == [False, False, True]
+    else:
+        assert manager.allocate_generation([fine, first, later]) == 1
+    assert manager.stats().failed_moves == 1
+    assert sorted(map(str, manager._caches)) == ["fine", "later"]
+    assert manager.cache("later").state is CacheState.LOST
+    manager.check()
+    manager.free_requests([later, fine])
+    manager.check()
+    assert not manager._caches
 
 
 @pytest.mark.parametrize("k", [1, 2])

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import threading
+import weakref
 from typing import Any
 
 import pytest
@@ -204,3 +207,25 @@ def test_a_cache_that_others_close_ends_its_request_alone(when: str) -> None:
 def test_arguments_of_a_wrong_type_name_their_field(given: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(given))):
         Request(0, [1], 1, **given)
+
+
+def test_a_scheduler_that_is_dropped_amid_its_work_goes_with_its_manager() -> None:
+    manager = manager_of()
+    scheduler = Scheduler(manager, SchedulerConfig(8, 64))
+    scheduler.add(request_of(1, 3, 9))
+    scheduler.add(request_of(2, 3, 9))
+    one_step(scheduler)
+    scheduler.schedule()
+    gone = [weakref.ref(scheduler), weakref.ref(manager)]
+    del scheduler, manager
+    gc.collect()
+    assert [one() for one in gone] == [None, None]
+
+
+def test_update_takes_the_step_that_was_handed_out_and_no_copy_of_it() -> None:
+    scheduler = Scheduler(manager_of(), SchedulerConfig(8, 64))
+    scheduler.add(request_of(1, 3, 1))
+    step = scheduler.schedule()
+    with pytest.raises(LogicError, match="not outstanding"):
+        scheduler.update(copy.copy(step), outputs_of(step))
+    assert [request.request_id for request in scheduler.update(step, outputs_of(step))] == [1]

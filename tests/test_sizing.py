@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from fractions import Fraction
 from types import SimpleNamespace
@@ -338,3 +339,42 @@ def test_sliding_decodes_are_really_allocated_at_once(
             assert cache.resume()
             assert cache.resize(h + 1 + draft, h)
         manager.check()
+
+
+def test_plan_pools_warns_once_of_a_window_that_gets_next_to_no_host_room() -> None:
+    """Two pools of 4-token blocks: 396 host slots and 4, the window of one request."""
+    kv = pools([None, 10, 12], [32, 32, 32])
+    sizes = {"device_bytes": 1 << 20, "max_seq_len": 48}
+    config = CacheConfig(4, kv[:2], host_bytes=400 * 32, **sizes)
+    with pytest.warns(UserWarning, match="typical_step") as caught:
+        plan = plan_pools(config)
+    assert list(plan.host_slots.values()) == [396, 4]
+    (warning,) = caught
+    assert warning.filename == __file__
+    text = "pool 'p1' 4 host slots, where the window of one request takes up to 4 (pool 'p0' 396)"
+    assert text in str(warning.message)
+    with pytest.warns(UserWarning, match="'p1' .*'p2' ") as caught:
+        plan_pools(CacheConfig(4, kv, host_bytes=400 * 32, **sizes))
+    assert len(caught) == 1  # of all pools
+    with warnings.catch_warnings(record=True) as caught_by_default:
+        warnings.simplefilter("default")
+        for _ in range(3):
+            plan_pools(config)
+    assert len(caught_by_default) == 1
+
+
+def test_plan_pools_does_not_warn_where_a_typical_step_or_the_budget_says_otherwise() -> None:
+    kv = pools([None, 10], [32, 32])
+    quiet = [
+        {"host_bytes": 400 * 32, "typical_step": BatchDesc([KVCacheDesc(29, 28)])},
+        {"host_bytes": 400 * 32, "typical_step": BatchDesc([KVCacheDesc(2049, 2048)])},  # said on purpose
+        {"host_bytes": 2000 * 32},  # 19 slots
+        {"host_bytes": 8 * 32},  # 7 and 1: too little for any pool
+        {"host_bytes": 0},
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for more in quiet:
+            plan_pools(CacheConfig(4, kv, 1 << 20, max_seq_len=48, **more))
+        plan_pools(CacheConfig(4, kv[:1], 1 << 20, host_bytes=400 * 32))
+        plan_pools(CacheConfig(4, kv[1:], 1 << 20, host_bytes=4 * 32))

@@ -233,12 +233,21 @@ class Batches:
         return [done is True for done in provided]
 
     def _provide_others(self, caches: Sequence[tuple[KVCache, int, int]], stop: bool) -> list[bool]:
-        """As `_provide`; False for those that are LOST, which stay as they are."""
+        """As `_provide`; False for those that are LOST: what was only claimed is closed, others stay as they are."""
         lost = [cache._lost for cache, _, _ in caches]
         if stop:
-            return self._provide(caches[: lost.index(True)], stop)
-        provided = iter(self._provide([entry for entry, gone in zip(caches, lost, strict=True) if not gone]))
-        return [not gone and next(provided) for gone in lost]
+            first = lost.index(True)
+            provided = self._provide(caches[:first], stop)
+            self._close_claims([cache for cache, _, _ in caches[first : first + all(provided)]])
+            return provided
+        self._close_claims([cache for (cache, _, _), gone in zip(caches, lost, strict=True) if gone])
+        done = iter(self._provide([entry for entry, gone in zip(caches, lost, strict=True) if not gone]))
+        return [not gone and next(done) for gone in lost]
+
+    def _close_claims(self, caches: Sequence[KVCache]) -> None:
+        """Those that a batch has claimed and not provided are closed."""
+        in_work = self._core.in_work([cache._handle for cache in caches])
+        self._close([cache for cache, claimed in zip(caches, in_work, strict=True) if claimed])
 
     # -- caches ---------------------------------------------------------------------------------
 
@@ -264,9 +273,7 @@ class Batches:
         except BaseException:
             self._close([cache for cache, _, _ in entries if cache._state is None])
             raise
-        made = [(cache, done) for (cache, _, _), done in zip(entries, provided, strict=True)]
-        self._close([cache for cache, done in made if not done and cache._state is None])  # those that are LOST already
-        return [cache if done else None for cache, done in made]
+        return [cache if done else None for (cache, _, _), done in zip(entries, provided, strict=True)]
 
     # -- scheduling -----------------------------------------------------------------------------
 

@@ -309,7 +309,10 @@ class KVCacheManager(Batches, Closing):
         return self._host_pages[pool]
 
     def _handles(self, caches: list[KVCache]) -> list[_core.Cache]:
-        handles = [cache._handle for cache in caches if isinstance(cache, KVCache) and cache._manager is self]
+        try:
+            handles = [cache._handle for cache in caches if cache._manager is self]
+        except AttributeError:
+            handles = []
         if len(handles) < len(caches):
             other = next(one for one in caches if not isinstance(one, KVCache) or one._manager is not self)
             raise ValueError(f"caches: {other!r} is not a cache of this manager")
@@ -359,10 +362,13 @@ class KVCacheManager(Batches, Closing):
 
         Returns when every move that touches their slots is over. A cache whose pages did not arrive is LOST then. On a
         GPU with a stream it returns at once, and the stream waits; what is LOST is known by `commit`, or `update`.
-        KVPoolError: the GPU is at its end, whatever is launched there fails.
+        KVPoolError: the GPU is at its end, whatever is launched there fails. ValueError: the stream is none of CUDA's,
+        or a fifth one. Where it raises nothing has begun.
         """
         caches = _listed(caches)
         handles = self._handles(caches)
+        if self._moves is not None:
+            self._moves.check_stream(stream)
         self._ready(caches, stream, launch=True)
         if self._moves is not None and (fault := self._moves.fault()) is not None:
             raise KVPoolError(f"step_begin: the GPU is at its end ({fault}); end the process, and start anew")
@@ -381,7 +387,7 @@ class KVCacheManager(Batches, Closing):
         caches = _listed(caches)
         handles = self._handles(caches)
         try:
-            if self._moves is not None:
+            if self._moves is not None and self._moves.noted:
                 steps: dict[StepUses, list[int]] = {}
                 for cache in caches:
                     if cache._uses and (use := cache._take_use()) is not None:
@@ -389,11 +395,11 @@ class KVCacheManager(Batches, Closing):
                 if steps:
                     self._moves.used(steps, stream)
         finally:
-            released = self._core.step_end(handles)
-            gone = [cache for cache, is_gone in zip(caches, released, strict=True) if is_gone]
+            gone = [caches[at] for at in self._core.step_end(handles)]
             for cache in gone:
                 self._forget(cache)
-            self._bury(gone)
+            if gone:
+                self._bury(gone)
         self._after()
         if self._verifies:
             self._check_null_pages()

@@ -10,11 +10,15 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
 
 from kvpool._core import Core, Recorder
 from kvpool.arguments import Int32Array
 from kvpool.mover import CpuStream, MoveBatch, Mover, SlotUse, Ticket
 from kvpool.uses import StepUses
+
+if TYPE_CHECKING:
+    from kvpool.mover.cuda import CudaMover
 
 # (pool, on the host, slot as the core counts it: from 1)
 BadPage = tuple[int, bool, int]
@@ -38,6 +42,7 @@ class Moves:
         self.flying: list[_Flight] = []
         self.failed = 0
         self.launched = False  # whether steps may be computed behind their `step_end`
+        self.noted = False  # whether what a step uses was ever written down
         self.stuck: set[BadPage] = set()  # a move that was given up may still write them
         self.loose: list[BadPage] = []  # those of them that are not out of use yet
         self._names = list(pools)
@@ -201,11 +206,19 @@ class Moves:
 
     def notes(self, stream: object) -> bool:
         """Whether what a step uses must be written down: not if it is over at `step_end` and no page ever failed."""
-        return self._checked or self.failed > 0 or self._knows(stream)
+        if self._checked or self.failed > 0 or self._knows(stream):
+            self.noted = True  # never set back: another thread may have set it meanwhile
+            return True
+        return False
 
     def _knows(self, stream: object) -> bool:
         """Whether the stream is one of the mover's kind; else the caller waits in its place."""
         return isinstance(stream, CpuStream) or (stream is not None and self.on_gpu)
+
+    def check_stream(self, stream: object) -> None:
+        """ValueError if what a step on this stream uses could not be written down at its end."""
+        if self.on_gpu and stream is not None:
+            cast("CudaMover", self.mover).check_stream(stream)
 
     def used(self, steps: Mapping[StepUses, Sequence[int]], stream: object) -> None:
         """Steps, launched on this stream or over, used the slots of their caches at these positions."""

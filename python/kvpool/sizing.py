@@ -10,6 +10,7 @@ All arithmetic is in exact integers. With T = tokens per block, W = window, h = 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -161,8 +162,36 @@ def _fill(left: int, slots: list[int], page_bytes: list[int], weights: list[int]
     return paid
 
 
+def _warn_of_crowded_windows(config: CacheConfig, host: list[int]) -> None:
+    """If the default typical step leaves a window less of the host than two requests can use, and others have it."""
+    pools = list(zip(config.pools, host, strict=True))
+    crowded = []
+    for pool, slots in pools:
+        if pool.window is None:
+            continue
+        blocks = window_slots(pool, config, 1)
+        rich = [f"{other.name!r} {n}" for other, n in pools if other.window is None and n >= 2 * blocks]
+        if slots < 2 * blocks and rich:
+            crowded.append(
+                f"pool {pool.name!r} {slots} host slots, where the window of one request takes up to {blocks} "
+                f"(pool {', '.join(rich)})"
+            )
+    if crowded:
+        warnings.warn(
+            f"host_bytes: {config.host_bytes} gives {'; '.join(crowded)}: hardly a window stays there, and what is "
+            "reused is the least of all pools. Without a typical_step a step of one request of 2,049 tokens is taken; "
+            "set typical_step to one of yours, e.g. BatchDesc([KVCacheDesc(capacity, history_length)])",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
 def plan_pools(config: CacheConfig) -> PoolPlan:
-    """Slots of every pool from the budget; pure. ConfigError: the budget is below the floors, with the numbers."""
+    """Slots of every pool from the budget; pure. ConfigError: the budget is below the floors, with the numbers.
+
+    UserWarning: by the default `typical_step` less than two windows of a pool find room on the host, though another
+    pool has it.
+    """
     _check_config(config)
     t = config.tokens_per_block
     pools = config.pools
@@ -195,6 +224,8 @@ def plan_pools(config: CacheConfig) -> PoolPlan:
                 "raise host_bytes, or use 0 for no host tier"
             )
         host = _split(config.host_bytes, page_bytes, weights, [1] * len(pools))
+        if config.typical_step is None:
+            _warn_of_crowded_windows(config, host)
     names = [pool.name for pool in pools]
     return PoolPlan(
         min_slots=dict(zip(names, floors, strict=True)),

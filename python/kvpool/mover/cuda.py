@@ -333,9 +333,12 @@ class CudaMover:
             events.mark(number, place, slots, writes)
 
     def _checked(self) -> None:
+        """Raises what was found, in one thread alone."""
         if self._findings:
-            found, self._findings = self._findings, []
-            raise InvariantError("; ".join(found))
+            with self._lock:
+                found, self._findings = self._findings, []
+            if found:  # not if another thread has them
+                raise InvariantError("; ".join(found))
 
     def _uses(self, uses: Sequence[SlotUse]) -> list[_Use]:
         found = list[_Use]()
@@ -348,6 +351,11 @@ class CudaMover:
             self._exist("slots", events, slots)
             found.append((events, slots, use.writes))
         return found
+
+    def check_stream(self, stream: Any) -> None:
+        """ValueError if it is no CUDA stream, or one more than the mover can know; else it is known from here on."""
+        with self._lock:
+            self._streams.number(stream)
 
     def wait_on(
         self, stream: Any, pool: str, tier: str, slots: Sequence[int] | Int32Array, timeout: float | None = None

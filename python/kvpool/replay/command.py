@@ -193,8 +193,9 @@ def replay(
     requests = _requests(trace, trace_format, limit, options)
     if html_path is not None:
         _check_plotly()
-    check_different(json_path, html_path)
-    for name, path in (("--json", json_path), ("--html", html_path)):
+    files = {"--json": json_path, "--html": html_path}
+    check_different(files)
+    for name, path in files.items():
         check_writable(name, path, trace)
     report = _run(requests, options, sequential, corrupt_after=context.obj)
     source = "generated workload" if trace is None else trace.name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -28,12 +29,16 @@ def check_writable(name: str, path: str | None, trace: Path | None) -> None:
         raise click.UsageError(f"{name}: cannot write {path}: {error.strerror}") from None
 
 
-def check_different(json_path: str | None, html_path: str | None) -> None:
-    """One file cannot hold both."""
-    if json_path in (None, "-") or html_path is None:
-        return
-    if os.path.realpath(str(json_path)) == os.path.realpath(html_path):
-        raise click.UsageError(f"--html would overwrite --json: both are {html_path}; give two paths")
+def check_different(paths: dict[str, str | None]) -> None:
+    """Before the run: no two options name one file, by whatever path. Devices take what comes."""
+    files = {name: path for name, path in paths.items() if path not in (None, "-")}
+    for (name, path), (other, its) in itertools.combinations(files.items(), 2):
+        if os.path.exists(path) and os.path.exists(its):
+            same = os.path.isfile(path) and os.path.samefile(path, its)
+        else:
+            same = os.path.realpath(path) == os.path.realpath(its)
+        if same:
+            raise click.UsageError(f"{name} and {other} name the same file, {its}; give each its own")
 
 
 def write(name: str, path: str, text: str) -> None:

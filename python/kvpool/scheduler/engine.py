@@ -6,11 +6,12 @@ An executor that cannot overlap steps needs nothing else; one that can calls the
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+from kvpool.cache import KVCache
 from kvpool.errors import StalledError
+from kvpool.manager import KVCacheManager
 from kvpool.scheduler.request import Request
 from kvpool.scheduler.scheduler import Scheduler
 from kvpool.scheduler.step import Step
@@ -56,10 +57,7 @@ class Engine:
         error: Exception | None = None
         outputs: Mapping[int | str, Sequence[int]] = {}
         try:
-            with self._launched(step):
-                scheduler.drop_lost(step)
-                if step:
-                    outputs = as_outputs(self.executor.execute(step))
+            outputs = self._launch(step, scheduler.memory.caches(step))
         except Exception as caught:
             error = caught
         except BaseException:
@@ -67,15 +65,20 @@ class Engine:
             raise
         return scheduler.update(step, outputs) if error is None else scheduler.fail(step, error)
 
-    @contextmanager
-    def _launched(self, step: Step) -> Iterator[None]:
-        """Between `step_begin` and `step_end` of all managers; each that was begun is ended, whatever is raised."""
+    def _launch(
+        self, step: Step, work: Sequence[tuple[KVCacheManager, list[KVCache]]]
+    ) -> Mapping[int | str, Sequence[int]]:
+        """Executes a step between `step_begin` and `step_end` of these managers, one within the other."""
+        if not work:
+            self.scheduler.drop_lost(step)
+            return as_outputs(self.executor.execute(step)) if step else {}
+        (manager, caches), *inner = work
         stream = getattr(self.executor, "stream", None)
-        with ExitStack() as ends:
-            for manager, caches in self.scheduler.memory.caches(list(step.requests)):
-                manager.step_begin(caches, stream)
-                ends.callback(manager.step_end, caches, stream)
-            yield
+        manager.step_begin(caches, stream)
+        try:
+            return self._launch(step, inner)
+        finally:
+            manager.step_end(caches, stream)
 
     def run(self) -> dict[int | str, Request]:
         """Steps until no request is left; {request_id: request} of all that ended meanwhile.

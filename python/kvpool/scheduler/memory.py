@@ -6,17 +6,21 @@ Of a request that a call refuses nothing changes, in any manager.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 from kvpool._core import Allocation, Roster, Started
 from kvpool.cache import CacheState, KVCache
 from kvpool.manager import KVCacheManager
-from kvpool.scheduler.request import Entry, Request
+from kvpool.scheduler.request import Entry
+from kvpool.scheduler.step import Step
 from kvpool.sizing import decode_slots, window_slots
 
 Work = tuple[Entry, int, int]  # request, tokens, unit
+
+_FAILED = attrgetter("failed")
 
 
 @dataclass(slots=True)
@@ -102,6 +106,7 @@ class Memory:
         self._windowed = [(at, side, pool) for at, (side, pool) in enumerate(pools) if pool.window is not None]
         cores = [side.manager._core for side in self.sides]
         self.roster, self.no_roster = Roster(cores), Roster(cores)
+        self._moves = [side.manager._moves for side in self.sides if side.manager._moves is not None]
         # A victim can be suspended to some use only if there is something below every pool.
         self.tiered = all(side.tiered for side in self.sides)
 
@@ -163,37 +168,39 @@ class Memory:
 
     # -- moves ----------------------------------------------------------------------------------
 
-    def before(self) -> None:
-        """Before the books change: there is room in the movers' queues."""
+    def before(self) -> bool:
+        """Before the books change: there is room in the movers' queues. See `has_failed`."""
         for side in self.sides:
-            side.manager._before()
+            moves = side.manager._moves
+            if moves is not None and (moves.flying or moves.failed):
+                side.manager._before()
+        return self.has_failed()
 
     def after(self) -> None:
         """After they have changed: pages that go down are on their way."""
         for side in self.sides:
-            side.manager._after()
+            if side.tiered:
+                side.manager._after()
+
+    def has_failed(self) -> bool:
+        """Whether a move ever failed: else no cache is LOST."""
+        return any(map(_FAILED, self._moves))
 
     def lost(self) -> list[int | str]:
-        """Requests with a LOST cache: a move of its pages failed."""
-        lost: list[int | str] = []
-        for side in self.sides:
-            moves = side.manager._moves
-            if moves is not None and moves.failed:
-                lost += side.manager.lost()
-        return lost
+        """Requests with a LOST cache, each once: a move of its pages failed."""
+        return list(dict.fromkeys(request_id for side in self.sides for request_id in side.manager.lost()))
 
-    def arrive(self, requests: Iterable[Request]) -> None:
-        """Every move that pages of these requests depend on is over, or known to have failed."""
+    def arrive(self, step: Step) -> None:
+        """Every move that pages of a step depend on is over, or known to have failed."""
         for side in self.sides:
             moves = side.manager._moves
             if moves is not None and (moves.flying or moves.failed):
-                caches = [side.manager._caches.get(request.request_id) for request in requests]
+                caches = [side.manager._caches.get(request.request_id) for request in step.requests]
                 side.manager._ready([cache for cache in caches if cache is not None and cache._state is None])
 
     def is_returning(self) -> bool:
         """Whether slots are in flight, or a move is."""
-        moving = any(side.manager._moves is not None and side.manager._moves.flying for side in self.sides)
-        return moving or any(returning for _, returning in self.pressure())
+        return any(moves.flying for moves in self._moves) or any(returning for _, returning in self.pressure())
 
     def has(self, entry: Entry) -> bool:
         """Whether a started request has an open cache in every manager."""
@@ -282,23 +289,24 @@ class Memory:
     ) -> Allocation:
         """Room for the next tokens of those that generate, the oldest first; see `_core.Roster.allocate`."""
         found = self.roster.allocate(step, tokens, places, gone, busy or None, first)
-        work = [(side.manager, *made) for side, made in zip(self.sides, found.copies, strict=True) if made[0]]
+        work = found.copies
         while work:
-            manager, handles, copies = work.pop(0)
+            side, handles, copies = work.pop(0)
             try:
-                manager._make(handles, copies)
+                self.sides[side].manager._make(handles, copies)
             except BaseException:
                 for other, handles, _ in work:
-                    other._core.copies_failed(handles)
+                    self.sides[other].manager._core.copies_failed(handles)
                 raise
         return found
 
     def enter(self, entry: Entry, shared: Sequence[int]) -> None:
         """A request has started: the roster knows it from here on."""
         request = entry.request
-        handles = [side.cache(entry)._handle for side in self.sides]
+        caches = [side.cache(entry) for side in self.sides]
         self.roster.insert(
-            entry.age, request, request.request_id, handles, request.output_tokens, request._stops, len(entry.prompt),
+            entry.age, request, request.request_id, [(cache, cache._handle) for cache in caches],
+            request.output_tokens, request._stops, len(entry.prompt),
             request.max_new_tokens, request.draft_tokens, shared, self.most(entry),
         )  # fmt: skip
 
@@ -338,11 +346,10 @@ class Memory:
         for side in self.sides:
             side.manager.free_requests(requests)
 
-    def caches(self, requests: Sequence[Any]) -> list[tuple[KVCacheManager, list[KVCache]]]:
-        """Per manager the caches of these requests."""
-        return [
-            (side.manager, [side.manager._caches[request.request_id] for request in requests]) for side in self.sides
-        ]
+    def caches(self, step: Step) -> list[tuple[KVCacheManager, list[KVCache]]]:
+        """Per manager the caches of the requests in a step, the oldest first."""
+        caches = self.roster.caches(step.number)
+        return [(side.manager, caches[at]) for at, side in enumerate(self.sides)]
 
 
 def first_chunk(rest: int, budget: int, unit: int | None) -> int:

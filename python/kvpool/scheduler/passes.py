@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from kvpool._core import Allocation
@@ -19,6 +20,9 @@ from kvpool.scheduler.victims import older_wins
 
 if TYPE_CHECKING:
     from kvpool.scheduler.scheduler import Scheduler
+
+
+_IS_LAST = attrgetter("is_last")
 
 
 class Pass:
@@ -67,7 +71,8 @@ def run_pass(scheduler: Scheduler, run: Pass) -> None:
     step.generation = scheduler.memory.roster.requests(step.number)
     if scheduler.adapters:
         step.generation.sort(key=lambda request: adapter_order(request.lora_id))
-    step.context.sort(key=lambda chunk: (chunk.is_last, adapter_order(chunk.request.lora_id)))
+        step.context.sort(key=lambda chunk: adapter_order(chunk.request.lora_id))
+    step.context.sort(key=_IS_LAST)
 
 
 # -- generations ------------------------------------------------------------------------------------

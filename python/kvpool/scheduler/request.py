@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from enum import StrEnum
+from operator import le
 
 import numpy as np
 
@@ -91,7 +92,7 @@ class Request:
         self._computed = 0  # otherwise: tokens that are
         self.finish_reason: str | None = None
         self.error: Exception | None = None
-        self._entry: Entry | None = None
+        self._entry: Entry | None = None  # of the scheduler that has it, until it ends
 
     @property
     def num_computed(self) -> int:
@@ -110,7 +111,7 @@ class Request:
         """Tokens [start, end) of prompt and output: int32, what a chunk of a context covers."""
         n = len(self._prompt)
         if end <= n:
-            return self._prompt[start:end]
+            return self._prompt if end - start == n else self._prompt[start:end]
         output = np.array(self.output_tokens[max(0, start - n) : end - n], np.int32)
         return output if start >= n else np.concatenate([self._prompt[start:], output])
 
@@ -139,20 +140,19 @@ class Refusal:
     def holds(self, now: Refusal) -> bool:
         """Whether nothing has got better since, and it is not long ago."""
         same = self.changes == now.changes and now.tokens <= self.tokens and not self.is_old(now.number)
-        return same and all(n <= before for n, before in zip(now.available, self.available, strict=True))
+        return same and all(map(le, now.available, self.available))
 
 
 class Entry:
     """What the scheduler knows of an unfinished request."""
 
     __slots__ = (
-        "adapter", "age", "bypassed", "home", "key", "limit", "lost", "most", "prompt", "refusal", "request", "spec",
+        "adapter", "age", "bypassed", "key", "limit", "lost", "most", "prompt", "refusal", "request", "spec",
         "started", "why",
     )  # fmt: skip
 
-    def __init__(self, request: Request, age: int, home: object) -> None:
+    def __init__(self, request: Request, age: int) -> None:
         self.request = request
-        self.home = home  # the scheduler
         self.age = age  # in the order in which the scheduler first saw them
         self.prompt = request._prompt
         self.limit = len(self.prompt) + request.max_new_tokens - 1  # tokens that are ever computed

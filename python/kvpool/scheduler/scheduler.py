@@ -15,7 +15,6 @@ from bisect import bisect_left, insort
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from heapq import merge
-from itertools import chain
 from operator import attrgetter
 
 from kvpool.errors import ConfigError, KVPoolError, LogicError, StalledError
@@ -70,7 +69,7 @@ class Scheduler:
         self._returned: list[Entry] = []  # freed to be computed again, by age
         self._incoming: deque[Entry] = deque()  # added by any thread, not yet seen
         self._cancelled: deque[Entry] = deque()  # by another thread
-        self._steps: set[int] = set()  # handed out and not yet updated
+        self._steps: dict[int, Step] = {}  # handed out and not yet updated, by number
         self._passes = 0
         self.changes = 0  # requests that started, ended or gave way
         self._last: Step | None = None
@@ -95,7 +94,7 @@ class Scheduler:
         self.check(request)
         if request.state is not RequestState.WAITING or request._entry is not None:
             raise LogicError(f"request_id: {request.request_id!r} is {request.state} already; add a new Request")
-        entry = Entry(request, -1, self)
+        entry = Entry(request, -1)
         if self._known.setdefault(request.request_id, entry) is not entry:
             raise _duplicate(request)
         request._entry = entry
@@ -144,15 +143,16 @@ class Scheduler:
 
     def _enter(self) -> None:
         self._thread = threading.get_ident()
-        self._see_incoming()
+        if self._incoming:
+            self._see_incoming()
         while self._cancelled:
             self.end(self._cancelled.popleft(), "cancelled")
-        self.memory.before()
-        self._take_lost()
+        if self.memory.before():
+            self._take_lost()
 
     def _take_lost(self) -> None:
         """Requests whose pages did not arrive are computed again; those in a step when it comes back."""
-        for request_id in dict.fromkeys(self.memory.lost()):
+        for request_id in self.memory.lost():
             entry = self._known.get(request_id)
             if entry is not None and entry.started and not self.memory.roster.in_step(entry.age):
                 self._free(entry, "a move of its pages failed")
@@ -179,8 +179,9 @@ class Scheduler:
             self.memory.after()
         for other in reversed(before):
             run.step.inherit(other)
-        run.step.recompute[:0] = [r for r in self._lost if r.state is not RequestState.FINISHED]
-        self._lost.clear()
+        if self._lost:
+            run.step.recompute[:0] = [r for r in self._lost if r.state is not RequestState.FINISHED]
+            self._lost.clear()
         return self._hand_out(run, refused, in_flight=bool(busy))
 
     def _passes_until_work(self, busy: frozenset[int | str], world: list[Entry] | None, before: list[Step]) -> Pass:
@@ -197,7 +198,7 @@ class Scheduler:
                 if isinstance(error, KeyError | LogicError) and self._end_closed():
                     continue
                 raise
-            if run.step:
+            if run.step.num_tokens:
                 return run
             if not (run.step.suspended or run.step.recompute):
                 if patient or not run.gave_up:
@@ -218,9 +219,9 @@ class Scheduler:
         step = run.step
         step.refused = refused
         self._last, self.held_up = step, run.waiting
-        if step:
+        if step.num_tokens:
             self.stats.steps += 1
-            self._steps.add(step.number)
+            self._steps[step.number] = step
             return step
         moves_on = self._steps or in_flight or refused or step.recompute or not (self.started or run.waits)
         if not (moves_on or self.memory.is_returning() or any(map(self.memory.is_fenced, self.started))):
@@ -242,7 +243,7 @@ class Scheduler:
                 raise _duplicate(request)
             if known is None and request._entry is not None:
                 raise LogicError(f"request_id: {request.request_id!r} belongs to another scheduler")
-            entries[request.request_id] = known or Entry(request, -1, self)
+            entries[request.request_id] = known or Entry(request, -1)
         missing = [entry for entry in self.started if entry.request.request_id not in entries]
         if missing:
             raise LogicError(
@@ -281,24 +282,26 @@ class Scheduler:
         given = as_outputs(outputs)
         self._enter()
         self._take_back(step)
-        self.memory.arrive(step.requests)
-        for entry in lost_of(self, step):
-            self.memory.roster.set_step(entry.age, 0)  # nothing of it leaves the engine
-        self._take_lost()
+        self.memory.arrive(step)
+        if self.memory.has_failed():
+            for entry in lost_of(self, step):
+                self.memory.roster.set_step(entry.age, 0)  # nothing of it leaves the engine
+            self._take_lost()
         apply_outputs(self, step, given)
         self.memory.after()
         return self._take_ended()
 
-    @alone
     def drop_lost(self, step: Step) -> list[Request]:
         """Requests whose pages did not arrive leave the step: between `step_begin` and the launch. Returns them.
 
         They are under `step.recompute`, and a later step computes them again. Of a step that has nothing left there is
         nothing to launch; `update` takes it back all the same.
         """
+        return self._drop_lost(step) if self.memory.has_failed() else []
+
+    @alone
+    def _drop_lost(self, step: Step) -> list[Request]:
         gone = lost_of(self, step)
-        if not gone:
-            return []
         step.drop([entry.request for entry in gone])
         for entry in gone:
             self.memory.roster.set_step(entry.age, 0)
@@ -337,14 +340,10 @@ class Scheduler:
     def _take_back(self, step: Step) -> None:
         if not isinstance(step, Step):
             raise ValueError(f"step: {step!r} is not a step")
-        if step.number in self._steps and self._is_mine(step):
-            self._steps.remove(step.number)
+        if self._steps.get(step.number) is step:
+            del self._steps[step.number]
         elif step:
             raise LogicError("step: it is not outstanding; update each step of this scheduler once")
-
-    def _is_mine(self, step: Step) -> bool:
-        request = next(chain(step.requests, step.recompute), None)  # those who left it are under recompute
-        return request is not None and request._entry is not None and request._entry.home is self
 
     def _take_ended(self) -> list[Request]:
         ended, self.ended = self.ended, []
@@ -365,6 +364,10 @@ class Scheduler:
         return bool(self._known)
 
     # -- lists that the phases use --------------------------------------------------------------
+
+    def anybody_waits(self) -> bool:
+        """Whether some request waits."""
+        return bool(self._fresh or self._returned)
 
     def waiting(self) -> Iterator[Entry]:
         """All that wait, the oldest first. Changes end the iteration."""
@@ -462,6 +465,7 @@ class Scheduler:
             self._leave_waiting(entry)
         del self._known[request.request_id]
         request.state, request.finish_reason, request.error = RequestState.FINISHED, reason, error
+        request._entry = None  # no cycle: its tokens go with the last reference, not with the next collection
         self.ended.append(request)
 
     def _leave_started(self, entry: Entry) -> None:

@@ -25,6 +25,9 @@ def start_waiting(scheduler: Scheduler, run: Pass) -> None:
     """First chunks for as many as there are places, tokens and pages for."""
     if scheduler.bulk and scheduler.bulk.keeps_out:
         return
+    if run.places <= 0 or (run.world is None and not scheduler.anybody_waits()):
+        scheduler.last_refused = None
+        return
     starts = _Starts(scheduler, run)
     if starts.recall():
         return

@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 
 def as_outputs(outputs: Mapping[int | str, Sequence[int]]) -> dict[Any, Any]:
     """The executor's answer as a dict; ValueError if it is no mapping."""
+    if type(outputs) is dict:
+        return outputs
     if not isinstance(outputs, Mapping):
         raise ValueError(f"outputs: {outputs!r} is not a mapping of request_id to tokens")
-    return outputs if type(outputs) is dict else dict(outputs)
+    return dict(outputs)
 
 
 def lost_of(scheduler: Scheduler, step: Step) -> list[Entry]:
     """The started requests of a step that have a LOST cache."""
     lost = set(scheduler.memory.lost())
-    if not lost:
-        return []
     found = [scheduler.find(request.request_id) for request in step.requests if request.request_id in lost]
     mine = {id(request) for request in step.requests}
     return [entry for entry in found if entry is not None and entry.started and id(entry.request) in mine]
@@ -38,7 +38,6 @@ def apply_outputs(scheduler: Scheduler, step: Step, given: dict[Any, Any]) -> No
     """See `Scheduler.update`."""
     roster = scheduler.memory.roster
     found, ended, failed = roster.collect(step.number, given)
-    roster.release(step.number)
     for age, reason in ended:
         done = scheduler.of_age(age)
         scheduler.outlook.ended(done.request)

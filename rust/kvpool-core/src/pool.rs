@@ -48,6 +48,9 @@ impl Owner {
     }
 }
 
+/// What the slot holds turned out to be bad: a mark beside its owner, until it is given back or handed out anew.
+const BAD: u64 = 1 << 63;
+
 /// The page has left a slot that is still read.
 const LEFT: u32 = 1 << 31;
 
@@ -252,12 +255,31 @@ impl SlotPool {
 
     /// Who has a slot.
     pub fn owner(&self, slot: u32) -> Owner {
-        Owner::from_u64(self.owner[slot as usize].get())
+        Owner::from_u64(self.owner[slot as usize].get() & !BAD)
     }
 
-    /// Writes down who has a slot; only who has it does.
+    /// Writes down who has a slot from here on, whose content matters no more; only who has it does.
     pub fn set_owner(&self, slot: u32, owner: Owner) {
-        self.owner[slot as usize].set(owner.to_u64());
+        self.owner[slot as usize].reset(owner.to_u64());
+    }
+
+    /// As `set_owner`, of a slot whose content stays. Returns whether it is bad, which it remains: of who passes a slot on and
+    /// who calls `lose`, the second one sees what the first one did. Lock-free.
+    #[inline]
+    pub fn pass(&self, slot: u32, owner: Owner) -> bool {
+        let next = |now: u64| {
+            let mark = if weak(Weak::PassQuietly) { 0 } else { now & BAD };
+            let next = owner.to_u64() | mark;
+            (next != now).then_some(next)
+        };
+        self.owner[slot as usize].turn(next) & BAD != 0 && !weak(Weak::PassQuietly)
+    }
+
+    /// What the slot holds is bad. Returns who has it; nothing is changed if that is nobody. Lock-free.
+    pub fn lose(&self, slot: u32) -> Owner {
+        let of = |now: u64| Owner::from_u64(now & !BAD);
+        let bad = |now: u64| (!matches!(of(now), Owner::Free | Owner::Retired)).then_some(now | BAD);
+        of(self.owner[slot as usize].turn(bad))
     }
 
     /// Key of the block whose page the slot holds; only who has the slot asks.

@@ -4,6 +4,7 @@ mod common;
 
 use common::{claim, core, pool, serve};
 use kvpool_core::types::PolicyKind;
+use kvpool_core::words::Tier;
 
 /// While copies are out every other call is refused, and the report ends that.
 #[test]
@@ -90,4 +91,27 @@ fn failed_copies_restore_the_whole_promise() {
     c.copies_failed(x);
     c.check(&[x]).unwrap();
     assert_eq!(c.available_tokens(), before, "the cache is as it was before");
+}
+
+/// What was lost never enters the tree: whose page it is keeps it private, and whoever joins another's block is rid of it.
+#[test]
+fn a_page_that_was_lost_before_its_commit_stays_private() {
+    for window in [None, Some(8)] {
+        let c = core(1, vec![pool(4, None), pool(4, window)], 8, PolicyKind::Lru);
+        let mut a = c.create(&[], b"", None, None).unwrap();
+        c.resume(&mut a, &mut vec![]).unwrap();
+        assert!(c.resize(&mut a, 2, None).unwrap());
+        let slot = c.table(&a, 1).unwrap()[1];
+        let bad = c.lose(1, Tier::Device, slot);
+        assert!(bad.node.is_none() && c.has_bad(&a, &bad));
+        c.commit(&mut a, &[7, 8]).unwrap();
+        assert_eq!(c.probe(&[7, 8, 9], b"", None).unwrap(), 1);
+        assert!(c.has_bad(&a, &bad) && !c.is_lost(&a));
+        c.check(&[&a]).unwrap();
+        c.close(&mut a).unwrap();
+        // The slot is as good as any other again.
+        serve(&c, &[1, 2, 3, 4], None);
+        assert_eq!(c.probe(&[1, 2, 3, 4, 5], b"", None).unwrap(), 4);
+        c.check(&[]).unwrap();
+    }
 }

@@ -88,6 +88,28 @@ fn copies_that_are_out_when_their_cache_closes_give_their_slots_back() {
     end(&core, [cache]);
 }
 
+/// The page of one pool does not arrive: who waits for it has it, and so has who claims its block once it is there.
+#[test]
+fn a_page_that_is_lost_on_its_way_up_is_known_to_who_waits_for_it() {
+    for pool in [0, 1] {
+        let (core, _) = core(1, &[(6, 2, None), (6, 2, Some(9))]);
+        serve(&core, &[1], None);
+        assert!(core.evict(1) > 0);
+        let (mut cache, other) = (create(&core, &[1, 2]), create(&core, &[1, 3]));
+        let mut copies = Vec::new();
+        assert!(core.resume(&mut cache, &mut copies).unwrap());
+        let copy = { copies.iter() }.find(|copy| copy.pool as usize == pool).unwrap();
+        let bad = core.lose(pool, Tier::Device, copy.dst);
+        assert!(core.has_bad(&cache, &bad) && !core.has_bad(&other, &bad));
+        core.copies_done(&mut cache);
+        assert!(core.has_bad(&cache, &bad) && core.has_bad(&other, &bad));
+        assert!(core.is_lost(&cache) && core.is_lost(&other));
+        assert_eq!(core.probe(&[1, 2], b"", None).unwrap(), 0);
+        core.check(&[&cache, &other]).unwrap();
+        end(&core, [cache, other]);
+    }
+}
+
 #[test]
 fn evict_leaves_blocks_on_the_host_alone() {
     let (core, _) = core(1, &[(4, 2, None)]);

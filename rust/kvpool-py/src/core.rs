@@ -3,7 +3,7 @@
 //! The core itself is shared without a lock; `cache.rs` says who may be in a cache. Calls of microseconds keep the GIL
 //! (letting it go costs more than it gives); those that walk all blocks let it go.
 
-use crate::cache::{distinct, enter_all, enter_all_soon, with, Cache};
+use crate::cache::{distinct, enter_all, with, Cache};
 use crate::convert::{claim, int32s, lengths, outcome, plan, raise, retention, Copies, Lengths, Ranges};
 use crate::recorded::{Offload, Recorded};
 use crate::tables;
@@ -64,12 +64,6 @@ fn close(
 ) -> kvpool_core::Result<(bool, Option<Lengths>)> {
     let last = core.info(cache).ok().map(|info| lengths(&info));
     Ok((core.close(cache)?, last))
-}
-
-/// Per cache of a list: whether it is in a set.
-fn listed(caches: &[Py<Cache>], set: &HashSet<*const Cache>) -> Vec<bool> {
-    let cache = |cache: &Py<Cache>| set.contains(&std::ptr::from_ref(cache.get()));
-    caches.iter().map(cache).collect()
 }
 
 #[pymethods]
@@ -248,6 +242,13 @@ impl Core {
         Ok((provided, plan(&copies)))
     }
 
+    /// Which of the caches a batch has claimed and not provided; none that another thread does not leave.
+    fn in_work(&self, py: Python<'_>, caches: Vec<Py<Cache>>) -> PyResult<Vec<bool>> {
+        let core = self.core(py)?;
+        let claimed = |cache: &Py<Cache>| cache.get().look(py).is_ok_and(|cache| core.is_in_work(&cache));
+        Ok(caches.iter().map(claimed).collect())
+    }
+
     /// The copies of the last `resume` or `provide` are made.
     fn copies_done(&self, py: Python<'_>, caches: Vec<Py<Cache>>) -> PyResult<()> {
         let core = self.core(py)?;
@@ -379,20 +380,25 @@ impl Core {
         Ok(())
     }
 
-    /// -> per cache: whether it was closed meanwhile and is released now
-    fn step_end(&self, py: Python<'_>, caches: Vec<Py<Cache>>) -> PyResult<Vec<bool>> {
-        let mut entered = enter_all_soon(py, &caches)?;
-        for (cache, times) in &entered {
-            outcome(py, self.core.can_end(cache, *times))?;
+    /// -> places in the list of those that were closed meanwhile and are released now
+    fn step_end(&self, py: Python<'_>, caches: Vec<Py<Cache>>) -> PyResult<Vec<usize>> {
+        let once = distinct(&caches);
+        let mut entered = Vec::with_capacity(once.len());
+        for (cache, times) in &once {
+            let cache = outcome(py, cache.enter_soon(py))?;
+            outcome(py, self.core.can_end(&cache, *times))?;
+            entered.push(cache);
         }
         let core = self.core(py)?;
         let mut released = HashSet::new();
-        for ((cache, times), (this, _)) in entered.iter_mut().zip(distinct(&caches)) {
+        for (cache, (this, times)) in entered.iter_mut().zip(&once) {
             if outcome(py, core.step_end(cache, *times))? {
-                released.insert(std::ptr::from_ref(this));
+                released.insert(std::ptr::from_ref(*this));
             }
         }
-        Ok(listed(&caches, &released))
+        let places = caches.iter().enumerate();
+        let released = places.filter(|(_, cache)| released.contains(&std::ptr::from_ref(cache.get())));
+        Ok(released.map(|(at, _)| at).collect())
     }
 
     /// -> [(number, stored, pool, key, parent key or None)] since the last call, at most `most`

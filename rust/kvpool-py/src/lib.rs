@@ -8,6 +8,7 @@ mod core;
 mod forecast;
 mod kernels;
 mod mover;
+mod outputs;
 mod recorded;
 mod roster;
 mod started;

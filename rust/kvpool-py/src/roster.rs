@@ -1,7 +1,7 @@
 //! The `Roster` class: the started requests, as far as every step touches them.
 //!
 //! A step of hundreds of decodes must not cost a Python call each, so what a decode needs in every step is here: room for
-//! its next token, and what its output does to it. Who gives way to whom is the scheduler's business.
+//! its next token, and (`outputs.rs`) what its output does to it. Who gives way to whom is the scheduler's business.
 //!
 //! Items are sorted by age. `step == 0`: in no step; else the number of the step that it is in.
 
@@ -9,6 +9,7 @@ use crate::cache::Cache;
 use crate::convert::{outcome, plan, Copies};
 use crate::core::Core;
 use crate::forecast::{steps, Forecast};
+use crate::outputs::{take_outputs, Scratch};
 use kvpool_core::forecast::Growth;
 use kvpool_core::types::{CacheState, PageCopy};
 use pyo3::buffer::PyBuffer;
@@ -17,17 +18,18 @@ use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyFrozenSet, PyList};
 use std::sync::{Mutex, MutexGuard};
 
-struct Item {
+pub struct Item {
     age: u64,
     request: Py<PyAny>,
     id: Py<PyAny>,
-    /// In every manager.
-    caches: Vec<Py<Cache>>,
-    outputs: Py<PyList>,
-    stops: Py<PyFrozenSet>,
+    /// In every manager, and the core's part of them.
+    caches: Vec<Py<PyAny>>,
+    pub handles: Vec<Py<Cache>>,
+    pub outputs: Py<PyList>,
+    pub stops: Py<PyFrozenSet>,
     prompt: u64,
-    new: u64,
-    drafts: u64,
+    pub new: u64,
+    pub drafts: u64,
     /// Only its last token is to be computed.
     generates: bool,
     step: u64,
@@ -64,8 +66,17 @@ pub struct Allocation {
     short_of_tokens: bool,
     /// Ages of those that were suspended and are not any more.
     resumed: Vec<u64>,
-    /// Per manager: caches with copies to make; the copies.
-    copies: Vec<(Vec<Py<Cache>>, Copies)>,
+    /// Managers that have copies to make: (which one, caches, the copies).
+    copies: Vec<(usize, Vec<Py<Cache>>, Copies)>,
+}
+
+/// What a manager has to copy for the requests of a pass.
+#[derive(Default)]
+struct ToCopy {
+    caches: Vec<Py<Cache>>,
+    copies: Vec<PageCopy>,
+    /// How many there were before the request that is looked at.
+    before: usize,
 }
 
 /// Started requests.
@@ -88,16 +99,11 @@ impl Roster {
             .map_err(|_| PyValueError::new_err(format!("age {age} is not in the roster")))
     }
 
-    /// Room for one generation in every manager, or in none. Fills `copies` per manager.
-    fn room(
-        &self,
-        py: Python<'_>,
-        item: &Item,
-        copies: &mut [(Vec<Py<Cache>>, Vec<PageCopy>)],
-    ) -> PyResult<Option<bool>> {
+    /// Room for one generation in every manager, or in none. Fills `made` per manager.
+    fn room(&self, py: Python<'_>, item: &Item, made: &mut [ToCopy]) -> PyResult<Option<bool>> {
         let capacity = item.length(py) - 1 + item.tokens(py);
-        if item.caches.len() > 1 {
-            for (core, cache) in self.cores.iter().zip(&item.caches) {
+        if item.handles.len() > 1 {
+            for (core, cache) in self.cores.iter().zip(&item.handles) {
                 let mut entered = outcome(py, cache.get().enter(py))?;
                 let core = core.get().core(py)?;
                 let tokens = capacity - outcome(py, core.info(&entered))?.history;
@@ -106,9 +112,11 @@ impl Roster {
                 }
             }
         }
-        let made: Vec<usize> = copies.iter().map(|(_, copies)| copies.len()).collect();
+        for made in &mut *made {
+            made.before = made.copies.len();
+        }
         let mut resumed = false;
-        for (side, (core, cache)) in self.cores.iter().zip(&item.caches).enumerate() {
+        for (side, (core, cache)) in self.cores.iter().zip(&item.handles).enumerate() {
             let core = &core.get().core;
             let mut entered = outcome(py, cache.get().enter(py))?;
             let before = outcome(py, core.info(&entered))?;
@@ -116,108 +124,23 @@ impl Roster {
                 continue;
             }
             resumed |= before.state != CacheState::Active;
-            if !outcome(py, core.provide(&mut entered, capacity, &mut copies[side].1))? {
-                for (before, (core, cache)) in self.cores.iter().zip(&item.caches).take(side).enumerate() {
+            if !outcome(py, core.provide(&mut entered, capacity, &mut made[side].copies))? {
+                for ((core, cache), made) in self.cores.iter().zip(&item.handles).zip(made).take(side) {
                     let mut entered = outcome(py, cache.get().enter_soon(py))?;
                     core.get().core.copies_failed(&mut entered);
-                    copies[before].1.truncate(made[before]);
-                    copies[before].0.retain(|other| !other.is(cache));
+                    made.copies.truncate(made.before);
+                    made.caches.retain(|other| !other.is(cache));
                 }
                 return Ok(None);
             }
-            if copies[side].1.len() > made[side] || item.caches.len() > 1 {
-                copies[side].0.push(cache.clone_ref(py));
+            if made[side].copies.len() > made[side].before || item.handles.len() > 1 {
+                made[side].caches.push(cache.clone_ref(py));
             } else {
                 core.copies_done(&mut entered);
             }
         }
         Ok(Some(resumed))
     }
-
-    /// Appends what came back for a generation or a last chunk and commits its inputs: those of a chunk; of a generation
-    /// (None) its last token and what came back but the last. `Ok(Some(reason))`: it ends.
-    fn take_outputs(
-        &self,
-        py: Python<'_>,
-        item: &Item,
-        given: &Bound<'_, PyAny>,
-        chunk: Option<&[i32]>,
-    ) -> PyResult<Result<Option<&'static str>, String>> {
-        let Some(mut tokens) = read(given) else {
-            return Ok(Err(format!("{}, which is not a list of tokens", given.repr()?)));
-        };
-        let most = 1 + item.drafts as usize;
-        if tokens.is_empty() {
-            return Ok(Err("no tokens".to_owned()));
-        }
-        if tokens.len() > most {
-            return Ok(Err(format!("{} tokens where 1 to {most} are due", tokens.len())));
-        }
-        if tokens
-            .iter()
-            .any(|&token| i32::try_from(token).is_err() || token < 0)
-        {
-            return Ok(Err(format!("{tokens:?}, which are not all in 0..2**31-1")));
-        }
-        let outputs = item.outputs.bind(py);
-        let produced = outputs.len();
-        tokens.truncate(item.new as usize - produced);
-        let stops = item.stops.bind(py);
-        let mut reason = None;
-        if !stops.is_empty() {
-            for at in 0..tokens.len() {
-                if stops.contains(tokens[at])? {
-                    tokens.truncate(at + 1);
-                    reason = Some("stop");
-                    break;
-                }
-            }
-        }
-        let mut few = [0i32; 16];
-        let mut long = Vec::new();
-        let inputs = match chunk {
-            Some(chunk) => chunk,
-            None => {
-                let inputs = if tokens.len() <= few.len() {
-                    &mut few[..tokens.len()]
-                } else {
-                    long.resize(tokens.len(), 0);
-                    &mut long[..]
-                };
-                inputs[0] = outputs.get_item(produced - 1)?.extract()?;
-                for (input, &token) in inputs[1..].iter_mut().zip(&tokens) {
-                    *input = token as i32;
-                }
-                inputs
-            }
-        };
-        for (core, cache) in self.cores.iter().zip(&item.caches) {
-            let mut entered = outcome(py, cache.get().enter(py))?;
-            let core = core.get().core(py)?;
-            if let Err(error) = core.commit(&mut entered, inputs) {
-                return Ok(Err(format!("tokens that cannot be committed: {error:?}")));
-            }
-        }
-        for token in &tokens {
-            outputs.append(token)?;
-        }
-        if reason.is_none() && produced + tokens.len() >= item.new as usize {
-            reason = Some("length");
-        }
-        Ok(Ok(reason))
-    }
-}
-
-/// A short list of tokens; `None`: it is none.
-fn read(given: &Bound<'_, PyAny>) -> Option<Vec<i64>> {
-    if let Ok(list) = given.cast_exact::<PyList>() {
-        return list.iter().map(|token| token.extract().ok()).collect();
-    }
-    given
-        .try_iter()
-        .ok()?
-        .map(|token| token.ok()?.extract().ok())
-        .collect()
 }
 
 #[pymethods]
@@ -235,14 +158,14 @@ impl Roster {
         Ok(self.items()?.len())
     }
 
-    /// A request has started. shared, most: per pool.
+    /// A request has started. caches: in every manager, with the core's part of it. shared, most: per pool.
     #[allow(clippy::too_many_arguments)]
     fn insert(
         &self,
         age: u64,
         request: Py<PyAny>,
         id: Py<PyAny>,
-        caches: Vec<Py<Cache>>,
+        caches: Vec<(Py<PyAny>, Py<Cache>)>,
         outputs: Py<PyList>,
         stops: Py<PyFrozenSet>,
         prompt: u64,
@@ -253,6 +176,7 @@ impl Roster {
     ) -> PyResult<()> {
         let mut items = self.items()?;
         let at = items.partition_point(|item| item.age < age);
+        let (caches, handles) = caches.into_iter().unzip();
         items.insert(
             at,
             Item {
@@ -260,6 +184,7 @@ impl Roster {
                 request,
                 id,
                 caches,
+                handles,
                 outputs,
                 stops,
                 prompt,
@@ -319,8 +244,8 @@ impl Roster {
         first: u64,
     ) -> PyResult<Allocation> {
         let mut items = self.items()?;
-        let mut copies: Vec<(Vec<Py<Cache>>, Vec<PageCopy>)> = Vec::new();
-        copies.resize_with(self.cores.len(), Default::default);
+        let mut made: Vec<ToCopy> = Vec::new();
+        made.resize_with(self.cores.len(), Default::default);
         let mut found = Allocation {
             tokens: 0,
             count: 0,
@@ -350,7 +275,7 @@ impl Roster {
                 found.short_of_tokens = true;
                 break;
             }
-            match self.room(py, item, &mut copies) {
+            match self.room(py, item, &mut made) {
                 Ok(Some(true)) => found.resumed.push(item.age),
                 Ok(Some(false)) => {}
                 Ok(None) => {
@@ -359,8 +284,8 @@ impl Roster {
                 }
                 Err(error) => {
                     // Nobody will make the copies that were planned so far.
-                    for (core, (caches, _)) in self.cores.iter().zip(&copies) {
-                        core.get().copies_failed(py, caches)?;
+                    for (core, made) in self.cores.iter().zip(&made) {
+                        core.get().copies_failed(py, &made.caches)?;
                     }
                     return Err(error);
                 }
@@ -369,9 +294,10 @@ impl Roster {
             found.count += 1;
             found.tokens += wanted;
         }
-        found.copies = copies
-            .into_iter()
-            .map(|(caches, copies)| (caches, plan(&copies)))
+        let made = made.into_iter().enumerate();
+        let made = made.filter(|(_, made)| !made.caches.is_empty());
+        found.copies = made
+            .map(|(side, made)| (side, made.caches, plan(&made.copies)))
             .collect();
         Ok(found)
     }
@@ -386,6 +312,19 @@ impl Roster {
         Ok(list)
     }
 
+    /// Per manager: the caches of all requests in a step, the oldest first.
+    fn caches<'py>(&self, py: Python<'py>, step: u64) -> PyResult<Vec<Bound<'py, PyList>>> {
+        let items = self.items()?;
+        let list = |side: usize| {
+            let list = PyList::empty(py);
+            for item in items.iter().filter(|item| item.step == step) {
+                list.append(&item.caches[side])?;
+            }
+            Ok(list)
+        };
+        (0..self.cores.len()).map(list).collect()
+    }
+
     /// A step is over: its requests are in none any more.
     fn release(&self, step: u64) -> PyResult<()> {
         let mut items = self.items()?;
@@ -396,8 +335,8 @@ impl Roster {
         Ok(())
     }
 
-    /// What came back for the generations of a step: inputs are committed, outputs appended -> (ids found, [(age, reason)] of
-    /// those that end, [(age, what was wrong)]). The step is over for them.
+    /// A step is over, as for `release`. What came back for its generations: inputs are committed, outputs appended -> (ids
+    /// found, [(age, reason)] of those that end, [(age, what was wrong)]).
     #[allow(clippy::type_complexity)]
     fn collect(
         &self,
@@ -407,17 +346,18 @@ impl Roster {
     ) -> PyResult<(usize, Vec<(u64, &'static str)>, Vec<(u64, String)>)> {
         let mut items = self.items()?;
         let (mut found, mut ended, mut failed) = (0, Vec::new(), Vec::new());
-        for item in items
-            .iter_mut()
-            .filter(|item| item.step == step && item.generates)
-        {
+        let mut scratch = Scratch::default();
+        for item in items.iter_mut().filter(|item| item.step == step) {
             item.step = 0;
+            if !item.generates {
+                continue;
+            }
             let Some(given) = outputs.get_item(&item.id)? else {
                 failed.push((item.age, "no tokens".to_owned()));
                 continue;
             };
             found += 1;
-            match self.take_outputs(py, item, &given, None)? {
+            match take_outputs(py, &self.cores, item, &given, None, &mut scratch)? {
                 Ok(None) => {}
                 Ok(Some(reason)) => ended.push((item.age, reason)),
                 Err(what) => failed.push((item.age, what)),
@@ -438,10 +378,13 @@ impl Roster {
         let items = self.items()?;
         let item = &items[Self::find(&items, age)?];
         let inputs = inputs.to_vec(py)?;
-        Ok(match self.take_outputs(py, item, given, Some(&inputs))? {
-            Ok(reason) => (reason, None),
-            Err(what) => (None, Some(what)),
-        })
+        let mut scratch = Scratch::default();
+        Ok(
+            match take_outputs(py, &self.cores, item, given, Some(&inputs), &mut scratch)? {
+                Ok(reason) => (reason, None),
+                Err(what) => (None, Some(what)),
+            },
+        )
     }
 
     /// Started requests as they grow to the share of their new tokens that is expected.
@@ -455,7 +398,7 @@ impl Roster {
             for pool in 0..core.num_pools() {
                 let mut rows = Vec::with_capacity(items.len() + 16);
                 for item in items.iter() {
-                    let cache = outcome(py, item.caches[side].get().look(py))?;
+                    let cache = outcome(py, item.handles[side].get().look(py))?;
                     let held = u64::from(core.held(&cache, pool));
                     rows.push(Growth {
                         steps: steps(share, item.new, item.produced(py)),
@@ -484,7 +427,7 @@ impl Roster {
             for pool in 0..core.num_pools() {
                 let slots = decode_slots[at];
                 for item in items.iter().filter(|item| slots > 0 && Some(item.age) != but) {
-                    let cache = outcome(py, item.caches[side].get().look(py))?;
+                    let cache = outcome(py, item.handles[side].get().look(py))?;
                     debts[at] += slots.saturating_sub(core.held_here(&cache, pool));
                 }
                 at += 1;

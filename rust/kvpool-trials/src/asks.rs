@@ -85,16 +85,27 @@ impl Actor {
         let leave = vec![choose.below(3) as u32; pools];
         let found = core.fitting(&mut one.cache, tokens, unit, &leave).unwrap();
         assert!(found <= tokens, "{found} of {tokens} fit");
-        core.lacking(&mut one.cache, tokens, &leave).unwrap();
-        // On two tiers a window's part of the host may be in the way.
-        let windowed = world.spec.config.pools.iter().any(|pool| pool.window.is_some());
-        let exact = self.alone && world.spec.faults == 0 && !(world.spec.tiered() && windowed);
+        let exact = self.alone && world.spec.faults == 0;
+        let info = Self::info(world, &one);
+        let most = tokens.min(world.spec.config.max_seq_len.unwrap_or(u64::MAX) - info.history);
+        let lacking = core.lacking(&mut one.cache, most, &leave).unwrap();
+        if exact && most > 0 && unit > 0 {
+            let fits = lacking.iter().all(|&lacks| lacks == 0);
+            assert_eq!(fits, found == most, "{found} of {most} fit, lacking {lacking:?}");
+            if found < most && leave.iter().all(|&slots| slots == 0) {
+                let more = info.history + (found + unit).min(most);
+                let refused = self.call(world).provide(&mut one.cache, more, &mut Vec::new());
+                assert!(
+                    !refused.unwrap(),
+                    "{found} tokens fit, and there is room for more"
+                );
+            }
+        }
         if found > 0 && choose.one_in(2) {
-            let wanted = Self::info(world, &one).history + found;
             let mut copies = Vec::new();
             let provided = self
                 .call(world)
-                .provide(&mut one.cache, wanted, &mut copies)
+                .provide(&mut one.cache, info.history + found, &mut copies)
                 .unwrap();
             assert!(provided || !exact, "{found} tokens fit, and were refused");
             if provided {

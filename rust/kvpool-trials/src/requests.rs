@@ -220,11 +220,10 @@ impl Actor {
             return self.open.push(one);
         };
         let bad = self.call(world).lose(pool, Tier::Device, slot);
-        if !world.core.has_bad(&one.cache, &bad) {
-            // Another thread is between the publication of the page and the note of who has its slot.
-            assert!(!self.alone, "who has the page is not told");
-            return self.open.push(one);
-        }
+        assert!(
+            world.core.has_bad(&one.cache, &bad),
+            "who has the page is not told"
+        );
         assert!(
             bad.node.is_none() || world.core.is_lost(&one.cache),
             "lost, and its claimant is not"

@@ -34,6 +34,15 @@ fn one_thread_gets_exact_answers() {
     }
 }
 
+/// Worlds in which blocks that find no room in a window's part of the host stay whole.
+#[test]
+fn fitting_finds_room_now_where_the_host_is_crowded() {
+    for seed in [13, 104] {
+        println!("world {seed}");
+        assert!(threads(seed, 1, 30_000).calls >= 30_000);
+    }
+}
+
 /// Every sequence of operations that the fuzzer found worth keeping.
 #[test]
 fn the_corpus_of_the_fuzzer_holds() {

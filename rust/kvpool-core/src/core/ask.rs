@@ -5,6 +5,7 @@
 use super::Core;
 use crate::cache::Cache;
 use crate::error::Result;
+use crate::evict::Tries;
 use crate::types::CacheState;
 use crate::words::{Link, Tier};
 
@@ -21,8 +22,7 @@ impl Core {
         if !self.tiered {
             return vec![u32::MAX; self.pools.len()];
         }
-        let movable = |pool: usize| self.reachable(pool).saturating_sub(self.pools[pool].available());
-        let pool = |pool: usize| self.suspended_pages(pool).saturating_sub(movable(pool));
+        let pool = |pool: usize| self.suspended_pages(pool).saturating_sub(self.movable(pool));
         (0..self.pools.len()).map(pool).collect()
     }
 
@@ -33,50 +33,58 @@ impl Core {
         let limit = self.config.max_seq_len.unwrap_or(u64::from(u32::MAX));
         let tokens = tokens.min(limit.saturating_sub(cache.history));
         self.look_far(cache, &[]);
+        let there = |pool: usize| self.pools[pool].available();
         let mut found = 0;
-        if self.fits(cache, tokens, |pool| self.room(cache, pool, 0, leave)) {
+        if (0..self.pools.len()).all(|pool| self.wants(cache, pool, tokens, leave) <= there(pool)) {
             found = tokens;
         } else if unit > 0 {
-            let rooms = self.rooms(cache, leave);
-            let fits = |cache: &Cache, tokens: u64| self.fits(cache, tokens, |pool| rooms[pool]);
-            if fits(cache, tokens) {
-                cache.far.fill(0);
-                return Ok(tokens);
-            }
-            // fits(low * unit) holds for low > 0, fits(high * unit) does not.
-            let (mut low, mut high) = (0, tokens.div_ceil(unit));
-            while high - low > 1 {
-                let middle = low + (high - low) / 2;
-                if fits(cache, middle * unit) {
-                    low = middle;
-                } else {
-                    high = middle;
+            found = self.in_its_place(cache, |cache, tries| {
+                let mut fits = |tokens: u64| tries.can_have(|pool| self.wants(cache, pool, tokens, leave));
+                if fits(tokens) {
+                    return tokens;
                 }
-            }
-            found = low * unit;
+                // fits(low * unit) holds for low > 0, fits(high * unit) does not.
+                let (mut low, mut high) = (0, tokens.div_ceil(unit));
+                while high - low > 1 {
+                    let middle = low + (high - low) / 2;
+                    if fits(middle * unit) {
+                        low = middle;
+                    } else {
+                        high = middle;
+                    }
+                }
+                low * unit
+            });
         }
         cache.far.fill(0);
         Ok(found)
     }
 
-    /// Per pool, the slots that are missing for so many tokens behind the history, with `leave` to be left.
+    /// Per pool, the slots that are missing for so many tokens behind the history, with `leave` to be left: none if, and only
+    /// if, [`Core::fitting`] finds room for them.
     pub fn lacking(&self, cache: &mut Cache, tokens: u64, leave: &[u32]) -> Result<Vec<u32>> {
         self.ready(cache)?;
-        let rooms = self.rooms(cache, leave);
         self.look_far(cache, &[]);
-        let pool = |(pool, room): (usize, Option<u32>)| {
-            self.needs(cache, pool, tokens).saturating_sub(room.unwrap_or(0))
-        };
-        let lacking = rooms.into_iter().enumerate().map(pool).collect();
+        let lacking = self.in_its_place(cache, |cache, tries| {
+            let mut lacking = tries.lacking(|pool| self.wants(cache, pool, tokens, leave));
+            for (pool, lacks) in lacking.iter_mut().enumerate() {
+                *lacks = (*lacks).min(self.needs(cache, pool, tokens));
+            }
+            lacking
+        });
         cache.far.fill(0);
         Ok(lacking)
     }
 
-    fn fits(&self, cache: &Cache, tokens: u64, room: impl Fn(usize) -> Option<u32>) -> bool {
-        (0..self.pools.len()).all(|pool| {
-            let need = self.needs(cache, pool, tokens);
-            need == 0 || room(pool).is_some_and(|room| need <= room)
-        })
+    /// Asks what could be had while the cache's own pages stay where they are; if one is on the move, by what is available.
+    fn in_its_place<T>(&self, cache: &mut Cache, ask: impl FnOnce(&Cache, &mut Tries<'_>) -> T) -> T {
+        let pinned = cache.pinned;
+        let stays = self.pin(cache);
+        let answer = ask(cache, &mut Tries::new(self, stays));
+        if stays && !pinned {
+            self.unpin(cache);
+        }
+        answer
     }
 
     fn needs(&self, cache: &Cache, pool: usize, tokens: u64) -> u32 {
@@ -84,23 +92,12 @@ impl Core {
         self.need(cache, pool, cache.history, capacity.div_ceil(self.t()) as usize)
     }
 
-    /// Slots of a pool that the cache could have, with `movable` pages out of the way; `None`: fewer than must be left.
-    fn room(&self, cache: &Cache, pool: usize, movable: u32, leave: &[u32]) -> Option<u32> {
-        let had = self.pools[pool].available() + movable + cache.promise[pool];
-        had.checked_sub(leave.get(pool).copied().unwrap_or(0))
-    }
-
-    /// Per pool, slots that the cache could have now, pages of SUSPENDED caches moved down; its own stay.
-    fn rooms(&self, cache: &mut Cache, leave: &[u32]) -> Vec<Option<u32>> {
-        let pinned = cache.pinned;
-        let stays = self.pin(cache);
-        let movable = |pool: usize| self.reachable(pool).saturating_sub(self.pools[pool].available());
-        let room = |pool: usize| self.room(cache, pool, if stays { movable(pool) } else { 0 }, leave);
-        let rooms = (0..self.pools.len()).map(room).collect();
-        if stays && !pinned {
-            self.unpin(cache);
+    /// Slots of a pool that must be available for so many tokens: none where nothing is needed.
+    fn wants(&self, cache: &Cache, pool: usize, tokens: u64, leave: &[u32]) -> u32 {
+        match self.needs(cache, pool, tokens) {
+            0 => 0,
+            need => (need + leave.get(pool).copied().unwrap_or(0)).saturating_sub(cache.promise[pool]),
         }
-        rooms
     }
 
     /// Whether a launched step may still touch the cache.
@@ -128,8 +125,7 @@ impl Core {
                 .count();
             let private = table.iter().skip(cache.nodes.len()).filter(|&&slot| slot != 0);
             let count = (claimed + private.count()) as u32;
-            let movable = self.reachable(pool).saturating_sub(self.pools[pool].available());
-            if count > 0 && movable + count > host.available() {
+            if count > 0 && self.movable(pool) + count > host.available() {
                 return Ok(None);
             }
             pages.push(count);

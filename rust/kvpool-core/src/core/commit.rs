@@ -6,9 +6,10 @@ use crate::cache::Cache;
 use crate::error::{CoreError, Result};
 use crate::events::EventKind;
 use crate::pool::Owner;
+use crate::sync::{weak, Weak};
 use crate::tree::{Claimed, Dead};
 use crate::types::Retain;
-use crate::words::{Link, Stamp, Tier, MAX_CLAIMS};
+use crate::words::{Link, Page, Stamp, Tier, MAX_CLAIMS};
 
 /// Nodes that a commit takes at once.
 const AHEAD: usize = 32;
@@ -216,6 +217,8 @@ impl Core {
             .tree
             .write(&dead, &cache.root, parent, key, block, retain.priority);
         self.first_retain(index, retain);
+        let owner = Owner::Node(index as u32);
+        let mut bad = false;
         for pool in 0..self.pools.len() {
             let own = cache.tables[pool][i];
             if own != 0 {
@@ -226,32 +229,62 @@ impl Core {
                 } else {
                     self.tree.put_page(pool, &dead, own);
                 }
+                // Behind the page and before the block can be found: `lose` finds it from here on.
+                bad |= !weak(Weak::OwnerLate) && self.pools[pool].pass(own, owner);
             }
         }
         if self.tiered {
             self.tree.pin_first(&dead);
         }
+        if bad {
+            self.take_back(cache, dead);
+            return Err(Refused::Full);
+        }
         if let Err((dead, _)) = self.tree.publish(dead, link, &cache.root, parent, key, block) {
-            for pool in 0..self.pools.len() {
-                self.tree.unset_page(pool, &dead);
-            }
-            if self.tiered {
-                self.tree.unpin(index);
-            }
-            self.tree.recycle(dead);
-            return Err(Refused::Changed);
+            let bad = self.take_back(cache, dead);
+            return Err(if bad { Refused::Full } else { Refused::Changed });
+        }
+        if weak(Weak::OwnerLate) {
+            self.pass_own(cache, owner);
         }
         for pool in 0..self.pools.len() {
-            let own = cache.tables[pool][i];
-            if own != 0 {
-                self.pools[pool].set_owner(own, Owner::Node(index as u32));
-                if self.tree.windowed[pool] {
-                    self.tree.pages[pool].holders[index].add(cache.holder() as u64);
-                }
+            if cache.tables[pool][i] != 0 && self.tree.windowed[pool] {
+                self.tree.pages[pool].holders[index].add(cache.holder() as u64);
             }
         }
         cache.nodes.push(link);
         Ok(Entered::New)
+    }
+
+    /// The slots of the next block go over to another owner. Returns whether one of them is bad.
+    fn pass_own(&self, cache: &Cache, owner: Owner) -> bool {
+        let mut bad = false;
+        for (pool, table) in self.pools.iter().zip(&cache.tables) {
+            let own = table[cache.nodes.len()];
+            bad |= own != 0 && pool.pass(own, owner);
+        }
+        bad
+    }
+
+    /// The next block is not in the tree: it is private again, and the node free. Returns whether a page of it is bad.
+    fn take_back(&self, cache: &Cache, dead: Dead) -> bool {
+        for pool in 0..self.pools.len() {
+            self.tree.unset_page(pool, &dead);
+        }
+        if self.tiered {
+            self.tree.unpin(dead.index());
+        }
+        let bad = self.pass_own(cache, cache.private_owner());
+        self.tree.recycle(dead);
+        bad
+    }
+
+    /// The slot of the block that the caller has claimed, and pins, is that of a page of it in a moment. Before the page is
+    /// there, so that `lose` finds the block; if what it holds is bad already, nobody finds the block any more.
+    pub(super) fn offer(&self, pool: usize, index: usize, own: u32) {
+        if self.pools[pool].pass(own, Owner::Node(index as u32)) {
+            self.tree.lose(index);
+        }
     }
 
     /// Claims the tree's node for the block and switches to its pages. Returns whether a table entry changed.
@@ -334,8 +367,8 @@ impl Core {
         for pool in (0..self.pools.len()).filter(|&pool| !self.tree.windowed[pool]) {
             let own = cache.tables[pool][i];
             self.pools[pool].set_key(own, key);
+            self.offer(pool, index, own);
             if let Some(page) = self.tree.raise_page(pool, index, own) {
-                self.pools[pool].set_owner(own, Owner::Node(index as u32));
                 self.replaced(pool, key, page.slot(), true);
             }
         }
@@ -399,11 +432,15 @@ impl Core {
     /// Claims the page of the tree in a windowed pool, or gives it one's own if it has none there. Returns whether
     /// one's own page must pay for it.
     fn take_over(&self, pool: usize, index: usize, own: u32) -> bool {
+        let key = self.tree.nodes[index].key.get();
+        self.pools[pool].set_key(own, key);
         loop {
-            if let Some(page) = self.tree.replace_page(pool, index, own) {
-                let key = self.tree.nodes[index].key.get();
-                self.pools[pool].set_key(own, key);
-                self.pools[pool].set_owner(own, Owner::Node(index as u32));
+            let far = |page: Page| page.slot() != 0 && (page.tier() == Tier::Host || page.is_busy());
+            let replaced = far(self.tree.page(pool, index)).then(|| {
+                self.offer(pool, index, own);
+                self.tree.replace_page(pool, index, own)
+            });
+            if let Some(page) = replaced.flatten() {
                 if page.is_busy() {
                     // Its mover frees both slots; what its claims paid is available again.
                     self.pools[pool].unreserve(u32::from(page.claims() > 0));
@@ -427,9 +464,8 @@ impl Core {
                     }
                 }
                 Claimed::Gone => {
-                    self.pools[pool].set_key(own, self.tree.nodes[index].key.get());
+                    self.offer(pool, index, own);
                     if self.tree.set_page(pool, index, own, 1, u64::from(self.tiered)) {
-                        self.pools[pool].set_owner(own, Owner::Node(index as u32));
                         self.note_stored(pool, index);
                         return false;
                     }

@@ -22,37 +22,65 @@ pub struct BadPage {
 impl Core {
     /// The page in this slot is bad: no look-up finds its block any more, nor what is below it. Blocks that nobody claims
     /// are dropped; the others when [`Core::drop_lost`] is called after their last release. Until then whoever is in
-    /// [`Core::has_bad`] must not use its pages.
+    /// [`Core::has_bad`] must not use its pages. A private page does not enter the tree any more; if it takes the place of
+    /// another one at this moment, the claimants of that block learn it by [`Core::is_lost`].
     pub fn lose(&self, pool: usize, tier: Tier, slot: u32) -> BadPage {
-        let mut bad = BadPage {
+        let node = match self.slots(tier)[pool].lose(slot) {
+            Owner::Node(index) => self.lose_block((pool, tier, slot), index as usize),
+            _ => None, // private: who has it keeps it out of the tree from here on
+        };
+        BadPage {
             pool,
             tier,
             slot,
-            node: None,
-        };
-        if let Owner::Node(index) = self.slots(tier)[pool].owner(slot) {
-            let index = index as usize;
-            let (node, page) = (self.tree.at(index), self.tree.page(pool, index));
-            if self.tree.is_live(node) && page.slot() == slot && page.tier() == tier {
-                bad.node = Some(node);
-                if !weak(Weak::LoseUnmarked) {
-                    self.tree.lose(index);
-                }
-                self.drop_if_unclaimed(index);
-            }
+            node,
         }
-        bad
+    }
+
+    /// The page in this slot is one of the block, or is about to be. `None`: it is gone, and the slot on its way.
+    fn lose_block(&self, (pool, tier, slot): (usize, Tier, u32), index: usize) -> Option<Link> {
+        let (node, page) = (self.tree.at(index), self.tree.page(pool, index));
+        let here = page.slot() == slot && page.tier() == tier;
+        let live = self.tree.is_live(node);
+        // A page may yet come up, or into a window, where another one is or none. If it does not, the block is lost in vain.
+        let comes = live && (self.tiered || self.tree.windowed[pool]);
+        if !here && !comes {
+            return None;
+        }
+        if !weak(Weak::LoseUnmarked) {
+            self.tree.lose(index);
+        }
+        if live {
+            self.drop_if_unclaimed(index);
+        } // else a commit is about to publish it, marked
+        Some(node)
     }
 
     /// Whether the cache claims or owns the page.
     pub fn has_bad(&self, cache: &Cache, bad: &BadPage) -> bool {
-        let Some(node) = bad.node else {
-            let own = cache.tables[bad.pool].iter().skip(cache.nodes.len());
-            return bad.tier == Tier::Device && { own }.any(|&slot| slot == bad.slot);
+        let table = &cache.tables[bad.pool];
+        let own = || {
+            let private = table.iter().skip(cache.nodes.len());
+            let comes = cache
+                .onboards
+                .iter()
+                .any(|&(_, pool, slot)| (pool as usize, slot) == (bad.pool, bad.slot));
+            comes || { private }.any(|&slot| slot == bad.slot)
         };
-        let path = cache.nodes.iter().zip(&cache.tables[bad.pool]);
-        let live = |&(at, &slot): &(&Link, &u32)| *at == node && (slot != 0 || !self.tree.windowed[bad.pool]);
-        cache.source == node || { path }.any(|at| live(&at))
+        let mut path = cache.nodes.iter().zip(table);
+        let claimed = match bad.node {
+            Some(node) => {
+                let live = |slot: u32| slot != 0 || !self.tree.windowed[bad.pool];
+                cache.source == node || path.any(|(at, &slot)| *at == node && live(slot))
+            }
+            // It was private: whose it was has put it into its path since.
+            None => path.any(|(at, &slot)| {
+                let page = self.tree.page(bad.pool, at.index());
+                let parked = !self.tree.is_block(at.index()) && self.tree.is_lost(at.index());
+                slot != 0 && (parked || (page.tier(), page.slot()) == (bad.tier, bad.slot))
+            }),
+        };
+        claimed || bad.tier == Tier::Device && own()
     }
 
     /// Whether a block on its path, or the source of its partial match, is lost.

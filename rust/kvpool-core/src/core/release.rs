@@ -297,7 +297,7 @@ impl Core {
         }
         for (pool, table) in cache.tables.iter().enumerate() {
             for &slot in table.iter().skip(cache.nodes.len()).filter(|&&slot| slot != 0) {
-                self.pools[pool].set_owner(slot, private);
+                self.pools[pool].pass(slot, private);
             }
             if !self.tree.windowed[pool] {
                 continue;

@@ -120,7 +120,6 @@ impl Core {
                     let windowed = self.tree.windowed[pool];
                     self.tree
                         .set_page(pool, index, slot, u64::from(windowed), u64::from(windowed));
-                    self.pools[pool].set_owner(slot, Owner::Node(index as u32));
                     if windowed {
                         self.tree.pages[pool].used[index].set(0);
                         self.tree.pages[pool].time[index].set(0);
@@ -131,6 +130,9 @@ impl Core {
             let node = self
                 .tree
                 .park(dead, &cache.root, cache.deepest(), i as u64, retain.priority);
+            // Behind the birth of the node, which nobody else can find or move.
+            let own = (0..self.pools.len()).filter(|&pool| cache.tables[pool][i] != 0);
+            own.for_each(|pool| self.offer(pool, index, cache.tables[pool][i]));
             cache.nodes.push(node);
             cache.parked += 1;
         }
@@ -159,7 +161,7 @@ impl Core {
                 let slot = self.tree.strip_own(pool, &dead).slot();
                 if slot != 0 {
                     cache.tables[pool][i] = slot;
-                    self.pools[pool].set_owner(slot, cache.private_owner());
+                    self.pools[pool].pass(slot, cache.private_owner());
                     if self.tree.windowed[pool] {
                         self.tree.pages[pool].holders[index].sub(holder);
                     }
@@ -344,6 +346,7 @@ impl Core {
     fn land_block(&self, node: Link, slots: impl Iterator<Item = (usize, u32)>) {
         let index = node.index();
         for (pool, dst) in slots {
+            self.offer(pool, index, dst);
             match self.tree.raise_page(pool, index, dst) {
                 Some(from) => self.came_up(pool, index, from.slot(), dst),
                 None => {
@@ -358,7 +361,6 @@ impl Core {
     fn came_up(&self, pool: usize, index: usize, from: u32, to: u32) {
         let key = self.hosts[pool].key(from);
         self.pools[pool].set_key(to, key);
-        self.pools[pool].set_owner(to, Owner::Node(index as u32));
         self.hosts[pool].give_lent(from); // it was claimed there, and is claimed here
         self.counters.onboarded.add(1);
         if self.tree.is_block(index) {

@@ -13,6 +13,7 @@ mod tiers;
 
 pub use order::{Key, Order};
 pub use policy::{Lru, Policy, Slru};
+pub(crate) use room::Tries;
 
 use crate::core::Core;
 use crate::events::EventKind;

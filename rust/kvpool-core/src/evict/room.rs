@@ -26,11 +26,17 @@ impl Core {
     /// Slots of a pool that could be had now at most: what is available, and what could move down if no other pool's part
     /// of the host were in the way.
     pub(crate) fn reachable(&self, pool: usize) -> u32 {
+        self.pools[pool].available() + self.movable(pool)
+    }
+
+    /// Pages of a pool that could move down at most. Not the difference of two looks at `available`: with others at work the
+    /// second may show more.
+    pub(crate) fn movable(&self, pool: usize) -> u32 {
         let windowed = &self.tree.windowed;
         let hosts =
             (0..self.hosts.len()).filter(|&other| other == pool || !windowed[other] && !windowed[pool]);
         let room = hosts.map(|pool| self.hosts[pool].available()).min().unwrap_or(0);
-        self.pools[pool].available() + self.suspended_pages(pool).min(room)
+        self.suspended_pages(pool).min(room)
     }
 
     /// Whether each pool could have so many slots available. One comparison by pool, unless pages of SUSPENDED caches have
@@ -68,18 +74,15 @@ impl Core {
     /// The most slots that each pool could have available at once.
     pub(crate) fn most_for_all(&self) -> u32 {
         let pools = || 0..self.pools.len();
-        let most = pools().map(|pool| self.pools[pool].available()).min();
-        let most_at_all = pools().map(|pool| self.reachable(pool)).min();
-        let (mut most, mut too_much) = (most.unwrap_or(0), most_at_all.unwrap_or(0) + 1);
-        let mut paper = None;
-        // Saturating: with others at work the second look may show less than the first.
-        while self.tiered && too_much.saturating_sub(most) > 1 {
+        // One look at each pool: `most` is below `too_much` whatever others do meanwhile.
+        let (mut most, mut too_much) = pools().fold((u32::MAX, u32::MAX), |(most, too_much), pool| {
+            let there = self.pools[pool].available();
+            (most.min(there), too_much.min(there + self.movable(pool) + 1))
+        });
+        let mut tries = Tries::new(self, true);
+        while self.tiered && too_much - most > 1 {
             let middle = most + (too_much - most) / 2;
-            let fits = self.is_within_bounds(&|_| middle).unwrap_or_else(|| {
-                let paper = paper.get_or_insert_with(|| self.on_paper());
-                paper.clone().is_none_or(|mut paper| paper.can_have(&|_| middle))
-            });
-            if fits {
+            if tries.can_have(|_| middle) {
                 most = middle;
             } else {
                 too_much = middle;
@@ -128,6 +131,59 @@ impl Core {
             }
         }
         true
+    }
+}
+
+/// Several questions at one moment: what their tries on paper have in common is looked at once.
+pub(crate) struct Tries<'a> {
+    core: &'a Core,
+    /// Whether pages of SUSPENDED caches may move.
+    moves: bool,
+    /// `Some(None)`: another thread is inside.
+    paper: Option<Option<OnPaper<'a>>>,
+}
+
+impl<'a> Tries<'a> {
+    pub(crate) fn new(core: &'a Core, moves: bool) -> Self {
+        Self {
+            core,
+            moves,
+            paper: None,
+        }
+    }
+
+    /// As [`Core::can_have`].
+    pub(crate) fn can_have(&mut self, need: impl Fn(usize) -> u32) -> bool {
+        if !self.moves {
+            return (0..self.core.pools.len()).all(|pool| need(pool) <= self.core.pools[pool].available());
+        }
+        match self.core.is_within_bounds(&need) {
+            Some(answer) => answer,
+            None => self.on_paper().is_none_or(|mut paper| paper.can_have(&need)),
+        }
+    }
+
+    /// Per pool, how many slots are missing for that: none in any pool if, and only if, `can_have` says so.
+    pub(crate) fn lacking(&mut self, need: impl Fn(usize) -> u32) -> Vec<u32> {
+        let core = self.core;
+        let paper = match self.moves.then(|| core.is_within_bounds(&need)) {
+            Some(None) => self.on_paper(),
+            _ => None,
+        };
+        if let Some(mut paper) = paper {
+            return paper.lacking(&need);
+        }
+        let most = |pool: usize| match self.moves {
+            true => core.reachable(pool),
+            false => core.pools[pool].available(),
+        };
+        let lacks = |pool: usize| need(pool).saturating_sub(most(pool));
+        (0..core.pools.len()).map(lacks).collect()
+    }
+
+    fn on_paper(&mut self) -> Option<OnPaper<'a>> {
+        let core = self.core;
+        self.paper.get_or_insert_with(|| core.on_paper()).clone()
     }
 }
 
@@ -183,14 +239,23 @@ impl<'a> OnPaper<'a> {
     }
 
     fn can_have(&mut self, need: &impl Fn(usize) -> u32) -> bool {
-        (0..self.device.len()).all(|pool| {
-            if self.core.tree.windowed[pool] {
-                self.leave_pages(pool, need(pool));
-            } else {
-                self.leave_blocks(pool, need(pool));
-            }
-            self.device[pool] >= need(pool)
-        })
+        (0..self.device.len()).all(|pool| self.leave(pool, need(pool)) == 0)
+    }
+
+    fn lacking(&mut self, need: &impl Fn(usize) -> u32) -> Vec<u32> {
+        (0..self.device.len())
+            .map(|pool| self.leave(pool, need(pool)))
+            .collect()
+    }
+
+    /// What has to leave a pool for it to have `need` leaves. Returns how many are missing then.
+    fn leave(&mut self, pool: usize, need: u32) -> u32 {
+        if self.core.tree.windowed[pool] {
+            self.leave_pages(pool, need);
+        } else {
+            self.leave_blocks(pool, need);
+        }
+        need.saturating_sub(self.device[pool])
     }
 
     /// Pages of a windowed pool move down until it has `need`; unclaimed ones between them change nothing.

@@ -118,6 +118,7 @@ impl Core {
         loop {
             if let Some(slot) = self.hosts[pool].take() {
                 self.hosts[pool].note_peak();
+                self.hosts[pool].set_owner(slot, Owner::Fenced); // nobody's yet; what it held was given back
                 return Some(slot);
             }
             let before =
@@ -296,7 +297,7 @@ impl Core {
     /// Copies what goes down. An unclaimed page of a windowed pool whose copy fails is taken off the list. `false`: the copy
     /// of another one failed.
     fn copy_down(&self, orders: &mut Orders, index: usize, ways: &[Way], pages: &mut Vec<Way>) -> bool {
-        let copy = |&(pool, from, to): &Way| self.mover.offload(pool, from, to);
+        let copy = |way: &Way| self.copy_page(index, way);
         if !ways.iter().all(copy) {
             return false;
         }
@@ -313,6 +314,12 @@ impl Core {
             true
         });
         !lost
+    }
+
+    /// Copies a page of a busy block down. Who has the host slot is written down before the page is there: `lose` finds the
+    /// block. `false`: the copy failed.
+    fn copy_page(&self, index: usize, &(pool, from, to): &Way) -> bool {
+        self.mover.offload(pool, from, to) && !self.hosts[pool].pass(to, Owner::Node(index as u32))
     }
 
     /// A host slot with its unit for a busy page of a windowed pool, if it is claimed or merits it.
@@ -382,11 +389,10 @@ impl Core {
         }
     }
 
-    /// Who has the host slot, before the page is there.
+    /// What the host slot holds, before the page is there.
     fn arrive(&self, pool: usize, index: usize, from: u32, to: u32) {
         let key = self.pools[pool].key(from);
         self.hosts[pool].set_key(to, key);
-        self.hosts[pool].set_owner(to, Owner::Node(index as u32));
         if self.tree.is_block(index) {
             self.note_moved(pool, key, Tier::Host);
         }
@@ -419,7 +425,7 @@ impl Core {
         let page = self.tree.seize_page(pool, index)?;
         let from = page.slot();
         if let Some(to) = self.page_room(orders, pool, index, page) {
-            if self.mover.offload(pool, from, to) {
+            if self.copy_page(index, &(pool, from, to)) {
                 let moved = self.page_went_down(orders, pool, index, from, to);
                 self.counters.offloaded.add(u64::from(moved));
                 return Some(from);

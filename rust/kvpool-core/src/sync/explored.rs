@@ -12,7 +12,7 @@ loom::lazy_static! {
     static ref TURN: atomic::AtomicU32 = atomic::AtomicU32::new(0);
 }
 
-fn turn() {
+pub(super) fn turn() {
     TURN.fetch_add(0, Ordering::Relaxed); // Relaxed: a point at which loom may switch threads, orders nothing
 }
 

@@ -72,6 +72,36 @@ impl Field {
             .compare_exchange(seen, value, Ordering::Relaxed, Ordering::Relaxed);
         // Relaxed: a hint, nothing is read through it
     }
+    /// Changes it to `next` of what is there, which is returned; `None` leaves it. For a field that carries a protocol.
+    /// Lock-free; linearized at the CAS, or at the load of what stays.
+    #[inline]
+    pub fn turn(&self, next: impl Fn(u64) -> Option<u64>) -> u64 {
+        loop {
+            #[cfg(kvpool_loom)]
+            explored::turn();
+            let now = self.0.load(Ordering::Acquire); // Acquire: partner the CAS below: who finds an owner finds what it wrote before
+            let Some(next) = next(now) else {
+                return now;
+            };
+            #[cfg(kvpool_loom)]
+            explored::turn();
+            // AcqRel: partner the load above. Relaxed on failure: the loop loads again.
+            let turned = self
+                .0
+                .compare_exchange(now, next, Ordering::AcqRel, Ordering::Relaxed);
+            if turned.is_ok() {
+                return now;
+            }
+        }
+    }
+    /// As `set`, of a field that others `turn`. For loom a store is not ordered beside read-modify-writes, as the standard has
+    /// it: it sees a `turn` that came before as if it could be the later one.
+    pub fn reset(&self, value: u64) {
+        #[cfg(kvpool_loom)]
+        self.0.swap(value, Ordering::Relaxed); // Relaxed: as in `set`
+        #[cfg(not(kvpool_loom))]
+        self.set(value);
+    }
     /// As `raise` without a locked instruction: of two at the same moment either stays.
     pub fn advance(&self, value: u64) {
         if self.get() < value {
@@ -222,6 +252,8 @@ pub enum Weak {
     ParkUnpinned,
     /// A node on the move is killed.
     KillBusy,
+    /// Of two that take a node out at once both have it.
+    KillTwice,
     /// The units of a move follow the claims that there were at its beginning.
     SettleUnits,
     /// Who closes a cache looks at the children of its private blocks as they were a moment ago.
@@ -230,6 +262,10 @@ pub enum Weak {
     LendOnce,
     /// A lost block that is claimed is not marked.
     LoseUnmarked,
+    /// A page is in the tree before its slot says so.
+    OwnerLate,
+    /// Who passes a slot on does not look whether what it holds is bad.
+    PassQuietly,
     /// Who looks for a slot to be retired has one unit for all that it has in hand.
     RetireUncovered,
     /// Who finds another thread inside waits for it.

@@ -283,11 +283,15 @@ impl Tree {
             return None;
         }
         let n = &self.nodes[index];
-        // AcqRel: Acquire partner the CAS in `release`; Release partner the load in `state` of who finds it dead.
-        // Relaxed on failure: it was claimed or killed, nothing is read.
-        n.state
-            .compare_exchange(now.0, now.killed().0, Ordering::AcqRel, Ordering::Relaxed)
-            .ok()?;
+        if weak(Weak::KillTwice) {
+            n.state.store(now.killed().0, Ordering::Release); // Release: the planted weakness
+        } else {
+            // AcqRel: Acquire partner the CAS in `release`; Release partner the load in `state` of who finds it dead.
+            // Relaxed on failure: it was claimed or killed, nothing is read.
+            n.state
+                .compare_exchange(now.0, now.killed().0, Ordering::AcqRel, Ordering::Relaxed)
+                .ok()?;
+        }
         // At once, so that a thread that is stopped further on does not keep the parent from being evicted.
         let parent = self.parent(index);
         if now.tier() == Tier::Device {
