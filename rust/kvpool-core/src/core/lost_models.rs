@@ -198,6 +198,13 @@ fn lose_and_bring_up_quietly() {
     });
 }
 
+#[test]
+fn lose_and_take_over_quietly() {
+    fails(Weak::PassQuietly, "a lost block is found", 2, || {
+        lose_against_taking_over(&[None, Some(2)]);
+    });
+}
+
 /// H32: a page is lost while it comes up. Who else claims its block is told, or finds the block lost.
 fn lose_against_landing() {
     let core = tiered(&[None], Box::new(NoMover));
