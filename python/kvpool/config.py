@@ -260,8 +260,8 @@ class Retention:
     The range with a block's first token decides. A block that others made gets the maximum of each value; a request
     without retention changes none.
 
-    The first request of a manager that gives a duration makes the tables for them (24 bytes per block of `max_blocks`, 8
-    more per windowed pool): MemoryError, and nothing has changed, if they cannot be had.
+    The first request of a manager that gives a duration makes the tables for them (24 bytes per block of `max_blocks`,
+    8 more per windowed pool): MemoryError, and nothing has changed, if they cannot be had.
     """
 
     ranges: Sequence[TokenRange] = ()
