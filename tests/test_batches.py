@@ -286,6 +286,15 @@ def test_generation_goes_from_the_front_until_there_is_no_room(made: list[KVCach
     assert not manager.free_request(requests[2])
 
 
+def test_what_was_generated_follows_the_prompt_of_a_context(made: list[KVCacheManager]) -> None:
+    made.append(manager := make(6))
+    store(manager, [*A, 8, 9, 10, 11])
+    freed = Request(1, A[:5], max_new_tokens=9, output_tokens=[*A[5:], 8, 9, 10, 11, 12])
+    assert manager.claim_contexts([(freed, None)]) == [12]
+    assert manager.provide_contexts([(freed, 1)]) == [True]
+    assert manager.cache(1).capacity == 13
+
+
 def test_generation_is_clipped_at_the_end(made: list[KVCacheManager]) -> None:
     made.append(manager := make(4))
     request = Request(1, [1] * 4, max_new_tokens=2, draft_tokens=5)

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from kvpool import CacheConfig, InvariantError, KVCacheManager, PoolConfig
-from kvpool.mover import CpuMover, MoveBatch, SlotUse
+from kvpool import AddRequest, CacheConfig, InvariantError, KVCacheManager, PoolConfig
+from kvpool.mover import AtOnceMover, CpuMover, MoveBatch, SlotUse
 from movers import ORDERS, World
 
 MODES: dict[str, dict[str, Any]] = {"threads": {}, **{order: {"simulate": (order, 1)} for order in ORDERS}}
@@ -185,3 +185,34 @@ def test_a_step_that_writes_the_null_page_is_noticed_when_it_ends(
         assert cache.commit([1, 2, 3]) is False  # the step has ended all the same
         manager.pages("kv")[0] = 0
         manager.check()
+
+
+def test_the_moves_of_one_call_are_offloads_then_onboards_then_copies() -> None:
+    """A batch that needs room on the device, a page from the host, and a part of a block on the device."""
+    log: list[str] = []
+
+    class Noted(AtOnceMover):
+        def submit(self, batch: MoveBatch, after: Any = ()) -> Any:
+            log.append(batch.direction)
+            return super().submit(batch, after)
+
+    with KVCacheManager(CacheConfig(2, [PoolConfig("kv", 8)], 5 * 8, 8 * 8), mover=Noted) as manager:
+
+        def store(*tokens: int) -> None:
+            with manager.create("stored", tokens) as cache:
+                assert cache.resume()
+                assert cache.resize(len(tokens))
+                cache.commit(tokens)
+
+        store(10, 11)
+        store(20, 21)
+        assert manager.evict(1) == 1  # what was stored first is on the host
+        for first in (30, 40, 50):
+            store(first, first + 1)
+        log.clear()
+        wanted = [AddRequest("part", [40, 99]), AddRequest("up", [10, 11, 12])]
+        assert [cache is not None for cache in manager.add_batch(wanted)] == [True, True]
+        assert manager.stats().onboarded == 1
+        order = ("offload", "onboard", "copy")
+        assert set(log) == set(order)
+        assert log == sorted(log, key=order.index)

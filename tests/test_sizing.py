@@ -54,6 +54,56 @@ def test_slots_for(count: int, c: int, h: int, slots: list[int]) -> None:
     assert list(slots_for(config, BatchDesc([KVCacheDesc(c, h)] * count)).values()) == slots
 
 
+@pytest.mark.parametrize("t", [1, 2, 3, 4, 7])
+def test_a_window_holds_as_many_blocks_as_its_worst_alignment_needs(t: int) -> None:
+    """By trying all: history h, k tokens more, blocks [floor((h + 1 - W) / t), ceil((h + k) / t))."""
+    request = SimpleNamespace(tokens=range(10_000), max_new_tokens=1)
+    for window in range(1, 3 * t + 3):
+        for k in range(1, 2 * t + 3):
+            config = CacheConfig(t, [PoolConfig("w", 1, window)], 1 << 20)
+            held = (-(-(h + k) // t) - max(0, (h + 1 - window) // t) for h in range(100, 100 + t))
+            assert peak_slots(config, request, k) == {"w": max(held)}, (t, window, k)
+
+
+def test_the_step_that_adds_most_decides_a_window() -> None:
+    """k = max(chunk_tokens, 1 + draft_tokens), and sinks besides."""
+    config = CacheConfig(4, [PoolConfig("w", 1, 8, 5)], 1 << 20, draft_tokens=20)
+    for chunk, drafts, k in ((4, 0, 4), (4, 9, 10), (40, 9, 40)):
+        request = SimpleNamespace(tokens=range(1000), max_new_tokens=1, draft_tokens=drafts)
+        assert peak_slots(config, request, chunk) == {"w": 2 + (8 + k + 4 - 3) // 4 + 1}
+
+
+def test_a_prompt_of_the_whole_system_prompt_computes_its_last_token_itself() -> None:
+    """Of a request at most capacity - 1 tokens are shared: of (8, 0) no block of 8."""
+    config = CacheConfig(8, pools([None]), 1 << 30)
+    assert slots_for(config, BatchDesc([KVCacheDesc(8, 0)] * 2, system_prompt_length=8)) == {"p0": 2}
+    assert slots_for(config, BatchDesc([KVCacheDesc(9, 0)] * 2, system_prompt_length=8)) == {"p0": 3}
+
+
+@pytest.mark.parametrize(
+    ("mode", "floors"),
+    [("none", [1, 1]), ("aligned", [3 + (64 + 512 + 16 - 3) // 16 + 1, 3 + 32]), ("sliding", [3 * 5 + 37, 3 + 32])],
+)
+def test_one_context_of_a_step_beside_the_other_decodes(mode: str, floors: list[int]) -> None:
+    """Four requests, 512 tokens a step: three decodes (5 windowed blocks each when they slide) and one context."""
+    config = CacheConfig(16, pools([64, None]), 1 << 20, max_batch_size=4, max_num_tokens=512, decode_reservation=mode)
+    assert list(plan_pools(config).min_slots.values()) == floors
+
+
+def test_the_host_knows_no_reservation() -> None:
+    config = CacheConfig(16, pools([64, None], [100, 100]), 100_000, host_bytes=400, max_batch_size=4, max_seq_len=160)
+    plan = plan_pools(config)
+    assert plan.min_slots == {"p0": 20, "p1": 10}
+    assert sum(plan.host_slots.values()) == 4
+
+
+def test_a_pool_of_which_the_typical_step_needs_nothing_weighs_one_page() -> None:
+    typical = BatchDesc([KVCacheDesc(10, 10)])
+    config = CacheConfig(1, pools([1, None]), 112, typical_step=typical)
+    assert slots_for(config, typical) == {"p0": 0, "p1": 10}
+    assert plan_pools(config).num_slots == {"p0": 10, "p1": 100}
+
+
 def test_system_prompt_counts_once() -> None:
     config = CacheConfig(8, pools([None]), 1 << 30)
     assert slots_for(config, BatchDesc([KVCacheDesc(48, 0)] * 2, system_prompt_length=40)) == {"p0": 7}

@@ -17,6 +17,7 @@ import numpy as np
 from kvpool.arguments import Int32Array, RetentionSpec, Tokens, count, retention_spec, scope_key, token_array
 from kvpool.batches import checked_id, scope_of
 from kvpool.config import Retention, Scope
+from kvpool.errors import LogicError
 
 # Passes after which a refused start is tried again although nothing seems to have changed: its match may have grown.
 RETRY = 32
@@ -120,6 +121,13 @@ class Request:
             f"<kvpool request {self.request_id!r}: {self.state.value}, {len(self._prompt)} prompt tokens, "
             f"{len(self.output_tokens)} of {self.max_new_tokens} new>"
         )
+
+
+def in_use(request: Request) -> LogicError:
+    """The error of a second request of an id."""
+    return LogicError(
+        f"request_id: {request.request_id!r} is in use; ids may be used again once their request has ended"
+    )
 
 
 class Refusal:

@@ -25,7 +25,7 @@ from kvpool.scheduler.config import SchedulerConfig
 from kvpool.scheduler.guard import alone
 from kvpool.scheduler.memory import Memory
 from kvpool.scheduler.passes import Pass, run_pass, why_not, why_stalled
-from kvpool.scheduler.request import Entry, Request, RequestState
+from kvpool.scheduler.request import Entry, Request, RequestState, in_use
 from kvpool.scheduler.starts import LastRefused
 from kvpool.scheduler.step import Context, SchedulerStats, Step
 from kvpool.scheduler.updates import apply_outputs, as_outputs, lost_of
@@ -96,7 +96,7 @@ class Scheduler:
             raise LogicError(f"request_id: {request.request_id!r} is {request.state} already; add a new Request")
         entry = Entry(request, -1)
         if self._known.setdefault(request.request_id, entry) is not entry:
-            raise _duplicate(request)
+            raise in_use(request)
         request._entry = entry
         self._incoming.append(entry)
 
@@ -240,7 +240,7 @@ class Scheduler:
                 raise LogicError(f"request_id: {request.request_id!r} is listed twice; list each request once")
             known = self._known.get(request.request_id)
             if known is not None and known.request is not request:
-                raise _duplicate(request)
+                raise in_use(request)
             if known is None and request._entry is not None:
                 raise LogicError(f"request_id: {request.request_id!r} belongs to another scheduler")
             entries[request.request_id] = known or Entry(request, -1)
@@ -256,7 +256,7 @@ class Scheduler:
                     self.check(entry.request)
                     known = self._known.setdefault(request_id, entry)
                     if known.request is not entry.request:  # another thread has added it meanwhile
-                        raise _duplicate(entry.request)
+                        raise in_use(entry.request)
                     entry = known
                 except (KVPoolError, ValueError) as error:
                     self._refuse(entry.request, error)
@@ -496,9 +496,3 @@ def _insert(entries: list[Entry], entry: Entry) -> None:
         entries.append(entry)
     else:
         insort(entries, entry, key=_AGE)
-
-
-def _duplicate(request: Request) -> LogicError:
-    return LogicError(
-        f"request_id: {request.request_id!r} is in use; ids may be used again once their request has ended"
-    )
