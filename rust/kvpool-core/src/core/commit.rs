@@ -221,39 +221,38 @@ impl Core {
         let mut bad = false;
         for pool in 0..self.pools.len() {
             let own = cache.tables[pool][i];
-            if own != 0 {
-                self.pools[pool].set_key(own, key);
-                if self.tree.windowed[pool] {
-                    let active = u64::from(self.tiered);
-                    self.tree.set_page(pool, index, own, 1, active);
-                } else {
-                    self.tree.put_page(pool, &dead, own);
-                }
-                // Behind the page and before the block can be found: `lose` finds it from here on.
-                bad |= !weak(Weak::OwnerLate) && self.pools[pool].pass(own, owner);
+            if own == 0 {
+                continue;
             }
+            self.pools[pool].set_key(own, key);
+            if self.tree.windowed[pool] {
+                let active = u64::from(self.tiered);
+                self.tree.set_page(pool, index, own, 1, active);
+                self.tree.pages[pool].holders[index].add(cache.holder() as u64);
+            } else {
+                self.tree.put_page(pool, &dead, own);
+            }
+            // Behind the page and before the block can be found: `lose` finds it from here on.
+            bad |= !weak(Weak::OwnerLate) && self.pools[pool].pass(own, owner);
         }
         if self.tiered {
             self.tree.pin_first(&dead);
         }
-        if bad {
-            self.take_back(cache, dead);
-            return Err(Refused::Full);
-        }
-        if let Err((dead, _)) = self.tree.publish(dead, link, &cache.root, parent, key, block) {
-            let bad = self.take_back(cache, dead);
-            return Err(if bad { Refused::Full } else { Refused::Changed });
-        }
-        if weak(Weak::OwnerLate) {
-            self.pass_own(cache, owner);
-        }
-        for pool in 0..self.pools.len() {
-            if cache.tables[pool][i] != 0 && self.tree.windowed[pool] {
-                self.tree.pages[pool].holders[index].add(cache.holder() as u64);
-            }
-        }
-        cache.nodes.push(link);
-        Ok(Entered::New)
+        let dead = match bad {
+            true => dead,
+            false => match self.tree.publish(dead, link, &cache.root, parent, key, block) {
+                Ok(()) => {
+                    if weak(Weak::OwnerLate) {
+                        self.pass_own(cache, owner);
+                    }
+                    cache.nodes.push(link);
+                    return Ok(Entered::New);
+                }
+                Err((dead, _)) => dead,
+            },
+        };
+        let bad = self.take_back(cache, dead);
+        Err(if bad { Refused::Full } else { Refused::Changed })
     }
 
     /// The slots of the next block go over to another owner. Returns whether one of them is bad.
@@ -268,8 +267,11 @@ impl Core {
 
     /// The next block is not in the tree: it is private again, and the node free. Returns whether a page of it is bad.
     fn take_back(&self, cache: &Cache, dead: Dead) -> bool {
-        for pool in 0..self.pools.len() {
+        for (pool, table) in cache.tables.iter().enumerate() {
             self.tree.unset_page(pool, &dead);
+            if table[cache.nodes.len()] != 0 && self.tree.windowed[pool] {
+                self.tree.pages[pool].holders[dead.index()].sub(cache.holder() as u64);
+            }
         }
         if self.tiered {
             self.tree.unpin(dead.index());
