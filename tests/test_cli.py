@@ -125,6 +125,7 @@ def test_generated_workload_needs_no_trace(capsys: pytest.CaptureFixture[str]) -
         (["TRACE", "--sequential", "--format", "azure"], "no prefixes"),
         (["TRACE", "--format", "azure"], "expected the columns"),
         (["TRACE", "--html", "TRACE"], "overwrite"),
+        (["TRACE", "--html", "-"], "--html: - is no file"),
         (["TRACE", "--html", "/nowhere/at/all.html"], "cannot write"),
         (
             ["TRACE", "--json", "/nowhere/at/all", "--html", "/nowhere/at/../at/all"],

@@ -193,6 +193,8 @@ def replay(
     requests = _requests(trace, trace_format, limit, options)
     if html_path is not None:
         _check_plotly()
+    if html_path == "-":
+        raise click.UsageError("--html: - is no file; give a path (--json alone writes to stdout)")
     files = {"--json": json_path, "--html": html_path}
     check_different(files)
     for name, path in files.items():
