@@ -42,11 +42,12 @@ test-t: setup
 	$(VENV)-t/bin/pip install --quiet --disable-pip-version-check "$$(echo dist/t/kvpool-*.whl)[test]"
 	PYTHON_GIL=0 $(VENV)-t/bin/python -m pytest $(TESTS)
 
-# Every interleaving of small models (loom) with controls that must fail, then random schedules (shuttle).
+# Every interleaving of small models (loom) with controls that must fail, deeper ones of the tree beside them (a run of models
+# is one thread at a time), then random schedules (shuttle).
 LOOM := RUSTFLAGS="--cfg kvpool_loom" cargo test --quiet --profile models --target-dir target/loom -p kvpool-core --lib
 models:
-	$(LOOM)
-	KVPOOL_PREEMPTIONS=3 $(LOOM) tree::
+	$(LOOM) --no-run
+	$(LOOM) & all=$$!; KVPOOL_PREEMPTIONS=3 $(LOOM) tree:: && wait $$all
 	RUSTFLAGS="--cfg kvpool_shuttle" cargo test --quiet --profile models --target-dir target/shuttle -p kvpool-core --test linearizable
 
 # One thread stopped at each of its accesses in turn, everything else done meanwhile; --nocapture prints the counts.
