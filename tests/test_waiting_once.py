@@ -103,6 +103,19 @@ def test_another_stream_waits_for_all_slots() -> None:
     manager.close()
 
 
+def test_a_stream_is_known_by_equality() -> None:
+    """Wrappers of one stream, as `torch.cuda.current_stream()` makes one per call, are one stream."""
+    manager, spy = build()
+    cache = active(manager, 0, [1, 2, 3], 8)
+    step(manager, [cache], spy.stream())
+    spy.waits()
+    step(manager, [cache], int("1234567"))
+    assert spy.waits() == slots_of(cache)
+    step(manager, [cache], int("1234567"))
+    assert spy.waits() == []
+    manager.close()
+
+
 def test_slots_of_a_table_that_was_altered_are_waited_for_again() -> None:
     manager, spy = build()
     stream = spy.stream()

@@ -72,7 +72,7 @@ class KVCache(Closing):
 
     def _seen_by(self, stream: object) -> tuple[_core.Cache, int, int]:
         by, entries, alterations = self._waited
-        return self._handle, entries if by is None or by is stream else 0, alterations
+        return self._handle, entries if by is None or by == stream else 0, alterations
 
     def _info(self) -> tuple[int, int, int, int]:
         if self._state is CacheState.CLOSED:
