@@ -58,13 +58,10 @@ def count(value: SupportsIndex, name: str) -> int:
     return number
 
 
-NO_SCOPE: tuple[bytes, int | None] = (b"(None, None)", None)
-
-
 def scope_key(scope: Scope | None) -> tuple[bytes, int | None]:
     """The core's key of a scope: equal only for equal ids of equal type."""
     if scope is None:
-        return NO_SCOPE
+        return b"(None, None)", None
     if not isinstance(scope, Scope):
         raise ValueError(f"scope: {scope!r} is not a kvpool.Scope")
     return ascii((scope.lora_id, scope.salt)).encode("ascii"), scope.epoch

@@ -17,7 +17,6 @@ import numpy as np
 from kvpool import _core
 from kvpool.arguments import (
     INT32,
-    NO_SCOPE,
     ByteArray,
     Int32Array,
     Tokens,
@@ -241,9 +240,8 @@ class KVCacheManager(Batches, Closing):
         self._open()
         if checked_id(request_id) in self._caches:
             raise taken(request_id)
-        key, epoch = NO_SCOPE if scope is None else scope_key(scope)
-        spec = None if retention is None else retention_spec(retention)
-        cache = KVCache(self, request_id, self._core.create(token_array(tokens), key, epoch, spec))
+        key, epoch = scope_key(scope)
+        cache = KVCache(self, request_id, self._core.create(token_array(tokens), key, epoch, retention_spec(retention)))
         if self._caches.setdefault(request_id, cache) is not cache or self._closed:
             self._register([cache])  # raises: another thread was faster, or has closed the manager
         if self._moves is not None:

@@ -1,11 +1,11 @@
 //! Models of pages that are lost and slots that are taken out of use.
 
-use super::models::{cached, core};
+use super::models::{cached, config, core};
 use super::Core;
 use crate::cache::Cache;
 use crate::models::{fails, holds};
 use crate::sync::{AtomicU32, Ordering, Weak};
-use crate::types::{CoreConfig, Mover, NoMover, PolicyKind, PoolSpec};
+use crate::types::{Mover, NoMover};
 use crate::words::Tier;
 use loom::sync::Arc;
 use loom::thread;
@@ -140,25 +140,8 @@ fn lose_of_a_page_that_is_passed_on_quietly() {
 
 /// One token per block; two slots on either tier.
 fn tiered(windows: &[Option<u64>], mover: Box<dyn Mover>) -> Arc<Core> {
-    let pool = |&window| PoolSpec {
-        name: "kv".into(),
-        num_slots: 2,
-        host_slots: 2,
-        window,
-        sink_tokens: 0,
-    };
-    let config = CoreConfig {
-        tokens_per_block: 1,
-        pools: windows.iter().map(pool).collect(),
-        max_blocks: 2,
-        max_seq_len: Some(4),
-        partial_reuse: false,
-        hash_seed: 1,
-        policy: PolicyKind::Lru,
-        offload_min_priority: 30,
-        collide: false,
-    };
-    Arc::new(Core::with_mover(config, mover).unwrap())
+    let pools = windows.iter().map(|&window| (2, 2, window));
+    Arc::new(Core::with_mover(config(pools, 2), mover).unwrap())
 }
 
 /// H32: a page is lost while it takes the place of the one that the tree has on the host.

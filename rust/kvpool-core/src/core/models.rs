@@ -9,17 +9,18 @@ use crate::words::{Link, Tier};
 use loom::sync::Arc;
 use loom::thread;
 
-pub(super) fn core(slots: &[u32], max_blocks: u32) -> Arc<Core> {
-    let pool = |&num_slots: &u32| PoolSpec {
-        name: "full".into(),
+/// One token per block; slots of both tiers, and the window, by pool.
+pub(super) fn config(pools: impl Iterator<Item = (u32, u32, Option<u64>)>, max_blocks: u32) -> CoreConfig {
+    let pool = |(num_slots, host_slots, window)| PoolSpec {
+        name: "kv".into(),
         num_slots,
-        host_slots: 0,
-        window: None,
+        host_slots,
+        window,
         sink_tokens: 0,
     };
-    let config = CoreConfig {
+    CoreConfig {
         tokens_per_block: 1,
-        pools: slots.iter().map(pool).collect(),
+        pools: pools.map(pool).collect(),
         max_blocks,
         max_seq_len: Some(4),
         partial_reuse: false,
@@ -27,8 +28,12 @@ pub(super) fn core(slots: &[u32], max_blocks: u32) -> Arc<Core> {
         policy: PolicyKind::Lru,
         offload_min_priority: 30,
         collide: false,
-    };
-    Arc::new(Core::new(config).unwrap())
+    }
+}
+
+pub(super) fn core(slots: &[u32], max_blocks: u32) -> Arc<Core> {
+    let pools = slots.iter().map(|&slots| (slots, 0, None));
+    Arc::new(Core::new(config(pools, max_blocks)).unwrap())
 }
 
 /// Caches `tokens`, if there is room, and lets them go.

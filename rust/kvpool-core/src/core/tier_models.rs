@@ -1,35 +1,18 @@
 //! Models of moves over the whole core: units, resume, commit, close and plans while a block goes down or comes up.
 
+use super::models::config;
 use super::Core;
 use crate::cache::Cache;
 use crate::models::{fails, holds};
 use crate::sync::{AtomicU32, Ordering, Weak};
-use crate::types::{CacheState, CoreConfig, PolicyKind, PoolSpec};
+use crate::types::CacheState;
 use crate::words::Tier;
 use loom::sync::Arc;
 use loom::thread;
 
 /// One token per block; slots of both tiers by pool.
 fn core(pools: &[(u32, u32, Option<u64>)]) -> Arc<Core> {
-    let pool = |&(num_slots, host_slots, window)| PoolSpec {
-        name: "kv".into(),
-        num_slots,
-        host_slots,
-        window,
-        sink_tokens: 0,
-    };
-    let config = CoreConfig {
-        tokens_per_block: 1,
-        pools: pools.iter().map(pool).collect(),
-        max_blocks: 2,
-        max_seq_len: Some(4),
-        partial_reuse: false,
-        hash_seed: 1,
-        policy: PolicyKind::Lru,
-        offload_min_priority: 30,
-        collide: false,
-    };
-    Arc::new(Core::new(config).unwrap())
+    Arc::new(Core::new(config(pools.iter().copied(), 2)).unwrap())
 }
 
 fn open(core: &Core, tokens: &[i32]) -> Cache {

@@ -14,13 +14,7 @@ use crate::sync::Field;
 use crate::words::Link;
 
 /// Children of one chain from which on there are twice as many.
-const CROWD: u64 = if cfg!(any(kvpool_loom, kvpool_stops)) {
-    1
-} else if cfg!(test) {
-    4
-} else {
-    64
-};
+const CROWD: u64 = super::starts::CROWD as u64;
 /// Chains per [`CROWD`] children, at most.
 const SPREAD: u64 = if cfg!(kvpool_loom) { 1 } else { 4 };
 
@@ -89,7 +83,7 @@ impl Families {
         (0..1 << self.fan[parent.index()].get()).map(move |nest| (nest, self.bucket(parent, nest)))
     }
 
-    /// Which of its parent's chains a child is in.
+    /// Which of its parent's chains a child is in; two of them may have one bucket.
     fn nest(&self, index: usize) -> u64 {
         self.place[index].get() & u64::from(u32::MAX)
     }
@@ -108,10 +102,8 @@ impl Tree {
         }
     }
 
-    /// Whether this is a live child that belongs here; two chains of a parent may have one bucket.
-    fn is_in_nest(&self, link: Link, parent: Link, nest: u64) -> bool {
-        let of = |families: &Families| families.nest(link.index()) == nest;
-        self.parent(link.index()) == parent && self.is_live(link) && self.families.as_ref().is_some_and(of)
+    fn is_live_child(&self, link: Link, parent: Link) -> bool {
+        self.parent(link.index()) == parent && self.is_live(link)
     }
 
     /// Where to look for children of a node, if it can have any that are blocks: those of a private one are not.
@@ -129,7 +121,7 @@ impl Tree {
             let before = into.len();
             loop {
                 let visit = |link: Link| {
-                    if self.is_in_nest(link, parent, nest) {
+                    if families.nest(link.index()) == nest && self.is_live_child(link, parent) {
                         into.push(link); // believed only if `walk` finds the node unchanged behind us
                     }
                     Visit::Next
@@ -147,7 +139,8 @@ impl Tree {
     pub fn any_child(&self, parent: Link) -> Option<Link> {
         let families = self.families_with(parent)?;
         families.nests(parent).find_map(|(nest, bucket)| loop {
-            let visit = |link: Link| match self.is_in_nest(link, parent, nest) {
+            let here = |link: Link| families.nest(link.index()) == nest && self.is_live_child(link, parent);
+            let visit = |link: Link| match here(link) {
                 false => Visit::Next,
                 true if self.is(link) => Visit::Found,
                 true => Visit::Recycled,

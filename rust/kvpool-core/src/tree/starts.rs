@@ -25,7 +25,7 @@ const CHECKED: bool = cfg!(any(kvpool_loom, kvpool_stops));
 /// Most blocks of a parent's own chain.
 const SIBLINGS: u8 = if CHECKED { 1 } else { 8 };
 /// Most blocks of one chain.
-const CROWD: u8 = if CHECKED {
+pub(super) const CROWD: u8 = if CHECKED {
     1
 } else if cfg!(test) {
     4
