@@ -103,16 +103,32 @@ def test_another_stream_waits_for_all_slots() -> None:
     manager.close()
 
 
-def test_a_stream_is_known_by_equality() -> None:
+class Wrapper:
+    """Of a stream; equal by its address, and comparable with its like only, as CuPy's."""
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __init__(self, ptr: int) -> None:
+        self.ptr = ptr
+
+    def __eq__(self, other: Any) -> bool:
+        return bool(self.ptr == other.ptr)
+
+
+@pytest.mark.parametrize("wrap", [Wrapper, lambda ptr: int(str(ptr))], ids=["wrappers", "addresses"])
+def test_a_stream_is_known_by_equality(wrap: Any) -> None:
     """Wrappers of one stream, as `torch.cuda.current_stream()` makes one per call, are one stream."""
     manager, spy = build()
     cache = active(manager, 0, [1, 2, 3], 8)
     step(manager, [cache], spy.stream())
     spy.waits()
-    step(manager, [cache], int("1234567"))
+    step(manager, [cache], wrap(1234567))
     assert spy.waits() == slots_of(cache)
-    step(manager, [cache], int("1234567"))
+    step(manager, [cache], wrap(1234567))
     assert spy.waits() == []
+    for other in (wrap(7654321), None):
+        step(manager, [cache], other)
+        assert spy.waits() == slots_of(cache)
     manager.close()
 
 
