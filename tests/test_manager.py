@@ -692,3 +692,15 @@ def test_drain_events_shows_a_gap_when_the_ring_was_too_small() -> None:
         assert numbers == list(range(numbers[0], numbers[0] + len(numbers)))
         assert numbers[0] > 1
         assert manager.drain_events(5) == []
+
+
+@pytest.mark.parametrize("step", [1, 2, -1])
+def test_tokens_of_any_stride_are_what_they_show(step: int) -> None:
+    config = CacheConfig(4, [PoolConfig("kv", 8)], 8 * 9, hash_seed=1)
+    with KVCacheManager(config, None) as manager:
+        wide = np.arange(1, 19, dtype=np.int32)[::step]
+        with manager.create(1, wide) as cache:
+            assert cache.resume()
+            assert cache.resize(8)
+            cache.commit(wide[:8])
+        assert manager.probe(wide.tolist()) == manager.probe(wide) == 8
